@@ -1,0 +1,235 @@
+"""Calibration text: a source, tokenised as one text, cut into consecutive windows of token ids."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest import Calibration
+
+Tokenize = Callable[[str], Sequence[int]]
+
+DEFAULT_ROWS = 128
+"""Rows that the official code takes of wikitext2 and C4 (``nsamples``)."""
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A data set on the hub: where its text is, and what the official code puts between rows.
+
+    https://github.com/jiwonsong-dev/SLEB, utils/data_utils.py
+    """
+
+    arguments: tuple[tuple[str, Any], ...]
+    split: str
+    separator: str
+
+
+HUB_TEXTS = {
+    "wikitext2": HubText(
+        (("path", "Salesforce/wikitext"), ("name", "wikitext-2-raw-v1")), "train", "\n\n"
+    ),
+    "c4": HubText(
+        (
+            ("path", "allenai/c4"),
+            ("data_files", {"train": "en/c4-train.00000-of-01024.json.gz"}),
+        ),
+        "train",
+        " ",
+    ),
+}
+EMBEDDED = "python-docs"
+"""Python's own help topics: 0.7 MB of English that comes with every Python."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows, all of the same length, and where they came from."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    calibration: Calibration
+
+
+def make_windows(
+    source: str,
+    tokenize: Tokenize,
+    *,
+    sequences: int | None,
+    sequence_length: int,
+    seed: int = 0,
+    rows: int | None = None,
+) -> Windows:
+    """Cut `source` into consecutive windows of token ids.
+
+    Args:
+        source: ``wikitext2`` or ``c4`` (rows shuffled by `seed`, the first `rows` joined, as the
+            official code does), ``python-docs`` (embedded), or a .txt, .jsonl, .jsonl.gz or
+            .parquet file (its text from the start).
+        tokenize: text to token ids, special tokens as the model's tokenizer adds them.
+        sequences: how many windows at most; None for all that the rows give (8 for other sources).
+        sequence_length: tokens per window, at least 2.
+        seed: shuffles the rows of ``wikitext2`` and ``c4``.
+        rows: how many rows of ``wikitext2`` and ``c4``; None for 128, and as many more as it
+            takes to fill `sequences` windows.
+
+    Raises:
+        SlebError: the source is unknown, unreadable, empty, or shorter than was asked for.
+    """
+    if sequence_length < 2:
+        raise SlebError(
+            f"--sequence-length {sequence_length}: a window needs at least 2 tokens, one to read "
+            f"and one to predict"
+        )
+    if sequences is not None and sequences < 1:
+        raise SlebError(f"--sequences {sequences}: at least one window is needed")
+    split: str | None = None
+    if source in HUB_TEXTS:
+        split = HUB_TEXTS[source].split
+        ids, rows = _hub_tokens(source, tokenize, sequences, sequence_length, seed, rows)
+    else:
+        if rows is not None:
+            raise SlebError(f"--rows is for {' and '.join(HUB_TEXTS)}; {source} has no rows")
+        text = _python_docs() if source == EMBEDDED else _file_text(source)
+        sequences = sequences or 8
+        ids = _tokens(tokenize, text, source, sequences * sequence_length)
+    available = len(ids) // sequence_length
+    if available == 0:
+        raise SlebError(
+            f"calibration text {source} has {len(ids)} tokens, less than one window of "
+            f"{sequence_length}; give more text or a smaller --sequence-length"
+        )
+    if sequences is not None and available < sequences:
+        raise SlebError(
+            f"calibration text {source} gives {available} windows of {sequence_length} tokens, "
+            f"{sequences} were asked for; give more text or smaller --sequences"
+        )
+    count = sequences or available
+    tokens = tuple(
+        tuple(ids[i * sequence_length : (i + 1) * sequence_length]) for i in range(count)
+    )
+    return Windows(
+        tokens,
+        Calibration(
+            source=source,
+            split=split,
+            sequences=count,
+            sequence_length=sequence_length,
+            seed=seed,
+            tokens_sha256=_digest(tokens),
+            rows=rows,
+        ),
+    )
+
+
+def _digest(windows: Sequence[Sequence[int]]) -> str:
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(b"".join(token.to_bytes(8, "little", signed=True) for token in window))
+    return digest.hexdigest()
+
+
+def _tokens(tokenize: Tokenize, text: str, source: str, wanted: int) -> Sequence[int]:
+    """At least `wanted` tokens from the start of `text`, if it has them.
+
+    Tokenising a file of gigabytes to use its first page would be waste. A prefix of the text is
+    enough: its last few tokens may differ from the whole text's, so a margin is cut off.
+    """
+    if not text.strip():
+        raise SlebError(f"calibration text {source} is empty; give a file with text in it")
+    margin = 64
+    length = 8 * (wanted + margin)
+    while length < len(text):
+        ids = tokenize(text[:length])
+        if len(ids) >= wanted + margin:
+            return ids[:wanted]
+        length *= 2
+    return tokenize(text)
+
+
+def _hub_tokens(
+    source: str,
+    tokenize: Tokenize,
+    sequences: int | None,
+    sequence_length: int,
+    seed: int,
+    rows: int | None,
+) -> tuple[Sequence[int], int]:
+    if rows is not None and rows < 1:
+        raise SlebError(f"--rows {rows}: at least one row is needed")
+    hub = HUB_TEXTS[source]
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(**dict(hub.arguments), split=hub.split).shuffle(seed=seed)
+    except Exception as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SlebError(
+            f"cannot load the data set of {source}: {why}; connect to the hub once, set "
+            f"HF_DATASETS_CACHE, or use --calibration {EMBEDDED}"
+        ) from error
+    count = min(rows or DEFAULT_ROWS, len(data))
+    while True:
+        text = hub.separator.join(data[:count]["text"])
+        ids = tokenize(text) if text.strip() else []
+        enough = sequences is None or len(ids) >= sequences * sequence_length
+        if enough or rows is not None or count == len(data):
+            return ids, count
+        count = min(2 * count, len(data))
+
+
+def _python_docs() -> str:
+    import pydoc_data.topics
+
+    topics = pydoc_data.topics.topics
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _file_text(source: str) -> str:
+    path = Path(source)
+    readers: dict[str, Callable[[Path], Iterator[str]]] = {
+        ".txt": lambda file: iter([file.read_text(encoding="utf-8")]),
+        ".jsonl": _jsonl_rows,
+        ".jsonl.gz": _jsonl_rows,
+        ".parquet": _parquet_rows,
+    }
+    reader = next((read for end, read in readers.items() if path.name.endswith(end)), None)
+    if reader is None:
+        known = ", ".join((*HUB_TEXTS, EMBEDDED))
+        raise SlebError(
+            f"unknown calibration text {source}; give {known}, or a file whose name ends in "
+            f"{', '.join(readers)}"
+        )
+    try:
+        return "\n\n".join(reader(path))
+    except UnicodeDecodeError as error:
+        raise SlebError(
+            f"calibration text {source} is not UTF-8 (byte {error.start}); convert it first"
+        ) from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise SlebError(
+            f"cannot read calibration text {source}: {why}; rows need a column named text"
+        ) from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[str]:
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        for number, row in enumerate(file, 1):
+            if row.strip():
+                text = json.loads(row).get("text")
+                if not isinstance(text, str):
+                    raise ValueError(f"line {number} has no text")
+                yield text
+
+
+def _parquet_rows(path: Path) -> Iterator[str]:
+    import pyarrow.parquet
+
+    yield from pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()

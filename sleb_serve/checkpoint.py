@@ -1,0 +1,258 @@
+"""A model as files: where they lie, what its config says, and the digests that name it.
+
+Needs neither torch nor transformers, so a manifest can be held against a checkpoint on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sleb_serve import strict_json
+from sleb_serve.errors import SlebError
+
+# Keys of config.json that say how it was written or loaded, not what the model computes. The same
+# weights saved by another version of Transformers must keep their digest.
+_NOT_THE_MODEL = frozenset(
+    {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+    | {"use_cache", "architectures_version"}
+)
+# `num_hidden_layers` goes by these names in config.json; Transformers maps them by attribute_map.
+_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_CONFIG_MAX_BYTES = 16 << 20
+_HEADER_MAX_BYTES = 100 << 20
+"""The limit of the safetensors library itself."""
+_SAMPLES = 4
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose config.json has been read."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """The model class that config.json names first.
+
+        Raises:
+            SlebError: it names none.
+        """
+        names = self.config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise SlebError(
+                f"{self.path}/config.json names no architecture; add the model's class under "
+                f'"architectures", as Transformers writes it'
+            )
+        return names[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """How many decoder blocks config.json counts.
+
+        Raises:
+            SlebError: it does not say.
+        """
+        for key in _LAYER_COUNT_KEYS:
+            value = self.config.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+        raise SlebError(
+            f"{self.path}/config.json does not say how many layers the model has (looked for "
+            f"{', '.join(_LAYER_COUNT_KEYS)}); only decoder-only text models are supported"
+        )
+
+    def config_sha256(self) -> str:
+        """Digest of config.json without the keys that say how it was written or loaded."""
+        kept = {key: value for key, value in self.config.items() if key not in _NOT_THE_MODEL}
+        return hashlib.sha256(strict_json.canonical(kept)).hexdigest()
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights, safetensors before PyTorch's, as Transformers prefers.
+
+        Raises:
+            SlebError: there are none, or the index names a file that is not there.
+        """
+        for single, index in (
+            ("model.safetensors", "model.safetensors.index.json"),
+            ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+        ):
+            if (self.path / single).is_file():
+                return (self.path / single,)
+            if (self.path / index).is_file():
+                files = tuple(self.path / name for name in _index_files(self.path / index))
+                missing = next((file for file in files if not file.is_file()), None)
+                if missing is not None:
+                    raise SlebError(
+                        f"{self.path} lacks the checkpoint shard {missing.name} that {index} "
+                        f"names; download the model again"
+                    )
+                return files
+        raise SlebError(
+            f"{self.path} holds no weights (looked for model.safetensors and pytorch_model.bin, "
+            f"whole or with an index); give a complete Transformers checkpoint"
+        )
+
+    def weights_sha256(self) -> str:
+        """Digest over every tensor's name, dtype, shape and a sample of its bytes.
+
+        Four chunks of 4 KiB, evenly spaced, are read of each tensor, and small tensors whole: a
+        70B model costs a few thousand small reads, and a fine-tuned sibling differs in all of
+        them. It does not depend on how the tensors are spread over shards. A checkpoint in
+        PyTorch's own format is sampled file by file instead.
+
+        Raises:
+            SlebError: weights are missing or a file is cut short.
+        """
+        files = self.weight_files()
+        digest = hashlib.sha256()
+        if files[0].suffix == ".safetensors":
+            tensors = sorted(
+                (name, *entry, file) for file in files for name, entry in _tensors(file)
+            )
+            for name, dtype, shape, start, end, file in tensors:
+                digest.update(strict_json.canonical([name, dtype, shape]))
+                with file.open("rb") as stream:
+                    _sample(stream, start, end, digest.update)
+        else:
+            for file in files:
+                size = file.stat().st_size
+                digest.update(strict_json.canonical([file.name, size]))
+                with file.open("rb") as stream:
+                    _sample(stream, 0, size, digest.update)
+        return digest.hexdigest()
+
+
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """Find `model`'s config.json: a local folder, or a hub id whose config is fetched if need be.
+
+    Args:
+        model: a folder, or an id on the Hugging Face hub.
+        revision: branch, tag or commit on the hub; None for the default.
+
+    Raises:
+        SlebError: there is no such model, or its config.json is not an object.
+    """
+    path = Path(model)
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise SlebError(
+                f"{model} is a folder without config.json; give a Transformers checkpoint folder"
+            )
+    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise SlebError(f"no such model: {model} is no folder; give a checkpoint folder or hub id")
+    else:
+        file = Path(_hub_file(model, "config.json", revision))
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(_CONFIG_MAX_BYTES + 1)
+        config = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SlebError(
+            f"cannot read {file}: {_reason(error)}; download the model again"
+        ) from error
+    if len(data) > _CONFIG_MAX_BYTES or not isinstance(config, dict):
+        raise SlebError(f"{file} is not a model config; give a Transformers checkpoint")
+    return Checkpoint(path=file.parent, config=config)
+
+
+def download_weights(model: str, revision: str | None = None) -> None:
+    """Bring a hub model's files into the local cache, as `from_pretrained` would.
+
+    `Checkpoint.path` of a hub id is its snapshot folder, so its digests can be taken afterwards.
+
+    Raises:
+        SlebError: the hub cannot be reached or has no such model.
+    """
+    if Path(model).is_dir():
+        return
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
+    try:
+        found = snapshot_download(model, revision=revision, allow_patterns=patterns)
+        if not any(Path(found).glob("*.safetensors")):
+            snapshot_download(model, revision=revision, allow_patterns=[*patterns, "*.bin"])
+    except Exception as error:
+        raise _no_such_model(model, error) from error
+
+
+def _hub_file(model: str, name: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return str(hf_hub_download(model, name, revision=revision))
+    except Exception as error:
+        raise _no_such_model(model, error) from error
+
+
+def _no_such_model(model: str, error: Exception) -> SlebError:
+    why = "the hub is not to be reached and the model is not in the local cache"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        why = "no such folder here, and HF_HUB_OFFLINE forbids asking the hub"
+    elif type(error).__name__ not in {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return SlebError(f"no such model: {model} ({why}); give a checkpoint folder or a hub id")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _index_files(index: Path) -> list[str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SlebError(
+            f"cannot read {index}: {_reason(error)}; download the model again"
+        ) from error
+    if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+        raise SlebError(f"{index} does not name shard files; download the model again")
+    return names
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, tuple[str, list[int], int, int]]]:
+    """(name, (dtype, shape, first byte, byte after the last)) of each tensor of a safetensors file.
+
+    The format: https://github.com/huggingface/safetensors#format
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(_HEADER_MAX_BYTES, size):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise ValueError(f"tensor {name} lies outside the file")
+            yield name, (entry["dtype"], entry["shape"], 8 + length + begin, 8 + length + end)
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SlebError(
+            f"{file} is not a whole safetensors file: {_reason(error)}; download the model again"
+        ) from error
+
+
+def _sample(stream: BinaryIO, start: int, end: int, update: Any) -> None:
+    size = end - start
+    if size <= _SAMPLES * _SAMPLE_BYTES:
+        offsets, length = [0], size
+    else:
+        length = _SAMPLE_BYTES
+        offsets = [i * (size - length) // (_SAMPLES - 1) for i in range(_SAMPLES)]
+    for offset in offsets:
+        stream.seek(start + offset)
+        update(stream.read(length))

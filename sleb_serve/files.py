@@ -1,0 +1,66 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from sleb_serve.errors import SlebError
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output path that `write_atomically` could not write, before any work is done.
+
+    Raises:
+        SlebError: the parent is not a folder one can write to, or `path` is itself a folder.
+    """
+    parent = path.parent
+    if path.is_dir():
+        raise SlebError(f"cannot write {path}: it is a folder; give the path of a file")
+    if not parent.is_dir():
+        raise SlebError(f"cannot write {path}: there is no folder {parent}; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise SlebError(
+            f"cannot write {path}: {error.strerror}; choose another output path"
+        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all: temporary file, fsync, rename.
+
+    Raises:
+        SlebError: the file could not be written; whatever was at `path` before is still there.
+    """
+    temporary: Path | None = None
+    try:
+        # mkstemp makes the file readable by its owner alone; other users of a shared model
+        # store need to read manifests, so it gets the mode that open() would have given it.
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise SlebError(
+            f"cannot write {path}: {error.strerror or error}; nothing was changed there"
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

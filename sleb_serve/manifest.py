@@ -1,0 +1,437 @@
+"""The removal manifest: which decoder blocks of which model are left out, and why.
+
+A manifest is one JSON object (UTF-8, at most 1 MiB, ``schema_version`` 1). Block indices are those
+of the original model. ``removed`` is in order of removal, so every prefix is a pruning of its own.
+Losses are mean nats per predicted token.
+
+This module knows no torch and no vLLM: a manifest can be read and checked anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sleb_serve import strict_json
+from sleb_serve.errors import SlebError
+from sleb_serve.files import write_atomically
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 1 << 20
+MAX_BLOCKS = 100_000
+"""More blocks than any model has; keeps a hostile block count from costing memory."""
+
+
+def _nothing() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class ModelBinding:
+    """The model a manifest belongs to.
+
+    ``id`` and ``revision`` say where it came from; the architecture, the block count and the two
+    digests (see `sleb_serve.checkpoint`) are what a model must match to be served by the manifest.
+    """
+
+    id: str
+    revision: str | None
+    architecture: str
+    num_blocks: int
+    config_sha256: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One removed block, and the model's calibration loss once it and all before it are gone."""
+
+    block: int
+    loss: float | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(loss); None where the loss is unknown or its exponential is not finite."""
+        return perplexity_of(self.loss)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that the losses were measured on.
+
+    ``sequences`` windows of ``sequence_length`` tokens; ``rows`` counts the data-set rows they were
+    cut from (None for a file). ``tokens_sha256`` is the digest of the token ids as little-endian
+    int64, window after window.
+    """
+
+    source: str
+    split: str | None
+    sequences: int
+    sequence_length: int
+    seed: int
+    tokens_sha256: str
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the blocks were searched for: SLEB's greedy search, its barriers, the model's dtype."""
+
+    method: str
+    early_barrier: int
+    late_barrier: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a server needs of a manifest: the blocks to leave out and the model they belong to.
+
+    ``removed`` is ascending. This is the content that travels to every vLLM worker.
+    """
+
+    architecture: str
+    num_blocks: int
+    config_sha256: str
+    weights_sha256: str
+    removed: tuple[int, ...]
+
+    @property
+    def num_kept(self) -> int:
+        """How many decoder blocks remain."""
+        return self.num_blocks - len(self.removed)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of the content: equal for equal served models only."""
+        return hashlib.sha256(strict_json.canonical(self.to_dict())).hexdigest()
+
+    @property
+    def tag(self) -> str:
+        """Short name of the pruning, as ``sleb6-1a2b3c4d``: block count and digest."""
+        return f"sleb{len(self.removed)}-{self.digest[:8]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content as plain JSON values."""
+        return {
+            "architecture": self.architecture,
+            "num_blocks": self.num_blocks,
+            "config_sha256": self.config_sha256,
+            "weights_sha256": self.weights_sha256,
+            "removed": list(self.removed),
+        }
+
+    @classmethod
+    def from_dict(cls, value: object) -> Pruning:
+        """Parse what `to_dict` made.
+
+        Raises:
+            SlebError: anything else; nothing is guessed or repaired.
+        """
+        keys = ("architecture", "num_blocks", "config_sha256", "weights_sha256", "removed")
+        fields = strict_json.object_(value, "pruning", required=keys)
+        num_blocks = _block_count(fields["num_blocks"], "pruning.num_blocks")
+        removed = [
+            strict_json.integer(block, f"pruning.removed[{i}]", 0, num_blocks - 1)
+            for i, block in enumerate(strict_json.list_(fields["removed"], "pruning.removed"))
+        ]
+        _check_blocks(removed, num_blocks, "pruning.removed")
+        if removed != sorted(removed):
+            raise SlebError("pruning.removed is not in ascending order; print the arguments anew")
+        return cls(
+            architecture=strict_json.line(fields["architecture"], "pruning.architecture"),
+            num_blocks=num_blocks,
+            config_sha256=strict_json.sha256(fields["config_sha256"], "pruning.config_sha256"),
+            weights_sha256=strict_json.sha256(fields["weights_sha256"], "pruning.weights_sha256"),
+            removed=tuple(removed),
+        )
+
+    def check_binding(
+        self,
+        found: str,
+        *,
+        architecture: str | None = None,
+        num_blocks: int | None = None,
+        config_sha256: str | None = None,
+        weights_sha256: str | None = None,
+    ) -> None:
+        """Refuse a model that is not the manifest's; what is None was not looked at.
+
+        ``found`` names the model that was found, for the message.
+
+        Raises:
+            SlebError: naming what differs, what was expected and what was found.
+        """
+        looked_at = (
+            ("architecture", self.architecture, architecture),
+            ("number of decoder blocks", self.num_blocks, num_blocks),
+            ("config_sha256", self.config_sha256, config_sha256),
+            ("weights_sha256", self.weights_sha256, weights_sha256),
+        )
+        for what, expected, actual in looked_at:
+            if actual is not None and actual != expected:
+                raise SlebError(
+                    f"the manifest is for another model than {found}: {what} expected {expected}, "
+                    f"found {actual}; select anew for this model, or give the manifest's own"
+                )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A removal manifest; see the module's docstring.
+
+    Only ``model`` and ``removed`` are needed to serve; the rest records where they came from.
+    """
+
+    model: ModelBinding
+    removed: tuple[Removal, ...]
+    dense_loss: float | None = None
+    calibration: Calibration | None = None
+    selection: Selection | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=_nothing)
+    created_by: Mapping[str, str] = field(default_factory=_nothing)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The removed blocks, in order of removal."""
+        return tuple(removal.block for removal in self.removed)
+
+    def prefix(self, blocks: int | None) -> Manifest:
+        """The manifest with only its first ``blocks`` removals (all of them for None).
+
+        Raises:
+            SlebError: ``blocks`` is not between 1 and the number of removals.
+        """
+        if blocks is None:
+            return self
+        if not 1 <= blocks <= len(self.removed):
+            raise SlebError(
+                f"--blocks {blocks}: this manifest removes {len(self.removed)} blocks, so K must "
+                f"be between 1 and {len(self.removed)}; for more, select with a larger --remove"
+            )
+        return replace(self, removed=self.removed[:blocks])
+
+    def pruning(self) -> Pruning:
+        """What a server needs of this manifest."""
+        return Pruning(
+            architecture=self.model.architecture,
+            num_blocks=self.model.num_blocks,
+            config_sha256=self.model.config_sha256,
+            weights_sha256=self.model.weights_sha256,
+            removed=tuple(sorted(self.blocks)),
+        )
+
+    def to_json(self) -> bytes:
+        """The manifest as the bytes of its file; equal manifests give equal bytes."""
+        value: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "model": dict(vars(self.model)),
+            "removed": [
+                {"block": r.block, "loss": r.loss, "perplexity": r.perplexity} for r in self.removed
+            ],
+        }
+        if self.dense_loss is not None:
+            value["dense"] = {
+                "loss": self.dense_loss,
+                "perplexity": perplexity_of(self.dense_loss),
+            }
+        if self.calibration is not None:
+            value["calibration"] = dict(vars(self.calibration))
+        if self.selection is not None:
+            value["selection"] = dict(vars(self.selection))
+        value["evaluation"] = _thaw(self.evaluation)
+        value["created_by"] = dict(self.created_by)
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        return (text + "\n").encode()
+
+    def write(self, path: Path) -> None:
+        """Write the manifest to `path`, whole or not at all.
+
+        Raises:
+            SlebError: the file cannot be written, or would be larger than a reader accepts.
+        """
+        data = self.to_json()
+        if len(data) > MAX_BYTES:
+            raise SlebError(
+                f"{path}: the manifest would have {len(data)} bytes, more than the {MAX_BYTES} a "
+                f"reader accepts; store less under its evaluation"
+            )
+        write_atomically(path, data)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and validate the manifest file at `path`.
+
+    Raises:
+        SlebError: the file cannot be read or is not a valid manifest; the message names the file.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise SlebError(
+            f"cannot read manifest {path}: {error.strerror or error}; "
+            f"`sleb-serve select` writes manifests"
+        ) from error
+    try:
+        return parse_manifest(data)
+    except SlebError as error:
+        raise SlebError(f"{path}: {error}") from None
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Parse and validate the bytes of a manifest file.
+
+    Raises:
+        SlebError: for anything that is not exactly the format, naming the offending part.
+    """
+    if len(data) > MAX_BYTES:
+        raise SlebError(
+            f"larger than {MAX_BYTES} bytes, which no removal manifest is; check the path"
+        )
+    fields = strict_json.object_(
+        strict_json.load(data),
+        "manifest",
+        required=("schema_version", "model", "removed"),
+        optional=("dense", "calibration", "selection", "evaluation", "created_by"),
+    )
+    version = strict_json.integer(fields["schema_version"], "schema_version", 0, 1 << 31)
+    if version != SCHEMA_VERSION:
+        raise SlebError(
+            f"schema_version is {version}, this sleb-serve reads {SCHEMA_VERSION}; "
+            f"upgrade sleb-serve or select anew"
+        )
+    model = _parse_model(fields["model"])
+    removed = tuple(
+        _parse_removal(entry, f"removed[{i}]", model.num_blocks)
+        for i, entry in enumerate(strict_json.list_(fields["removed"], "removed"))
+    )
+    _check_blocks([r.block for r in removed], model.num_blocks, "removed")
+    dense = fields.get("dense")
+    calibration = fields.get("calibration")
+    selection = fields.get("selection")
+    evaluation = strict_json.any_object(fields.get("evaluation", {}), "evaluation")
+    created_by = strict_json.any_object(fields.get("created_by", {}), "created_by")
+    return Manifest(
+        model=model,
+        removed=removed,
+        dense_loss=None if dense is None else _parse_loss(dense, "dense"),
+        calibration=None if calibration is None else _parse_calibration(calibration),
+        selection=None if selection is None else _parse_selection(selection, model.num_blocks),
+        evaluation=MappingProxyType(evaluation),
+        created_by=MappingProxyType(
+            {key: strict_json.line(value, f"created_by.{key}") for key, value in created_by.items()}
+        ),
+    )
+
+
+def perplexity_of(loss: float | None) -> float | None:
+    """The exponential of a loss in nats per token; None if unknown or beyond a float."""
+    if loss is None:
+        return None
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
+
+
+def _block_count(value: object, where: str) -> int:
+    return strict_json.integer(value, where, 1, MAX_BLOCKS)
+
+
+def _check_blocks(blocks: Sequence[int], num_blocks: int, where: str) -> None:
+    if not blocks:
+        raise SlebError(f"{where} is empty: nothing is removed; serve the dense model with vllm")
+    if len(set(blocks)) != len(blocks):
+        twice = next(block for i, block in enumerate(blocks) if block in blocks[:i])
+        raise SlebError(f"{where} names block {twice} twice; each block can be removed once")
+    if len(blocks) >= num_blocks:
+        raise SlebError(f"{where} names all {num_blocks} blocks; at least one must remain")
+
+
+def _parse_model(value: object) -> ModelBinding:
+    keys = ("id", "revision", "architecture", "num_blocks", "config_sha256", "weights_sha256")
+    fields = strict_json.object_(value, "model", required=keys)
+    revision = fields["revision"]
+    return ModelBinding(
+        id=strict_json.line(fields["id"], "model.id"),
+        revision=None if revision is None else strict_json.line(revision, "model.revision"),
+        architecture=strict_json.line(fields["architecture"], "model.architecture"),
+        num_blocks=_block_count(fields["num_blocks"], "model.num_blocks"),
+        config_sha256=strict_json.sha256(fields["config_sha256"], "model.config_sha256"),
+        weights_sha256=strict_json.sha256(fields["weights_sha256"], "model.weights_sha256"),
+    )
+
+
+def _parse_loss(value: object, where: str, extra: Sequence[str] = ()) -> float | None:
+    fields = strict_json.object_(value, where, required=extra, optional=("loss", "perplexity"))
+    loss = fields.get("loss")
+    perplexity = fields.get("perplexity")
+    if perplexity is not None:
+        found = strict_json.number(perplexity, f"{where}.perplexity")
+        expected = perplexity_of(strict_json.number(loss, f"{where}.loss"))
+        # People round when they write by hand; two numbers that contradict each other are refused.
+        if expected is None or not math.isclose(found, expected, rel_tol=0.01):
+            raise SlebError(
+                f"{where}.perplexity is {found:g}, but exp(loss) is {expected or math.inf:g}; "
+                f"the file was edited: correct one of them"
+            )
+    return None if loss is None else strict_json.number(loss, f"{where}.loss")
+
+
+def _parse_removal(value: object, where: str, num_blocks: int) -> Removal:
+    loss = _parse_loss(value, where, extra=("block",))
+    assert isinstance(value, dict)
+    return Removal(strict_json.integer(value["block"], f"{where}.block", 0, num_blocks - 1), loss)
+
+
+def _parse_calibration(value: object) -> Calibration:
+    fields = strict_json.object_(
+        value,
+        "calibration",
+        required=("source", "split", "sequences", "sequence_length", "seed", "tokens_sha256"),
+        optional=("rows",),
+    )
+    split = fields["split"]
+    rows = fields.get("rows")
+    return Calibration(
+        source=strict_json.line(fields["source"], "calibration.source"),
+        split=None if split is None else strict_json.line(split, "calibration.split"),
+        sequences=strict_json.integer(fields["sequences"], "calibration.sequences", 1, 1 << 31),
+        sequence_length=strict_json.integer(
+            fields["sequence_length"], "calibration.sequence_length", 2, 1 << 31
+        ),
+        seed=strict_json.integer(fields["seed"], "calibration.seed", 0, 1 << 62),
+        tokens_sha256=strict_json.sha256(fields["tokens_sha256"], "calibration.tokens_sha256"),
+        rows=None if rows is None else strict_json.integer(rows, "calibration.rows", 1, 1 << 62),
+    )
+
+
+def _parse_selection(value: object, num_blocks: int) -> Selection:
+    fields = strict_json.object_(
+        value, "selection", required=("method", "early_barrier", "late_barrier", "dtype")
+    )
+    return Selection(
+        method=strict_json.line(fields["method"], "selection.method"),
+        early_barrier=strict_json.integer(
+            fields["early_barrier"], "selection.early_barrier", 0, num_blocks
+        ),
+        late_barrier=strict_json.integer(
+            fields["late_barrier"], "selection.late_barrier", 0, num_blocks
+        ),
+        dtype=strict_json.line(fields["dtype"], "selection.dtype"),
+    )
+
+
+def _thaw(value: object) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _thaw(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_thaw(item) for item in value]
+    return value

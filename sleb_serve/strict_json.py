@@ -1,0 +1,165 @@
+"""Strict JSON: what is not exactly expected is refused, by the name of its place in the file.
+
+Each reader takes a value and where it stands, and returns it with its type known. Duplicate keys,
+NaN and infinities, booleans for numbers, unknown keys, endless nesting and text that is not Unicode
+are refused with a `SlebError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sleb_serve.errors import SlebError
+
+_MAX_DEPTH = 32
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+
+
+def canonical(value: object) -> bytes:
+    """One spelling for equal JSON values: sorted keys, no blanks, ASCII. The input of digests."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def load(data: bytes) -> object:
+    """Parse UTF-8 JSON, refusing what JSON parsers commonly let through."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise SlebError(f"key {short(twice)} stands twice in one object; remove one")
+        return result
+
+    def no_constant(name: str) -> object:
+        raise SlebError(f"{name} is not a JSON number; the file was not written by sleb-serve")
+
+    def bounded_int(text: str) -> int:
+        if len(text) > 20:
+            raise SlebError(f"number {text[:20]}… is out of range; no count is that large")
+        return int(text)
+
+    def finite_float(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise SlebError(f"number {short(text)} is out of range; losses are finite")
+        return number
+
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=no_constant,
+            parse_int=bounded_int,
+            parse_float=finite_float,
+        )
+    except UnicodeDecodeError as error:
+        raise SlebError(
+            f"not UTF-8 text (byte {error.start}); give a removal manifest, not a binary file"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise SlebError(
+            f"not JSON ({error.msg} at line {error.lineno} column {error.colno}); the file is cut "
+            f"short or was edited by hand: select anew or restore it"
+        ) from None
+    except RecursionError:
+        raise SlebError("nested too deeply; a removal manifest is a few levels deep") from None
+    _check_depth_and_text(value)
+    return value
+
+
+def _check_depth_and_text(value: object) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        if not level:
+            return
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.keys())
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+            elif isinstance(item, str) and any("\ud800" <= c <= "\udfff" for c in item):
+                # JSON can spell half a surrogate pair; UTF-8 cannot, so it could not be written.
+                raise SlebError(f"text {short(item)} has a lone surrogate; it is not Unicode text")
+        level = below
+    raise SlebError("nested too deeply; a removal manifest is a few levels deep")
+
+
+def short(value: object) -> str:
+    """The value for a message: ASCII, one line, at most 60 characters."""
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def object_(
+    value: object, where: str, *, required: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """An object with all of the required keys, maybe the optional ones, and no others."""
+    if not isinstance(value, dict):
+        raise SlebError(f"{where} must be an object, found {short(value)}; select anew")
+    unknown = next((key for key in value if key not in required and key not in optional), None)
+    if unknown is not None:
+        known = ", ".join((*required, *optional))
+        raise SlebError(
+            f"unknown key {short(unknown)} in {where} (known: {known}); "
+            f"remove it, or upgrade sleb-serve if a newer one wrote the file"
+        )
+    missing = next((key for key in required if key not in value), None)
+    if missing is not None:
+        raise SlebError(f"{where} lacks the key {missing!r}; select anew")
+    return value
+
+
+def any_object(value: object, where: str) -> dict[str, Any]:
+    """An object with whatever keys."""
+    if not isinstance(value, dict):
+        raise SlebError(f"{where} must be an object, found {short(value)}; select anew")
+    return value
+
+
+def list_(value: object, where: str) -> list[Any]:
+    """A list of whatever."""
+    if not isinstance(value, list):
+        raise SlebError(f"{where} must be a list, found {short(value)}; select anew")
+    return value
+
+
+def line(value: object, where: str) -> str:
+    """A text that is not empty and has no control characters."""
+    if not isinstance(value, str) or not value or any(ord(c) < 32 for c in value):
+        raise SlebError(f"{where} must be a line of text, found {short(value)}; select anew")
+    return value
+
+
+def sha256(value: object, where: str) -> str:
+    """A SHA-256 digest in lower-case hexadecimal."""
+    if not isinstance(value, str) or not _SHA256.match(value):
+        raise SlebError(
+            f"{where} must be 64 lower-case hexadecimal digits, found {short(value)}; select anew"
+        )
+    return value
+
+
+def integer(value: object, where: str, low: int, high: int) -> int:
+    """A whole number from `low` to `high`."""
+    # bool is a subclass of int; a manifest that says true for 1 was not written by this program.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SlebError(f"{where} must be a whole number, found {short(value)}; select anew")
+    if not low <= value <= high:
+        raise SlebError(
+            f"{where} must be between {low} and {high}, found {short(value)}; select anew"
+        )
+    return value
+
+
+def number(value: object, where: str) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SlebError(f"{where} must be a number, found {short(value)}; select anew")
+    return float(value)
