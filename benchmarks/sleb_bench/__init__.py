@@ -1,0 +1,1 @@
+"""Paired benchmark: dense and pruned vLLM, interleaved, prompt and generation throughput apart."""

@@ -1,0 +1,22 @@
+"""Which architectures can be served pruned, and what they are called then. Imports nothing."""
+
+from __future__ import annotations
+
+ARCHITECTURES = frozenset(
+    {
+        "LlamaForCausalLM",
+        "OPTForCausalLM",
+    }
+)
+"""Architectures whose pruned form is tested to equal Transformers with the blocks deleted."""
+
+CONFIG_KEY = "sleb"
+"""Where the Hugging Face config of a pruned model holds its `sleb_serve.manifest.Pruning`."""
+
+ENTRY_POINT = "sleb"
+"""The plugin's name among the ``vllm.general_plugins``, as ``VLLM_PLUGINS`` selects by."""
+
+
+def pruned_name(architecture: str) -> str:
+    """The architecture name that asks for the pruned form; a vLLM without the plugin has none."""
+    return f"Sleb{architecture}"

@@ -1,0 +1,87 @@
+"""Hold the manifest in a vLLM configuration against the model that vLLM is about to load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sleb_serve.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest import Pruning
+from sleb_vllm.architectures import CONFIG_KEY, pruned_name
+
+
+def check_engine(vllm_config: Any) -> Pruning:
+    """The pruning that a vLLM configuration asks for, if its model is the pruning's.
+
+    The weights are looked at where they are already on this machine; `check_weights` looks at
+    them once vLLM has fetched them.
+
+    Raises:
+        SlebError: there is no pruning, it is malformed, the model is another one, or the engine is
+            asked for something that is not supported for pruned models.
+    """
+    model_config = vllm_config.model_config
+    pruning = pruning_of(model_config)
+    checkpoint = _checkpoint(model_config)
+    pruning.check_binding(
+        model_config.model,
+        architecture=checkpoint.architecture,
+        num_blocks=checkpoint.num_blocks,
+        config_sha256=checkpoint.config_sha256(),
+    )
+    built = model_config.hf_text_config.num_hidden_layers
+    if built != pruning.num_blocks:
+        raise SlebError(
+            f"vLLM's configuration counts {built} layers and the manifest {pruning.num_blocks}; "
+            f"do not override num_hidden_layers for a pruned model"
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise SlebError(
+            "pruned models are not served with pipeline parallelism; use --tensor-parallel-size"
+        )
+    if vllm_config.load_config.load_format != "dummy" and _has_weights(checkpoint):
+        check_weights(model_config, pruning)
+    return pruning
+
+
+def check_weights(model_config: Any, pruning: Pruning) -> None:
+    """Refuse a checkpoint whose weights are not those the manifest was made on.
+
+    Raises:
+        SlebError: naming the digest expected and the one found.
+    """
+    pruning.check_binding(
+        model_config.model, weights_sha256=_checkpoint(model_config).weights_sha256()
+    )
+
+
+def pruning_of(model_config: Any) -> Pruning:
+    """The pruning in the overridden Hugging Face config.
+
+    Raises:
+        SlebError: there is none, or it is for another architecture than the one asked for.
+    """
+    content = getattr(model_config.hf_config, CONFIG_KEY, None)
+    if content is None:
+        raise SlebError(
+            f"architecture {model_config.architectures[0]} was asked for without a manifest; use "
+            f"the arguments that `sleb-serve serve --dry-run` prints"
+        )
+    pruning = Pruning.from_dict(content)
+    if model_config.architectures != [pruned_name(pruning.architecture)]:
+        raise SlebError(
+            f"architecture {model_config.architectures} was asked for with a manifest for "
+            f"{pruning.architecture}; use the arguments that `sleb-serve serve --dry-run` prints"
+        )
+    return pruning
+
+
+def _checkpoint(model_config: Any) -> Checkpoint:
+    return open_checkpoint(model_config.model, model_config.revision)
+
+
+def _has_weights(checkpoint: Checkpoint) -> bool:
+    return any(
+        Path(checkpoint.path).glob(pattern) for pattern in ("*.safetensors", "pytorch_model*.bin")
+    )

@@ -1,0 +1,128 @@
+"""Placeholders for removed decoder layers, put in place while vLLM builds a model."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.models import utils
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest import Pruning
+
+
+class RemovedLayer(PPMissingLayer):
+    """Stands where a removed decoder layer would be and hands on what it was given.
+
+    vLLM's weight loaders, LoRA and others take a `PPMissingLayer` for absent, so the layers that
+    remain keep their indices, and with them their weights' names, their attention type and window.
+    """
+
+    def __init__(self, carried: tuple[tuple[int, str], ...] = ()) -> None:
+        super().__init__()
+        self.carried = carried
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The inputs that the model's loop carries from layer to layer, in the order it wants."""
+        values = tuple(
+            args[position] if position < len(args) else kwargs[name]
+            for position, name in self.carried
+        )
+        return values[0] if len(values) == 1 else values
+
+
+@dataclass
+class BuiltLayers:
+    """The decoder that was built: its layers, where they stand, which part is this rank's."""
+
+    prefix: str = ""
+    start: int = 0
+    end: int = 0
+    layers: nn.ModuleList = field(default_factory=nn.ModuleList)
+
+    def kept(self) -> list[int]:
+        """Original indices of the layers that exist on this rank."""
+        return [i for i, layer in enumerate(self.layers) if not isinstance(layer, PPMissingLayer)]
+
+
+@contextmanager
+def built_without(pruning: Pruning) -> Iterator[BuiltLayers]:
+    """While this is open, vLLM's `make_layers` leaves out the removed layers of one decoder.
+
+    Models import `make_layers` by name, so it is replaced in every module that holds it; all of
+    them hold vLLM's own again afterwards, and other models of the process never see this one.
+
+    Yields:
+        Filled in once the decoder's layers have been made.
+
+    Raises:
+        SlebError: the model made no such list of layers, or several, or layers of a shape that
+            cannot be left out.
+    """
+    original = utils.make_layers
+    made: list[BuiltLayers] = []
+    result = BuiltLayers()
+
+    def make_layers(num_hidden_layers: int, layer_fn: Callable[..., Any], prefix: str) -> Any:
+        if num_hidden_layers != pruning.num_blocks:
+            return original(num_hidden_layers, layer_fn, prefix)
+        removed = frozenset(pruning.removed)
+
+        def make_layer(prefix: str) -> Any:
+            index = int(prefix.rpartition(".")[2])
+            return RemovedLayer() if index in removed else layer_fn(prefix=prefix)
+
+        start, end, layers = original(num_hidden_layers, make_layer, prefix)
+        built = BuiltLayers(prefix, start, end, layers)
+        kept = built.kept()
+        if not kept:
+            raise SlebError(f"every layer of {prefix} on this rank is removed; remove fewer blocks")
+        carried = carried_inputs(type(layers[kept[0]]))
+        for layer in layers:
+            if isinstance(layer, RemovedLayer):
+                layer.carried = carried
+        made.append(built)
+        return start, end, layers
+
+    _replace(original, make_layers)
+    try:
+        yield result
+    finally:
+        _replace(make_layers, original)
+    if len(made) != 1:
+        raise SlebError(
+            f"{pruning.architecture} made {len(made)} lists of {pruning.num_blocks} decoder layers "
+            f"through vLLM's make_layers, where exactly one can be pruned"
+        )
+    result.__dict__.update(vars(made[0]))
+
+
+def carried_inputs(layer: type[nn.Module]) -> tuple[tuple[int, str], ...]:
+    """Position and name of the inputs that a layer's loop expects back: the stream's parts.
+
+    To skip a layer is the identity on what the loop carries, and vLLM's layers take that as
+    ``hidden_states`` and, where the residual is kept apart, ``residual``.
+
+    Raises:
+        SlebError: the layer's forward takes no ``hidden_states``.
+    """
+    names = list(inspect.signature(layer.forward).parameters)[1:]
+    if "hidden_states" not in names:
+        raise SlebError(
+            f"{layer.__name__}.forward takes {', '.join(names)}: what it hands on cannot be told; "
+            f"this architecture cannot be served pruned"
+        )
+    return tuple((names.index(n), n) for n in ("hidden_states", "residual") if n in names)
+
+
+def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    for module in list(sys.modules.values()):
+        # Through __dict__: getattr on a lazy module would import what it stands for.
+        if getattr(module, "__dict__", {}).get("make_layers") is old:
+            module.__dict__["make_layers"] = new

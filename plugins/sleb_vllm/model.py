@@ -1,0 +1,83 @@
+"""What vLLM builds for a pruned architecture: the stock class, less the removed layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from vllm.logger import init_logger
+
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest import Pruning
+from sleb_vllm.architectures import pruned_name
+from sleb_vllm.binding import check_engine, check_weights
+from sleb_vllm.layers import BuiltLayers, built_without
+
+# A child of vLLM's own logger, so that the lines appear where vLLM's do.
+logger = init_logger("vllm.plugins.sleb")
+
+
+@functools.cache
+def pruned_class(stock: Any) -> Any:
+    """The pruned form of a vLLM model class.
+
+    It acts only while an instance is built and loaded; what runs afterwards is the stock class's
+    own code on a shorter list of layers.
+    """
+
+    class Pruned(stock):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            pruning = check_engine(vllm_config)
+            with built_without(pruning) as built:
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+            _check_built(pruning, built, vllm_config)
+            self.sleb_pruning = pruning
+            self._sleb_model_config = vllm_config.model_config
+            logger.info(
+                "Pruned by manifest %s: %d of %d decoder layers built, removed %s, %d parameters",
+                pruning.tag,
+                len(built.kept()),
+                pruning.num_blocks,
+                list(pruning.removed),
+                sum(parameter.numel() for parameter in self.parameters()),
+            )
+
+        def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
+            loaded = super().load_weights(weights, *args, **kwargs)
+            # Again, since a model from the hub may have been downloaded only now.
+            check_weights(self._sleb_model_config, self.sleb_pruning)
+            return loaded
+
+    Pruned.__name__ = Pruned.__qualname__ = pruned_name(stock.__name__)
+    Pruned.__doc__ = f"{stock.__name__} without the decoder layers that a manifest removes."
+    return Pruned
+
+
+def _check_built(pruning: Pruning, built: BuiltLayers, vllm_config: Any) -> None:
+    """Count what was built against the manifest; whatever differs must end the server's start."""
+    expected = [i for i in range(built.start, built.end) if i not in pruning.removed]
+    if built.kept() != expected:
+        raise SlebError(
+            f"built decoder layers {built.kept()} where the manifest leaves {expected}; this "
+            f"vLLM cannot serve the model pruned"
+        )
+    caches = vllm_config.compilation_config.static_forward_context
+    left_over = sorted(
+        name
+        for name in caches
+        for index in pruning.removed
+        if name.startswith(f"{built.prefix}.{index}.")
+    )
+    if left_over:
+        raise SlebError(
+            f"removed layers still claim KV cache: {', '.join(left_over)}; this vLLM cannot serve "
+            f"the model pruned"
+        )
+    own = {id(module) for module in built.layers.modules()}
+    if not any(isinstance(m, nn.Module) and id(m) in own for m in caches.values()):
+        raise SlebError(
+            "no kept decoder layer registered an attention layer; this vLLM cannot serve the "
+            "model pruned"
+        )
