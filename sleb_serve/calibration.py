@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleb_serve.errors import SlebError
+from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest import Calibration
 
 Tokenize = Callable[[str], Sequence[int]]
@@ -127,6 +127,29 @@ def make_windows(
     )
 
 
+def held_out_windows(
+    tokenize: Tokenize, count: int, length: int, calibration: Calibration | None
+) -> tuple[tuple[int, ...], ...]:
+    """The last `count` windows of `length` tokens of the embedded text.
+
+    Raises:
+        SlebError: they would overlap what `calibration` took from its start.
+    """
+    if count < 1:
+        return ()
+    ids = tokenize(_python_docs())
+    start = len(ids) - count * length
+    used = 0
+    if calibration is not None and calibration.source == EMBEDDED:
+        used = calibration.sequences * calibration.sequence_length
+    if start < used:
+        raise SlebError(
+            f"{count} windows of {length} tokens of {EMBEDDED} would overlap the calibration's; "
+            f"ask for fewer --perplexity-windows"
+        )
+    return tuple(tuple(ids[start + i * length : start + (i + 1) * length]) for i in range(count))
+
+
 def _digest(windows: Sequence[Sequence[int]]) -> str:
     digest = hashlib.sha256()
     for window in windows:
@@ -168,10 +191,9 @@ def _hub_tokens(
     try:
         data = load_dataset(**dict(hub.arguments), split=hub.split).shuffle(seed=seed)
     except Exception as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SlebError(
-            f"cannot load the data set of {source}: {why}; connect to the hub once, set "
-            f"HF_DATASETS_CACHE, or use --calibration {EMBEDDED}"
+            f"cannot load the data set of {source}: {first_line(error)}; connect to the hub "
+            f"once, set HF_DATASETS_CACHE, or use --calibration {EMBEDDED}"
         ) from error
     count = min(rows or DEFAULT_ROWS, len(data))
     while True:
@@ -212,9 +234,9 @@ def _file_text(source: str) -> str:
             f"calibration text {source} is not UTF-8 (byte {error.start}); convert it first"
         ) from error
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise SlebError(
-            f"cannot read calibration text {source}: {why}; rows need a column named text"
+            f"cannot read calibration text {source}: {first_line(error)}; rows need a "
+            f"column named text"
         ) from error
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sleb_serve import strict_json
-from sleb_serve.errors import SlebError
+from sleb_serve.errors import SlebError, first_line
 
 # Keys of config.json that say how it was written or loaded, not what the model computes. The same
 # weights saved by another version of Transformers must keep their digest.
@@ -130,6 +131,22 @@ class Checkpoint:
                     _sample(stream, 0, size, digest.update)
         return digest.hexdigest()
 
+    def parameter_counts(self) -> list[int] | None:
+        """Parameters of each decoder block, by index; None for a PyTorch checkpoint.
+
+        A tensor belongs to block i if i is the first number among the parts of its name.
+        """
+        files = self.weight_files()
+        if files[0].suffix != ".safetensors":
+            return None
+        counts = [0] * self.num_blocks
+        for file in files:
+            for name, (_, shape, _, _) in _tensors(file):
+                index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+                if index is not None and index < len(counts):
+                    counts[index] += math.prod(shape)
+        return counts
+
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Find `model`'s config.json: a local folder, or a hub id whose config is fetched if need be.
@@ -158,7 +175,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         config = json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
         raise SlebError(
-            f"cannot read {file}: {_reason(error)}; download the model again"
+            f"cannot read {file}: {first_line(error)}; download the model again"
         ) from error
     if len(data) > _CONFIG_MAX_BYTES or not isinstance(config, dict):
         raise SlebError(f"{file} is not a model config; give a Transformers checkpoint")
@@ -200,12 +217,8 @@ def _no_such_model(model: str, error: Exception) -> SlebError:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         why = "no such folder here, and HF_HUB_OFFLINE forbids asking the hub"
     elif type(error).__name__ not in {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = first_line(error)
     return SlebError(f"no such model: {model} ({why}); give a checkpoint folder or a hub id")
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _index_files(index: Path) -> list[str]:
@@ -214,7 +227,7 @@ def _index_files(index: Path) -> list[str]:
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SlebError(
-            f"cannot read {index}: {_reason(error)}; download the model again"
+            f"cannot read {index}: {first_line(error)}; download the model again"
         ) from error
     if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
         raise SlebError(f"{index} does not name shard files; download the model again")
@@ -242,7 +255,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, tuple[str, list[int], int, int]]
             yield name, (entry["dtype"], entry["shape"], 8 + length + begin, 8 + length + end)
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SlebError(
-            f"{file} is not a whole safetensors file: {_reason(error)}; download the model again"
+            f"{file} is not a whole safetensors file: {first_line(error)}; download the model again"
         ) from error
 
 

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from sleb_serve.errors import SlebError
+from sleb_serve.errors import SlebError, first_line
 
 
 def check_writable(path: Path) -> None:
@@ -25,7 +25,7 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise SlebError(
-            f"cannot write {path}: {error.strerror}; choose another output path"
+            f"cannot write {path}: {first_line(error)}; choose another output path"
         ) from error
 
 
@@ -56,7 +56,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise SlebError(
-            f"cannot write {path}: {error.strerror or error}; nothing was changed there"
+            f"cannot write {path}: {first_line(error)}; nothing was changed there"
         ) from error
 
 

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sleb_serve import strict_json
-from sleb_serve.errors import SlebError
+from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import write_atomically
 
 SCHEMA_VERSION = 1
@@ -276,7 +276,7 @@ def read_manifest(path: Path) -> Manifest:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise SlebError(
-            f"cannot read manifest {path}: {error.strerror or error}; "
+            f"cannot read manifest {path}: {first_line(error)}; "
             f"`sleb-serve select` writes manifests"
         ) from error
     try:

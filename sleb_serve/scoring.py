@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sleb_serve.checkpoint import Checkpoint
-from sleb_serve.errors import SlebError
+from sleb_serve.errors import SlebError, first_line
 
 _LOGITS_BYTES = 256 << 20
 """Logits held at a time, in the model's dtype."""
@@ -30,17 +30,12 @@ _PROBE_TOKENS = 16
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
-    """Load a checkpoint's causal LM for scoring, spread over the accelerators where there are any.
-
-    Args:
-        checkpoint: a folder with config and weights.
-        dtype: one of `DTYPES`; ``auto`` is the checkpoint's own.
+def check_causal_lm(checkpoint: Checkpoint) -> None:
+    """Refuse a model that Transformers does not know as a causal LM.
 
     Raises:
-        SlebError: not a causal LM of this Transformers, or the weights cannot be loaded.
+        SlebError: naming the architecture.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known: set[str] = set()
@@ -51,6 +46,20 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
             f"{checkpoint.path} is not a causal language model that Transformers knows: its "
             f"architecture is {checkpoint.architecture}; give a decoder-only text model"
         )
+
+
+def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
+    """Load a checkpoint's causal LM for scoring, spread over the accelerators where there are any.
+
+    Args:
+        checkpoint: a folder with config and weights.
+        dtype: one of `DTYPES`; ``auto`` is the checkpoint's own.
+
+    Raises:
+        SlebError: weights are missing or cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
     checkpoint.weight_files()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -59,10 +68,9 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
             device_map="auto" if torch.accelerator.is_available() else None,
         )
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SlebError(
-            f"cannot load {checkpoint.path}: {first}; check that the checkpoint is whole and that "
-            f"this Transformers knows it"
+            f"cannot load {checkpoint.path}: {first_line(error)}; check that the checkpoint is "
+            f"whole and that this Transformers knows it"
         ) from error
     result: nn.Module = model.eval()
     return result

@@ -1,0 +1,303 @@
+"""The command line of sleb-serve: the only place that prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from sleb_serve import __version__
+from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, Windows
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest import read_manifest
+from sleb_serve.search_log import log_path
+from sleb_serve.select import SelectOptions, select
+from sleb_serve.selection import Step
+from sleb_serve.serve import check_plugin, serve_command
+from sleb_serve.show import describe
+
+_SELECT_EXAMPLES = """\
+examples:
+  sleb-serve select meta-llama/Llama-2-70b-hf -o llama-70b.json --remove 0.2
+  sleb-serve select facebook/opt-6.7b -o opt.json --remove 7 --calibration c4 --rows 128
+  sleb-serve select ./my-model -o m.json --remove 6 --calibration chats.jsonl \\
+      --sequences 16 --sequence-length 1024
+  sleb-serve select ./my-model -o m.json --remove 6 --resume    # after an interruption
+
+Beside M.json, M.json.search.jsonl records the loss of every candidate of every step.
+"""
+_SERVE_EXAMPLES = """\
+examples:
+  sleb-serve serve meta-llama/Llama-2-70b-hf -m llama-70b.json --tensor-parallel-size 2
+  sleb-serve serve ./my-model -m m.json --blocks 4 --port 8001 --max-model-len 4096
+  sleb-serve serve ./my-model -m m.json --dry-run      # print the vLLM command, start nothing
+
+Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
+The server refuses to start rather than serve the dense model.
+"""
+_BENCH_EXAMPLES = """\
+examples:
+  sleb-serve bench ./my-model -m m.json -o results
+  sleb-serve bench ./my-model -m m.json -o results --rounds 7 --batch 32 \\
+      --engine-args '{"tensor_parallel_size": 2}'
+
+Writes results/records.jsonl (every sample), results/report.json and results/report.md.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse with errors of one line; the usage is a --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SlebError(f"{message}; see `{self.prog} --help`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, or 2 for a mistake in what was asked for.
+    """
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except SlebError as error:
+        print(f"sleb-serve: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sleb-serve: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser, serve = _parsers()
+    if arguments[:1] == ["serve"]:
+        return _serve(serve, arguments[1:])
+    options = parser.parse_args(arguments)
+    if options.command == "select":
+        return _select(options)
+    if options.command == "bench":
+        return _bench(options)
+    return _show(options)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    parser = _Parser(
+        prog="sleb-serve",
+        description="Find the transformer blocks an LLM can lose, serve it without them in vLLM, "
+        "measure the gain.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, examples: str | None = None) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    _add_select(command("select", "find the blocks to remove, write a manifest", _SELECT_EXAMPLES))
+    show = command("show", "show what a manifest removes, and the loss curve")
+    _add_manifest(show, positional=True)
+    show.add_argument("--json", action="store_true", help="the manifest itself, validated")
+    serve = command("serve", "serve a pruned model with vLLM", _SERVE_EXAMPLES)
+    serve.usage = "%(prog)s MODEL -m M.json [--blocks K] [--dry-run] [any option of vllm serve]"
+    _add_manifest(serve)
+    serve.add_argument(
+        "--dry-run", action="store_true", help="print the vLLM command, start nothing"
+    )
+    _add_bench(command("bench", "measure the pruned model against the dense one", _BENCH_EXAMPLES))
+    return parser, serve
+
+
+def _add_manifest(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    if positional:
+        parser.add_argument("manifest", metavar="M.json", type=Path)
+    else:
+        parser.add_argument("-m", "--manifest", metavar="M.json", type=Path, required=True)
+    parser.add_argument(
+        "--blocks", metavar="K", type=int, help="only the manifest's first K removals"
+    )
+
+
+def _add_select(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    parser.add_argument("-o", "--output", metavar="M.json", type=Path, required=True)
+    parser.add_argument(
+        "--remove",
+        metavar="N|SHARE",
+        required=True,
+        help="how many blocks to remove (6), or what share of them, rounded up (0.2)",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        default="wikitext2",
+        help=f"{', '.join(HUB_TEXTS)}, {EMBEDDED} (needs no download), or a .txt, .jsonl, "
+        ".jsonl.gz or .parquet file (default: wikitext2)",
+    )
+    parser.add_argument(
+        "--sequences",
+        metavar="N",
+        type=int,
+        help="windows of text (default: all that the rows give; 8 for files)",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        metavar="L",
+        type=int,
+        help="tokens a window (default: 2048, or the model's context if that is shorter)",
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="R",
+        type=int,
+        help="rows of wikitext2 or c4 (default: 128, or as many as --sequences needs)",
+    )
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="shuffles the rows")
+    parser.add_argument(
+        "--early-barrier", metavar="B", type=int, default=1, help="first blocks that stay"
+    )
+    parser.add_argument(
+        "--late-barrier", metavar="B", type=int, default=1, help="last blocks that stay"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype to compute in (default: the checkpoint's)",
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    parser.add_argument(
+        "--resume", action="store_true", help="take over the finished steps of a killed search"
+    )
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    _add_manifest(parser)
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
+    parser.add_argument(
+        "--prompt-length", type=int, default=512, help="tokens a prompt for prefill (default: 512)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=8, help="sequences generated at once (default: 8)"
+    )
+    parser.add_argument(
+        "--output-length", type=int, default=64, help="tokens generated each (default: 64)"
+    )
+    parser.add_argument(
+        "--perplexity-windows",
+        type=int,
+        default=8,
+        help="windows of held-out text for the perplexity beside the speed (default: 8)",
+    )
+    parser.add_argument(
+        "--engine-args",
+        metavar="JSON",
+        default="{}",
+        help='arguments of vllm.LLM for both, as {"enforce_eager": true}',
+    )
+
+
+class _SearchBars:
+    """Progress of a search on standard error."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[NoReturn] | None = None
+        self._candidates = 0
+
+    def loaded(self, windows: Windows, resumed: Sequence[Step]) -> None:
+        text = windows.calibration
+        _say(f"calibration: {text.sequences} windows of {text.sequence_length} tokens")
+        for number, step in enumerate(resumed, 1):
+            _say(f"step {number}: block {step.block}, loss {step.loss:.4f} (resumed)")
+
+    def step_begins(self, number: int, candidates: int, windows: int) -> None:
+        self._candidates = candidates
+        self._bar = tqdm(
+            total=candidates * windows,
+            desc=f"step {number}: {candidates} candidates",
+            unit="window",
+            leave=False,
+        )
+
+    def window_done(self) -> None:
+        assert self._bar is not None
+        self._bar.update(self._candidates)
+
+    def step_ended(self, number: int, step: Step) -> None:
+        assert self._bar is not None
+        self._bar.close()
+        _say(f"step {number}: block {step.block}, loss {step.loss:.4f}")
+
+
+def _select(options: argparse.Namespace) -> int:
+    values = {name: value for name, value in vars(options).items() if name != "command"}
+    manifest = select(SelectOptions(**values), _SearchBars())
+    print(describe(manifest))
+    print(f"\nwrote {options.output} and {log_path(options.output)}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    print(manifest.to_json().decode() if options.json else describe(manifest))
+    return 0
+
+
+def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    if not arguments or set(arguments) & {"-h", "--help"}:
+        parser.parse_args(["--help"])
+    model = arguments[0]
+    if model.startswith("-"):
+        raise SlebError("name the model right after `serve`, as vllm serve does")
+    options, rest = parser.parse_known_args(arguments[1:])
+    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    command = serve_command(model, manifest, rest)
+    if not options.dry_run:
+        check_plugin()
+    pruning = manifest.pruning()
+    _say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}")
+    print(shlex.join(command), flush=True)
+    if options.dry_run:
+        return 0
+    try:
+        # In place of this process: signals and the exit code are vLLM's own.
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise SlebError(
+            f"cannot start {command[0]}: {error.strerror}; is vLLM installed?"
+        ) from error
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from sleb_bench.run import BenchOptions, bench
+
+    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    values = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in {"command", "manifest", "blocks"}
+    }
+    print(bench(BenchOptions(**values), manifest, _say))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The record of a search, as JSON lines beside the manifest: every candidate's loss, and resuming.
+
+The first line says what is searched; then, for each step, one line per candidate and one for the
+block that went. A step is appended at once and synced, so a search that is killed loses at most the
+step it was in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sleb_serve import strict_json
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.files import write_atomically
+from sleb_serve.manifest import perplexity_of
+from sleb_serve.selection import Step
+
+
+class SearchLog:
+    """The JSON-lines file of one search.
+
+    Args:
+        path: where it lies.
+        subject: what determines the search's numbers; a log of another subject is not resumed.
+    """
+
+    def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
+        self.path = path
+        self._subject = json.loads(json.dumps(subject))
+        self.dense_loss: float | None = None
+        self.steps: list[Step] = []
+
+    def start(self) -> None:
+        """Begin a new log, in place of an earlier one."""
+        write_atomically(self.path, _line({"search": self._subject}))
+
+    def resume(self) -> None:
+        """Take over the finished steps of an earlier log; without one, begin anew.
+
+        Raises:
+            SlebError: the log is of another search, or damaged elsewhere than at its end.
+        """
+        if not self.path.exists():
+            self.start()
+            return
+        lines = self.path.read_bytes().split(b"\n")
+        whole, torn = lines[:-1], lines[-1]  # what follows the last newline was cut off by a kill
+        finished: list[bytes] = []
+        dense: float | None = None
+        pending: list[tuple[int, float]] = []
+        for number, raw in enumerate(whole, 1):
+            where = f"{self.path} line {number}"
+            try:
+                entry = strict_json.any_object(strict_json.load(raw), "entry")
+                if number == 1:
+                    self._check_subject(entry)
+                elif "dense" in entry:
+                    dense = strict_json.number(entry["dense"], "dense")
+                    continue
+                elif "candidate" in entry:
+                    block = strict_json.integer(entry["candidate"], "candidate", 0, 1 << 31)
+                    pending.append((block, strict_json.number(entry["loss"], "loss")))
+                    continue
+                else:
+                    strict_json.integer(entry["removed"], "removed", 0, 1 << 31)
+                    blocks, losses = zip(*pending, strict=True)
+                    self.steps.append(Step(blocks, losses))
+                    self.dense_loss, pending = dense, []
+            except (SlebError, KeyError, ValueError) as error:
+                raise SlebError(
+                    f"{where} cannot be resumed from: {error}; run without --resume to start anew"
+                ) from error
+            finished = whole[:number]
+        if torn or len(finished) != len(whole):
+            write_atomically(self.path, b"".join(entry + b"\n" for entry in finished))
+        if not finished:
+            self.start()
+
+    def append(self, step: Step, dense_loss: float | None = None) -> None:
+        """Add a finished step, and before the first one the dense model's loss."""
+        entries: list[Mapping[str, Any]] = []
+        if dense_loss is not None:
+            self.dense_loss = dense_loss
+            entries.append({"dense": dense_loss, "perplexity": perplexity_of(dense_loss)})
+        number = len(self.steps) + 1
+        entries += [
+            {"step": number, "candidate": block, "loss": loss, "perplexity": perplexity_of(loss)}
+            for block, loss in zip(step.candidates, step.losses, strict=True)
+        ]
+        entries.append({"step": number, "removed": step.block, "loss": step.loss})
+        self.steps.append(step)
+        try:
+            with self.path.open("ab") as file:
+                file.write(b"".join(_line(entry) for entry in entries))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SlebError(
+                f"cannot write {self.path}: {first_line(error)}; steps before this one are kept, "
+                f"make room and run again with --resume"
+            ) from error
+
+    def _check_subject(self, entry: Mapping[str, Any]) -> None:
+        found = entry.get("search")
+        if not isinstance(found, dict):
+            raise SlebError("it is not the log of a search")
+        for key in (*self._subject, *(key for key in found if key not in self._subject)):
+            if found.get(key) != self._subject.get(key):
+                raise SlebError(f"it is of another search, whose {_difference(found, self, key)}")
+
+    @property
+    def subject(self) -> Mapping[str, Any]:
+        """What determines the search's numbers."""
+        return dict(self._subject)
+
+
+def log_path(output: Path) -> Path:
+    """Where the log of the search for the manifest `output` lies."""
+    return output.with_name(f"{output.name}.search.jsonl")
+
+
+def _difference(found: Mapping[str, Any], log: SearchLog, key: str) -> str:
+    theirs, ours = found.get(key), log.subject.get(key)
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        inner = next(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+        key, theirs, ours = f"{key}.{inner}", theirs.get(inner), ours.get(inner)
+    return f"{key} was {theirs}, not {ours}"
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, allow_nan=False).encode() + b"\n"

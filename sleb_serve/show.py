@@ -1,0 +1,61 @@
+"""A manifest for people: what is removed, the loss curve, where it came from."""
+
+from __future__ import annotations
+
+from sleb_serve.manifest import Manifest, perplexity_of
+
+_BAR = 40
+
+
+def describe(manifest: Manifest) -> str:
+    """The manifest as text, some twenty lines."""
+    model, pruning = manifest.model, manifest.pruning()
+    share = 100 * len(manifest.removed) / model.num_blocks
+    lines = [
+        f"model        {model.id}{f' at {model.revision}' if model.revision else ''}",
+        f"             {model.architecture}, {model.num_blocks} blocks, weights "
+        f"{model.weights_sha256[:8]}",
+        f"pruned       {len(manifest.removed)} of {model.num_blocks} blocks ({share:.1f} %), "
+        f"{pruning.num_kept} kept: {pruning.tag}",
+        f"blocks       {_block_map(manifest)}",
+    ]
+    if manifest.calibration is not None:
+        text = manifest.calibration
+        source = text.source + (f" {text.split}" if text.split else "")
+        rows = f", {text.rows} rows" if text.rows else ""
+        lines.append(
+            f"calibration  {source}: {text.sequences} windows of {text.sequence_length} tokens"
+            f"{rows}, seed {text.seed}"
+        )
+    if manifest.selection is not None:
+        how = manifest.selection
+        lines.append(
+            f"selection    {how.method}, the first {how.early_barrier} and last {how.late_barrier} "
+            f"kept, {how.dtype}"
+        )
+    if manifest.created_by:
+        made = ", ".join(f"{name} {number}" for name, number in manifest.created_by.items())
+        lines.append(f"created by   {made}")
+    return "\n".join([*lines, "", *_curve(manifest)])
+
+
+def _block_map(manifest: Manifest) -> str:
+    removed = set(manifest.blocks)
+    return "".join("·" if i in removed else "█" for i in range(manifest.model.num_blocks))
+
+
+def _curve(manifest: Manifest) -> list[str]:
+    rows = [("0", "dense", manifest.dense_loss)]
+    rows += [(str(i), str(r.block), r.loss) for i, r in enumerate(manifest.removed, 1)]
+    losses = [loss for _, _, loss in rows if loss is not None]
+    low, high = (min(losses), max(losses)) if losses else (0.0, 0.0)
+    lines = ["removed  block     loss  perplexity"]
+    for count, block, loss in rows:
+        if loss is None:
+            lines.append(f"{count:>7}  {block:>5}        -           -")
+            continue
+        perplexity = perplexity_of(loss)
+        shown = f"{perplexity:>10.2f}" if perplexity is not None else f"{'-':>10}"
+        bar = "▪" * round(_BAR * (loss - low) / (high - low)) if high > low else ""
+        lines.append(f"{count:>7}  {block:>5}  {loss:>7.4f}  {shown}  {bar}".rstrip())
+    return lines
