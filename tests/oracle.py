@@ -1,0 +1,105 @@
+"""Independent answers to hold the product against: nothing here uses its scoring or its plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def delete_blocks(model: Any, removed: Sequence[int]) -> Any:
+    """Physically delete decoder blocks, and cut the config to fit; the model is changed."""
+    holder, name = next(
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers
+    )
+    kept = [i for i in range(len(getattr(holder, name))) if i not in set(removed)]
+    setattr(holder, name, nn.ModuleList([getattr(holder, name)[i] for i in kept]))
+    types = getattr(model.config, "layer_types", None)
+    model.config.num_hidden_layers = len(kept)
+    if types is not None:
+        model.config.layer_types = [types[i] for i in kept]
+    return model
+
+
+def pruned(path: Path, removed: Sequence[int], dtype: torch.dtype = torch.float32) -> Any:
+    return delete_blocks(load(path, dtype), removed)
+
+
+@torch.no_grad()
+def loss(model: Any, windows: Sequence[Sequence[int]]) -> float:
+    """The official score over all tokens: sum over windows of mean cross-entropy x L, over all L."""
+    total = 0.0
+    for window in windows:
+        ids = torch.tensor([window])
+        logits = model(ids, use_cache=False).logits.float()
+        mean = nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+        total += float(mean) * len(window)
+    return total / sum(map(len, windows))
+
+
+@torch.no_grad()
+def prompt_logprobs(model: Any, prompt: Sequence[int]) -> list[float]:
+    """Log-probability of each prompt token but the first."""
+    ids = torch.tensor([prompt])
+    logprobs = model(ids, use_cache=False).logits.float().log_softmax(-1)
+    return logprobs[0, :-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """Greedy continuation without a KV cache: deleted blocks leave gaps in the cache's indices."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def naive_search(
+    path: Path,
+    windows: Sequence[Sequence[int]],
+    remove: int,
+    early: int = 1,
+    late: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> list[tuple[int, dict[int, float]]]:
+    """SLEB as its authors run it: the whole model once per candidate, the block deleted.
+
+    Returns:
+        Per step, the block that went and every candidate's loss.
+    """
+    model = load(path, dtype)
+    count = model.config.num_hidden_layers
+    alive = list(range(count))
+    steps = []
+    for _ in range(remove):
+        losses = {}
+        for block in alive[early : len(alive) - late]:
+            removed = sorted({*range(count), block} - set(alive) | {block})
+            losses[block] = _loss_without(model, removed, windows)
+        best = min(losses, key=lambda block: (losses[block], block))
+        alive.remove(best)
+        steps.append((best, losses))
+    return steps
+
+
+def _loss_without(model: Any, removed: Sequence[int], windows: Sequence[Sequence[int]]) -> float:
+    import copy
+
+    shell = copy.copy(model)
+    # A shallow copy that shares the weights and has its own list of blocks and its own config.
+    memo = {id(p): p for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    shell = copy.deepcopy(model, memo)
+    return loss(delete_blocks(shell, removed), windows)

@@ -1,0 +1,124 @@
+"""Digests that name a model, and refusals of folders that hold none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.errors import SlebError
+
+Models = Callable[[str], Path]
+
+
+@pytest.fixture
+def llama(models: Models, tmp_path: Path) -> Path:
+    return shutil.copytree(models("llama"), tmp_path / "llama")
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_model_is_described_from_its_files(llama: Path) -> None:
+    checkpoint = open_checkpoint(str(llama))
+    assert checkpoint.architecture == "LlamaForCausalLM"
+    assert checkpoint.num_blocks == 8
+
+
+def test_sharding_does_not_change_the_weights_digest(llama: Path, tmp_path: Path) -> None:
+    import oracle
+
+    oracle.load(llama).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    sharded = open_checkpoint(str(tmp_path / "sharded"))
+    assert len(sharded.weight_files()) > 2
+    assert sharded.weights_sha256() == open_checkpoint(str(llama)).weights_sha256()
+    assert sharded.config_sha256() == open_checkpoint(str(llama)).config_sha256()
+    sharded.weight_files()[1].unlink()
+    with pytest.raises(SlebError, match="lacks the checkpoint shard model-00002"):
+        sharded.weights_sha256()
+
+
+def test_changed_weights_and_config_change_their_digests(llama: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    before = open_checkpoint(str(llama))
+    old = before.weights_sha256(), before.config_sha256()
+    edit_config(llama, rope_theta=1.0, transformers_version="0")
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"] += torch.finfo(torch.float32).eps
+    save_file(tensors, llama / "model.safetensors")
+    after = open_checkpoint(str(llama))
+    assert after.weights_sha256() != old[0]
+    assert after.config_sha256() != old[1]
+
+
+def test_how_a_config_was_written_does_not_change_its_digest(llama: Path) -> None:
+    old = open_checkpoint(str(llama)).config_sha256()
+    edit_config(llama, transformers_version="0", use_cache=False, _name_or_path="x", dtype="float16")
+    assert open_checkpoint(str(llama)).config_sha256() == old
+
+
+def test_a_truncated_checkpoint_is_refused(llama: Path) -> None:
+    file = llama / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(SlebError, match="is not a whole safetensors file"):
+        open_checkpoint(str(llama)).weights_sha256()
+    file.write_bytes(b"abc")
+    with pytest.raises(SlebError, match="is not a whole safetensors file"):
+        open_checkpoint(str(llama)).weights_sha256()
+
+
+def test_pytorch_checkpoints_have_a_digest(llama: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    torch.save(tensors, llama / "pytorch_model.bin")
+    first = open_checkpoint(str(llama)).weights_sha256()
+    tensors["model.norm.weight"] += 1
+    torch.save(tensors, llama / "pytorch_model.bin")
+    assert open_checkpoint(str(llama)).weights_sha256() != first
+    (llama / "pytorch_model.bin").unlink()
+    with pytest.raises(SlebError, match="holds no weights"):
+        open_checkpoint(str(llama)).weights_sha256()
+
+
+def test_parameters_are_counted_by_block(llama: Path) -> None:
+    import oracle
+
+    counts = open_checkpoint(str(llama)).parameter_counts()
+    model = oracle.load(llama)
+    assert counts == [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "no such model"),
+        ("org/model-that-is-nowhere", "no such model"),
+        ("not a repo id!", "no such model"),
+    ],
+)
+def test_what_is_no_model_is_refused(name: str, message: str) -> None:
+    with pytest.raises(SlebError, match=message):
+        open_checkpoint(name)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "", "\x00"])
+def test_a_broken_config_is_refused(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SlebError, match=r"config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SlebError, match=r"without config\.json"):
+        open_checkpoint(str(tmp_path))
