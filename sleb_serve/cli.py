@@ -218,6 +218,14 @@ class _SearchBars:
         self._bar: tqdm[NoReturn] | None = None
         self._candidates = 0
 
+    def __enter__(self) -> _SearchBars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # An error message must not stand behind half a progress bar.
+        if self._bar is not None:
+            self._bar.close()
+
     def loaded(self, windows: Windows, resumed: Sequence[Step]) -> None:
         text = windows.calibration
         _say(f"calibration: {text.sequences} windows of {text.sequence_length} tokens")
@@ -245,7 +253,8 @@ class _SearchBars:
 
 def _select(options: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(options).items() if name != "command"}
-    manifest = select(SelectOptions(**values), _SearchBars())
+    with _SearchBars() as bars:
+        manifest = select(SelectOptions(**values), bars)
     print(describe(manifest))
     print(f"\nwrote {options.output} and {log_path(options.output)}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -121,6 +122,11 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
         losses = sweep.score(removed, candidates, base=base, on_window=progress.window_done)
         if base:
             dense_loss, *losses = losses
+            if not math.isfinite(dense_loss):
+                raise SlebError(
+                    f"the dense model's loss is {dense_loss}: the weights hold NaN or overflow in "
+                    f"{selection.dtype}; try --dtype float32 or check the model"
+                )
         return losses
 
     def on_step(step: Step) -> None:

@@ -62,26 +62,27 @@ def _save_model(name: str, path: Path) -> None:
     _tokenizer().save_pretrained(path)
 
 
-def _config(name: str):  # noqa: ANN202
+def _config(name: str):
     import transformers
 
     common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    # Heads of 32: vLLM's CPU attention has no kernel for smaller ones.
     llama = {
         **common,
-        "hidden_size": 64,
+        "hidden_size": 128,
         "intermediate_size": 128,
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     }
-    gpt2 = {**common, "n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 512}
+    gpt2 = {**common, "n_embd": 128, "n_layer": 6, "n_head": 4, "n_positions": 512}
     configs = {
         "llama": lambda: transformers.LlamaConfig(**{**llama, "num_hidden_layers": 8}),
         "opt": lambda: transformers.OPTConfig(
             **common,
-            hidden_size=64,
-            word_embed_proj_dim=64,
+            hidden_size=128,
+            word_embed_proj_dim=128,
             ffn_dim=128,
             num_hidden_layers=6,
             num_attention_heads=4,
@@ -91,17 +92,17 @@ def _config(name: str):  # noqa: ANN202
         "qwen2": lambda: transformers.Qwen2Config(**llama),
         "gemma3": lambda: transformers.Gemma3TextConfig(
             **llama,
-            head_dim=16,
+            head_dim=32,
             sliding_window=16,
             layer_types=["sliding_attention", "full_attention"] * 3,
         ),
         "gpt2": lambda: transformers.GPT2Config(**gpt2),
-        "bloom": lambda: transformers.BloomConfig(**common, hidden_size=64, n_layer=6, n_head=4),
+        "bloom": lambda: transformers.BloomConfig(**common, hidden_size=128, n_layer=6, n_head=4),
     }
     return configs[name]()
 
 
-def _tokenizer():  # noqa: ANN202
+def _tokenizer():
     """A byte-level tokenizer of 256 letters, so that any text has tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -39,7 +39,7 @@ def pruned(path: Path, removed: Sequence[int], dtype: torch.dtype = torch.float3
 
 @torch.no_grad()
 def loss(model: Any, windows: Sequence[Sequence[int]]) -> float:
-    """The official score over all tokens: sum over windows of mean cross-entropy x L, over all L."""
+    """The official score a token: the sum over windows of mean cross-entropy x L, over all L."""
     total = 0.0
     for window in windows:
         ids = torch.tensor([window])

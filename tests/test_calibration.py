@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED_DATASETS
 
+from conftest import ROOT, SHARED_DATASETS
 from sleb_serve.calibration import held_out_windows, make_windows
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Calibration

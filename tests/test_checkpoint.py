@@ -61,7 +61,9 @@ def test_changed_weights_and_config_change_their_digests(llama: Path) -> None:
 
 def test_how_a_config_was_written_does_not_change_its_digest(llama: Path) -> None:
     old = open_checkpoint(str(llama)).config_sha256()
-    edit_config(llama, transformers_version="0", use_cache=False, _name_or_path="x", dtype="float16")
+    edit_config(
+        llama, transformers_version="0", use_cache=False, _name_or_path="x", dtype="float16"
+    )
     assert open_checkpoint(str(llama)).config_sha256() == old
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from conftest import VOCABULARY
 
+import oracle
+from conftest import VOCABULARY
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.scoring import LayerSweep, decoder_layers, load_model
@@ -87,7 +87,9 @@ def test_the_model_is_left_as_it_was(models: Models) -> None:
 def test_layers_that_do_not_broadcast_are_run_state_by_state(models: Models) -> None:
     windows = random_windows(1, 30)
     batches = {
-        name: LayerSweep(load_model(open_checkpoint(str(models(name))), "float32"), windows)._batches
+        name: LayerSweep(
+            load_model(open_checkpoint(str(models(name))), "float32"), windows
+        )._batches
         for name in ("llama", "bloom")
     }
     assert batches == {"llama": True, "bloom": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,15 @@ from sleb_vllm.layers import BuiltLayers, built_without
 
 # A child of vLLM's own logger, so that the lines appear where vLLM's do.
 logger = init_logger("vllm.plugins.sleb")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What one rank built: decoder layers by original index, parameters to be loaded."""
+
+    pruning: Pruning
+    layers: tuple[int, ...]
+    parameters: int
 
 
 @functools.cache
@@ -33,21 +43,26 @@ def pruned_class(stock: Any) -> Any:
             with built_without(pruning) as built:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
             _check_built(pruning, built, vllm_config)
-            self.sleb_pruning = pruning
+            self.sleb = Built(
+                pruning,
+                layers=tuple(built.kept()),
+                # Counted here: backends repack weights once they are loaded.
+                parameters=sum(parameter.numel() for parameter in self.parameters()),
+            )
             self._sleb_model_config = vllm_config.model_config
             logger.info(
                 "Pruned by manifest %s: %d of %d decoder layers built, removed %s, %d parameters",
                 pruning.tag,
-                len(built.kept()),
+                len(self.sleb.layers),
                 pruning.num_blocks,
                 list(pruning.removed),
-                sum(parameter.numel() for parameter in self.parameters()),
+                self.sleb.parameters,
             )
 
         def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
             loaded = super().load_weights(weights, *args, **kwargs)
             # Again, since a model from the hub may have been downloaded only now.
-            check_weights(self._sleb_model_config, self.sleb_pruning)
+            check_weights(self._sleb_model_config, self.sleb.pruning)
             return loaded
 
     Pruned.__name__ = Pruned.__qualname__ = pruned_name(stock.__name__)

@@ -1,0 +1,99 @@
+"""Run by the plugin's tests in a process of its own: vLLM engines, one after the other.
+
+Usage: engine_jobs.py JOBS.json RESULTS.json. A job names a model, what is removed, and arguments of
+`vllm.LLM`; its result is what the engine computed and what it says of itself, or its refusal. One
+process for many engines: the first start costs a quarter of a minute, the next two seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# To ask the workers for what they built; the functions are this file's own.
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+
+
+def main() -> None:
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    results = []
+    for job in jobs:
+        results.append(_configure(job) if job.get("only_configure") else _run(job))
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+def _arguments(job: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": job["model"],
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "hf_overrides": job["overrides"],
+        **job.get("engine", {}),
+    }
+
+
+def _configure(job: dict[str, Any]) -> dict[str, Any]:
+    """Only what the first process does: refuse, or make the configuration."""
+    from vllm import EngineArgs
+
+    try:
+        config = EngineArgs(**_arguments(job)).create_engine_config()
+    except Exception as error:
+        return {"error": str(error)}
+    return {"hash": config.compute_hash()}
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(**_arguments(job))
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], prompt_logprobs=0, ignore_eos=True
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    cache = llm.llm_engine.vllm_config.cache_config
+    result = {
+        "logprobs": [
+            [
+                entry[token].logprob
+                for token, entry in zip(
+                    output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+                )
+            ]
+            for output in outputs
+        ],
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
+        "hash": llm.llm_engine.vllm_config.compute_hash(),
+        "ranks": llm.collective_rpc(_describe_worker),
+    }
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def _describe_worker(worker: Any) -> dict[str, Any]:
+    """What one rank holds, counted by vLLM's own means."""
+    model = worker.get_model()
+    return {
+        "kv_cache_layers": sorted(worker.get_kv_cache_spec()),
+        # The plugin counts before the CPU backend, in compiled mode, repacks and drops weights.
+        "parameters": built.parameters
+        if (built := getattr(model, "sleb", None))
+        else sum(parameter.numel() for parameter in model.parameters()),
+        "class": type(model).__name__,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""A real server with the pruned model, and the ways in which it must refuse to be one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import oracle
+from conftest import ROOT
+
+pytest.importorskip("vllm")
+openai = pytest.importorskip("openai")
+
+from sleb_bench.server import Server, free_port  # noqa: E402
+from sleb_serve.cli import main  # noqa: E402
+from sleb_serve.errors import SlebError  # noqa: E402
+from sleb_serve.manifest import read_manifest  # noqa: E402
+from sleb_serve.serve import serve_command  # noqa: E402
+
+Models = Callable[[str], Path]
+
+OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def manifest(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("manifest") / "m.json"
+    arguments = ["select", str(models("llama")), "-o", str(output), "--remove", "3"]
+    text = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
+    assert main([*arguments, *text]) == 0
+    return output
+
+
+def sleb_serve(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "sleb_serve.cli", *arguments]
+
+
+def printed_command(model: Path, manifest: Path, *options: str) -> list[str]:
+    """What --dry-run prints as its last line, split as a shell would."""
+    done = subprocess.run(
+        sleb_serve("serve", str(model), "-m", str(manifest), *options, "--dry-run"),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return shlex.split(done.stdout.splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Running:
+    url: str
+    name: str
+
+
+@pytest.fixture(scope="module")
+def server(
+    models: Models, manifest: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """One server for all questions, started by `sleb-serve serve`."""
+    port = free_port()
+    command = sleb_serve("serve", str(models("llama")), "-m", str(manifest), *OPTIONS)
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    running = Server([*command, "--host", "127.0.0.1", "--port", str(port)], port, log)
+    try:
+        running.wait(300)
+        pruning = read_manifest(manifest).pruning()
+        yield Running(running.url, f"llama-{pruning.tag}")
+        running.process.terminate()
+        assert running.process.wait(60) == 0
+    except SlebError:
+        pytest.fail(log.read_text()[-4000:])
+    finally:
+        running.stop()
+
+
+def test_the_server_names_the_pruned_model(server: Running) -> None:
+    listed = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").models.list().data
+    assert [model.id for model in listed] == [server.name]
+
+
+def test_openai_streams_what_the_pruned_model_says(
+    server: Running, models: Models, manifest: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    stream = client.chat.completions.create(
+        model=server.name, messages=question, max_tokens=16, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert len(pieces) > 2
+
+    tokenizer = AutoTokenizer.from_pretrained(models("llama"))
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    model = oracle.pruned(models("llama"), read_manifest(manifest).blocks)
+    answer = oracle.greedy(model, prompt, 16)
+    if 2 in answer:  # the end-of-text token ends the answer
+        answer = answer[: answer.index(2)]
+    assert "".join(pieces) == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_curl_streams_a_chat_completion(server: Running) -> None:
+    body = {
+        "model": server.name,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 8,
+        "stream": True,
+    }
+    done = subprocess.run(
+        ["curl", "-sSN", f"{server.url}/v1/chat/completions", "-d", json.dumps(body)]
+        + ["-H", "Content-Type: application/json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    events = [line[6:] for line in done.stdout.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    assert {json.loads(event)["model"] for event in events[:-1]} == {server.name}
+
+
+def run_until_end(command: list[str], port: int, **environment: str) -> tuple[int, str]:
+    """Run a server that must not start; its exit code and output, no port ever having answered."""
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+    answered = False
+    deadline = time.monotonic() + 300
+    with process:
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        output = ""
+        while process.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                answered |= probe.connect_ex(("127.0.0.1", port)) == 0
+            output += process.stdout.read() or ""
+            time.sleep(0.05)
+        process.kill()
+        os.set_blocking(process.stdout.fileno(), True)
+        output += process.stdout.read() or ""
+    assert not answered
+    assert process.returncode is not None
+    return process.returncode, output
+
+
+def test_without_the_plugin_neither_way_starts(models: Models, manifest: Path) -> None:
+    port = free_port()
+    options = [*OPTIONS, "--host", "127.0.0.1", "--port", str(port)]
+    command = printed_command(models("llama"), manifest, *options)
+    code, output = run_until_end(command, port, VLLM_PLUGINS="none")
+    assert code not in (0, None)
+    assert "['SlebLlamaForCausalLM'] are not supported for now" in output
+
+    command = sleb_serve("serve", str(models("llama")), "-m", str(manifest), *options)
+    code, output = run_until_end(command, port, VLLM_PLUGINS="none")
+    assert code == 2
+    assert "VLLM_PLUGINS=none disables the plugin sleb" in output
+
+
+def test_with_another_model_neither_way_starts(models: Models, manifest: Path) -> None:
+    port = free_port()
+    options = [*OPTIONS, "--host", "127.0.0.1", "--port", str(port)]
+    command = printed_command(models("llama"), manifest, *options)
+    other = [str(models("opt")) if part == str(models("llama")) else part for part in command]
+    code, output = run_until_end(other, port)
+    assert code not in (0, None)
+    assert "architecture expected LlamaForCausalLM, found OPTForCausalLM" in output
+
+    command = sleb_serve("serve", str(models("opt")), "-m", str(manifest), *options)
+    code, output = run_until_end(command, port)
+    assert code == 2
+    assert "architecture expected LlamaForCausalLM, found OPTForCausalLM" in output
+    assert len(output.strip().splitlines()) == 1
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["serve", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_options_that_would_undo_the_pruning_are_refused(
+    models: Models, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [str(models("llama")), "-m", str(manifest), "--dry-run"]
+    for options, message in (
+        (["--hf-overrides.rope_theta", "5"], "write overrides as one"),
+        (["--hf_overrides.architectures", "[]"], "write overrides as one"),
+        (["--hf-over", "{}"], "write overrides as one"),
+        (["--hf-overrides", '{"architectures": ["LlamaForCausalLM"]}'], "set from the manifest"),
+        (["--hf-overrides", "[1]"], "must be an object"),
+        (["--hf-overrides"], "lacks its value"),
+        (["--model", "other"], "--model is given twice"),
+        (["--model=other"], "--model is given twice"),
+        (["--blocks", "4"], "K must be between 1 and 3"),
+    ):
+        assert message in refusal([*base, *options], capsys)
+
+
+def test_the_printed_arguments_hold_the_users_and_the_manifests(
+    models: Models, manifest: Path
+) -> None:
+    options = [
+        "--port",
+        "1",
+        '--hf-overrides={"rope_theta": 5}',
+        "--hf_overrides",
+        '{"a": {"b": 1}}',
+    ]
+    command = printed_command(models("llama"), manifest, "--blocks", "2", *options)
+    assert command[-2] == "--hf-overrides"
+    overrides: dict[str, Any] = json.loads(command[-1])
+    pruning = read_manifest(manifest).prefix(2).pruning()
+    assert overrides == {
+        "rope_theta": 5,
+        "a": {"b": 1},
+        "architectures": ["SlebLlamaForCausalLM"],
+        "sleb": pruning.to_dict(),
+    }
+    assert command.count("--hf-overrides") == 1
+    assert command[command.index("--served-model-name") + 1] == f"llama-{pruning.tag}"
+    named = printed_command(models("llama"), manifest, "--served-model-name", "mine")
+    assert named.count("--served-model-name") == 1
+
+
+def test_a_models_own_code_cannot_stand_in_for_the_plugin(
+    models: Models, manifest: Path, tmp_path: Path
+) -> None:
+    """With auto_map left in place, vLLM without the plugin would fall back to the dense model."""
+    import shutil
+
+    from sleb_serve.checkpoint import open_checkpoint
+    from sleb_serve.serve import pruned_overrides
+
+    model = shutil.copytree(models("llama"), tmp_path / "own-code")
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own.Model"}
+    (model / "config.json").write_text(json.dumps(config))
+    pruning = read_manifest(manifest).pruning()
+    assert pruned_overrides(pruning, open_checkpoint(str(model)))["auto_map"] is None
+
+
+def test_the_vllm_command_is_used_where_it_works(
+    models: Models, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sleb_serve.serve
+
+    read = read_manifest(manifest)
+    command = serve_command(str(models("llama")), read, ["--port", "1"])
+    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model"] + [
+        str(models("llama"))
+    ]
+    monkeypatch.setattr(sleb_serve.serve, "version", lambda name: "0.33.0")
+    command = serve_command(str(models("llama")), read, ["--port", "1"])
+    assert command[1:5] == ["serve", str(models("llama")), "--port", "1"]
+    assert Path(command[0]).name == "vllm"
