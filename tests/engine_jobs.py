@@ -87,10 +87,8 @@ def _describe_worker(worker: Any) -> dict[str, Any]:
     model = worker.get_model()
     return {
         "kv_cache_layers": sorted(worker.get_kv_cache_spec()),
-        # The plugin counts before the CPU backend, in compiled mode, repacks and drops weights.
-        "parameters": built.parameters
-        if (built := getattr(model, "sleb", None))
-        else sum(parameter.numel() for parameter in model.parameters()),
+        # The plugin counts before the CPU backend repacks weights and drops them.
+        "parameters": built.parameters if (built := getattr(model, "sleb", None)) else None,
         "class": type(model).__name__,
     }
 
