@@ -131,60 +131,57 @@ def test_curl_streams_a_chat_completion(server: Running) -> None:
     assert {json.loads(event)["model"] for event in events[:-1]} == {server.name}
 
 
-def run_until_end(command: list[str], port: int, **environment: str) -> tuple[int, str]:
+def run_until_end(command: list[str], port: int, log: Path, **environment: str) -> tuple[int, str]:
     """Run a server that must not start; its exit code and output, no port ever having answered."""
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
     answered = False
     deadline = time.monotonic() + 300
-    with process:
-        assert process.stdout is not None
-        os.set_blocking(process.stdout.fileno(), False)
-        output = ""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+        )
         while process.poll() is None and time.monotonic() < deadline:
             with socket.socket() as probe:
                 answered |= probe.connect_ex(("127.0.0.1", port)) == 0
-            output += process.stdout.read() or ""
             time.sleep(0.05)
         process.kill()
-        os.set_blocking(process.stdout.fileno(), True)
-        output += process.stdout.read() or ""
+        process.wait()
     assert not answered
-    assert process.returncode is not None
-    return process.returncode, output
+    return process.returncode, log.read_text()
 
 
-def test_without_the_plugin_neither_way_starts(models: Models, manifest: Path) -> None:
+def test_without_the_plugin_neither_way_starts(
+    models: Models, manifest: Path, tmp_path: Path
+) -> None:
     port = free_port()
     options = [*OPTIONS, "--host", "127.0.0.1", "--port", str(port)]
     command = printed_command(models("llama"), manifest, *options)
-    code, output = run_until_end(command, port, VLLM_PLUGINS="none")
-    assert code not in (0, None)
+    code, output = run_until_end(command, port, tmp_path / "log", VLLM_PLUGINS="none")
+    assert code > 0
     assert "['SlebLlamaForCausalLM'] are not supported for now" in output
 
     command = sleb_serve("serve", str(models("llama")), "-m", str(manifest), *options)
-    code, output = run_until_end(command, port, VLLM_PLUGINS="none")
+    code, output = run_until_end(command, port, tmp_path / "log", VLLM_PLUGINS="none")
     assert code == 2
     assert "VLLM_PLUGINS=none disables the plugin sleb" in output
 
 
-def test_with_another_model_neither_way_starts(models: Models, manifest: Path) -> None:
+def test_with_another_model_neither_way_starts(
+    models: Models, manifest: Path, tmp_path: Path
+) -> None:
     port = free_port()
     options = [*OPTIONS, "--host", "127.0.0.1", "--port", str(port)]
     command = printed_command(models("llama"), manifest, *options)
     other = [str(models("opt")) if part == str(models("llama")) else part for part in command]
-    code, output = run_until_end(other, port)
-    assert code not in (0, None)
+    code, output = run_until_end(other, port, tmp_path / "log")
+    assert code > 0
     assert "architecture expected LlamaForCausalLM, found OPTForCausalLM" in output
 
     command = sleb_serve("serve", str(models("opt")), "-m", str(manifest), *options)
-    code, output = run_until_end(command, port)
+    code, output = run_until_end(command, port, tmp_path / "log")
     assert code == 2
     assert "architecture expected LlamaForCausalLM, found OPTForCausalLM" in output
     assert len(output.strip().splitlines()) == 1
