@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tiny import make_config
+
 # Before anything imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,13 +18,10 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATASETS = ROOT.parent / "shared" / "hf" / "datasets"
 
-VOCABULARY = 512
-"""A multiple of 64, so that vLLM pads no rows and parameters can be counted."""
-
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a tiny random model by name: ``llama`` (8 blocks), ``opt`` (6), and others."""
+    """Folder of a tiny random model by its name in `tiny.TINY`."""
     root = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
@@ -52,7 +51,7 @@ def _save_model(name: str, path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(_config(name)).float().eval()
+    model = AutoModelForCausalLM.from_config(make_config(name)).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -60,46 +59,6 @@ def _save_model(name: str, path: Path) -> None:
                 parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(path)
     _tokenizer().save_pretrained(path)
-
-
-def _config(name: str):
-    import transformers
-
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    # Heads of 32: vLLM's CPU attention has no kernel for smaller ones.
-    llama = {
-        **common,
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-    }
-    gpt2 = {**common, "n_embd": 128, "n_layer": 6, "n_head": 4, "n_positions": 512}
-    configs = {
-        "llama": lambda: transformers.LlamaConfig(**{**llama, "num_hidden_layers": 8}),
-        "opt": lambda: transformers.OPTConfig(
-            **common,
-            hidden_size=128,
-            word_embed_proj_dim=128,
-            ffn_dim=128,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-        ),
-        "mistral": lambda: transformers.MistralConfig(**llama, sliding_window=None),
-        "qwen2": lambda: transformers.Qwen2Config(**llama),
-        "gemma3": lambda: transformers.Gemma3TextConfig(
-            **llama,
-            head_dim=32,
-            sliding_window=16,
-            layer_types=["sliding_attention", "full_attention"] * 3,
-        ),
-        "gpt2": lambda: transformers.GPT2Config(**gpt2),
-        "bloom": lambda: transformers.BloomConfig(**common, hidden_size=128, n_layer=6, n_head=4),
-    }
-    return configs[name]()
 
 
 def _tokenizer():

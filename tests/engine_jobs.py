@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     results = []
     for job in jobs:
-        results.append(_configure(job) if job.get("only_configure") else _run(job))
+        results.append(_configure(job) if job.get("only_configure") else _try(job))
         Path(sys.argv[2]).write_text(json.dumps(results))
 
 
@@ -50,9 +51,21 @@ def _configure(job: dict[str, Any]) -> dict[str, Any]:
     return {"hash": config.compute_hash()}
 
 
+def _try(job: dict[str, Any]) -> dict[str, Any]:
+    """A refusal is a result, too; the engines after it must not suffer."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        return _run(job)
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        cleanup_dist_env_and_memory()
+
+
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(**_arguments(job))
     sampling = SamplingParams(
@@ -77,8 +90,6 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         "ranks": llm.collective_rpc(_describe_worker),
     }
     llm.llm_engine.engine_core.shutdown()
-    del llm
-    cleanup_dist_env_and_memory()
     return result
 
 

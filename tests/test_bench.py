@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 
+import oracle
 from sleb_bench.report import geometric_mean_interval, ideal_ratio, make_report, to_markdown
 from sleb_serve.cli import main
 

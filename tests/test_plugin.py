@@ -2,111 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import oracle
-from conftest import ROOT
+from engines import Case, check_equal, check_size, overrides, run_jobs
 from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.manifest import Pruning
-from sleb_serve.serve import pruned_overrides
 
 Models = Callable[[str], Path]
 
 pytest.importorskip("vllm")
-
-PROMPTS = [[1, *range(40, 70)], [7, 300, 12, 90, 5, 5, 210, 33, 8]]
-NEW_TOKENS = 12
-
-
-@dataclass(frozen=True)
-class Case:
-    """One engine start: a model, the removed blocks, and how it is run."""
-
-    model: str
-    removed: tuple[int, ...]
-    dtype: str = "float32"
-
-    def job(self, path: Path, **engine: Any) -> dict[str, Any]:
-        return {
-            "model": str(path),
-            "overrides": overrides(path, self.removed) if self.removed else {},
-            "prompts": PROMPTS,
-            "max_tokens": NEW_TOKENS,
-            "engine": {"dtype": self.dtype, **engine},
-        }
-
-
-def pruning(path: Path, removed: Sequence[int]) -> Pruning:
-    checkpoint = open_checkpoint(str(path))
-    return Pruning(
-        checkpoint.architecture,
-        checkpoint.num_blocks,
-        checkpoint.config_sha256(),
-        checkpoint.weights_sha256(),
-        tuple(sorted(removed)),
-    )
-
-
-def overrides(path: Path, removed: Sequence[int]) -> dict[str, Any]:
-    return pruned_overrides(pruning(path, removed), open_checkpoint(str(path)))
-
-
-def run_jobs(
-    jobs: Sequence[dict[str, Any]], folder: Path, **environment: str
-) -> list[dict[str, Any]]:
-    """Run jobs in one child process; a job that breaks it is an error of the test."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "engine_jobs.py"), "jobs.json", "results.json"],
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (folder / "output.log").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
-    return results
-
-
-def check_equal(result: dict[str, Any], path: Path, case: Case) -> None:
-    """Hold an engine's answers against Transformers with the blocks deleted."""
-    model = oracle.pruned(path, case.removed, getattr(torch, case.dtype))
-    differences = []
-    for prompt, found in zip(PROMPTS, result["logprobs"], strict=True):
-        expected = oracle.prompt_logprobs(model, prompt)
-        differences += [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    if case.dtype == "float32":
-        assert max(differences) < 1e-3
-        for prompt, found in zip(PROMPTS, result["tokens"], strict=True):
-            assert found == oracle.greedy(model, prompt, NEW_TOKENS)
-    else:
-        assert sum(differences) / len(differences) < 0.1
-
-
-def check_size(result: dict[str, Any], path: Path, case: Case) -> None:
-    """The engine holds the kept layers' KV cache and exactly a pruned model's parameters."""
-    count = open_checkpoint(str(path)).num_blocks
-    for rank in result["ranks"]:
-        layers = {int(part) for name in rank["kv_cache_layers"] for part in name.split(".")
-                  if part.isdigit()}  # fmt: skip
-        assert layers == set(range(count)) - set(case.removed)
-        assert len(rank["kv_cache_layers"]) == count - len(case.removed)
-    if case.removed and len(result["ranks"]) == 1:
-        model = oracle.pruned(path, case.removed)
-        assert result["ranks"][0]["parameters"] == sum(p.numel() for p in model.parameters())
-
 
 EAGER = [
     Case("llama", ()),

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import oracle
-from conftest import VOCABULARY
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.scoring import LayerSweep, decoder_layers, load_model
 from sleb_serve.selection import Step, greedy
+from tiny import VOCABULARY
 
 Models = Callable[[str], Path]
 

@@ -14,8 +14,7 @@ from sleb_vllm.architectures import CONFIG_KEY, pruned_name
 def check_engine(vllm_config: Any) -> Pruning:
     """The pruning that a vLLM configuration asks for, if its model is the pruning's.
 
-    The weights are looked at where they are already on this machine; `check_weights` looks at
-    them once vLLM has fetched them.
+    The weights of a folder are looked at, too; those of a hub model once vLLM has fetched them.
 
     Raises:
         SlebError: there is no pruning, it is malformed, the model is another one, or the engine is
@@ -40,7 +39,8 @@ def check_engine(vllm_config: Any) -> Pruning:
         raise SlebError(
             "pruned models are not served with pipeline parallelism; use --tensor-parallel-size"
         )
-    if vllm_config.load_config.load_format != "dummy" and _has_weights(checkpoint):
+    # A model from the hub may be downloading at this moment, in another rank: see check_weights.
+    if vllm_config.load_config.load_format != "dummy" and Path(model_config.model).is_dir():
         check_weights(model_config, pruning)
     return pruning
 
@@ -79,9 +79,3 @@ def pruning_of(model_config: Any) -> Pruning:
 
 def _checkpoint(model_config: Any) -> Checkpoint:
     return open_checkpoint(model_config.model, model_config.revision)
-
-
-def _has_weights(checkpoint: Checkpoint) -> bool:
-    return any(
-        Path(checkpoint.path).glob(pattern) for pattern in ("*.safetensors", "pytorch_model*.bin")
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Pruning
+from sleb_vllm.loops import Carried, carried_by
 
 
 class RemovedLayer(PPMissingLayer):
@@ -24,16 +24,21 @@ class RemovedLayer(PPMissingLayer):
     remain keep their indices, and with them their weights' names, their attention type and window.
     """
 
-    def __init__(self, carried: tuple[tuple[int, str], ...] = ()) -> None:
-        super().__init__()
+    carried: tuple[Carried, ...] = ()
+
+    def stand_for(self, carried: tuple[Carried, ...], sibling: nn.Module) -> None:
+        """Take on what the model's loop carries, and a kept layer's plain attributes.
+
+        Some loops read a layer's flags (its attention type, say) to choose what to pass it.
+        """
         self.carried = carried
+        for name, value in vars(sibling).items():
+            if isinstance(value, bool | int | float | str) and not hasattr(self, name):
+                setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inputs that the model's loop carries from layer to layer, in the order it wants."""
-        values = tuple(
-            args[position] if position < len(args) else kwargs[name]
-            for position, name in self.carried
-        )
+        values = tuple(value.of(args, kwargs) for value in self.carried)
         return values[0] if len(values) == 1 else values
 
 
@@ -83,10 +88,13 @@ def built_without(pruning: Pruning) -> Iterator[BuiltLayers]:
         kept = built.kept()
         if not kept:
             raise SlebError(f"every layer of {prefix} on this rank is removed; remove fewer blocks")
-        carried = carried_inputs(type(layers[kept[0]]))
+        sibling = layers[kept[0]]
+        # The caller is the decoder's own __init__.
+        decoder = type(sys._getframe(1).f_locals["self"])
+        carried = carried_by(decoder, type(sibling))
         for layer in layers:
             if isinstance(layer, RemovedLayer):
-                layer.carried = carried
+                layer.stand_for(carried, sibling)
         made.append(built)
         return start, end, layers
 
@@ -101,24 +109,6 @@ def built_without(pruning: Pruning) -> Iterator[BuiltLayers]:
             f"through vLLM's make_layers, where exactly one can be pruned"
         )
     result.__dict__.update(vars(made[0]))
-
-
-def carried_inputs(layer: type[nn.Module]) -> tuple[tuple[int, str], ...]:
-    """Position and name of the inputs that a layer's loop expects back: the stream's parts.
-
-    To skip a layer is the identity on what the loop carries, and vLLM's layers take that as
-    ``hidden_states`` and, where the residual is kept apart, ``residual``.
-
-    Raises:
-        SlebError: the layer's forward takes no ``hidden_states``.
-    """
-    names = list(inspect.signature(layer.forward).parameters)[1:]
-    if "hidden_states" not in names:
-        raise SlebError(
-            f"{layer.__name__}.forward takes {', '.join(names)}: what it hands on cannot be told; "
-            f"this architecture cannot be served pruned"
-        )
-    return tuple((names.index(n), n) for n in ("hidden_states", "residual") if n in names)
 
 
 def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:

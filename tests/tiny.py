@@ -1,0 +1,116 @@
+"""Tiny configurations of many architectures, for the equality matrix: six blocks, Llama eight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+VOCABULARY = 512
+"""A multiple of 64, so that vLLM pads no rows and parameters can be counted."""
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Heads of 32: vLLM's CPU attention has no kernel for smaller ones.
+LLAMA: dict[str, Any] = {
+    **COMMON,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+HEAD: dict[str, Any] = {**LLAMA, "head_dim": 32}
+SLIDING: dict[str, Any] = {
+    **HEAD,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}
+GPT: dict[str, Any] = {**COMMON, "n_embd": 128, "n_layer": 6, "n_head": 4, "n_positions": 512}
+MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**LLAMA, "num_hidden_layers": 8}),
+    "mistral": ("MistralConfig", {**LLAMA, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", LLAMA),
+    "qwen3": ("Qwen3Config", HEAD),
+    "gemma": ("GemmaConfig", HEAD),
+    "gemma2": ("Gemma2Config", {**SLIDING, "query_pre_attn_scalar": 32}),
+    "gemma3": ("Gemma3TextConfig", SLIDING),
+    "phi": ("PhiConfig", LLAMA),
+    "phi3": ("Phi3Config", LLAMA),
+    "mixtral": ("MixtralConfig", {**LLAMA, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**LLAMA, **MOE, "shared_expert_intermediate_size": 64},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {**HEAD, **MOE}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gpt2": ("GPT2Config", GPT),
+    "gptj": ("GPTJConfig", {**GPT, "rotary_dim": 16}),
+    "opt": (
+        "OPTConfig",
+        {
+            **COMMON,
+            "hidden_size": 128,
+            "word_embed_proj_dim": 128,
+            "ffn_dim": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+        },
+    ),
+    "bloom": ("BloomConfig", {**COMMON, "hidden_size": 128, "n_layer": 6, "n_head": 4}),
+    "falcon": (
+        "FalconConfig",
+        {
+            **COMMON,
+            "hidden_size": 128,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "new_decoder_architecture": False,
+            "multi_query": True,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {**LLAMA}),
+    "stablelm": ("StableLmConfig", LLAMA),
+    "olmo": ("OlmoConfig", LLAMA),
+    "olmo2": ("Olmo2Config", LLAMA),
+    "olmo3": ("Olmo3Config", {**SLIDING}),
+    "olmoe": ("OlmoeConfig", {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
+    "cohere": ("CohereConfig", LLAMA),
+    "granite": ("GraniteConfig", LLAMA),
+    "granitemoe": ("GraniteMoeConfig", {**LLAMA, "num_local_experts": 4}),
+    "starcoder2": ("Starcoder2Config", {**LLAMA, "sliding_window": None}),
+    "nemotron": ("NemotronConfig", {**LLAMA, "head_dim": 32}),
+    "exaone4": ("Exaone4Config", {**SLIDING, "sliding_window_pattern": 4}),
+    "glm": ("GlmConfig", HEAD),
+    "glm4": ("Glm4Config", HEAD),
+    "smollm3": ("SmolLM3Config", {**LLAMA}),
+    "arcee": ("ArceeConfig", LLAMA),
+    "ernie4_5": ("Ernie4_5Config", HEAD),
+    "seed_oss": ("SeedOssConfig", HEAD),
+    "hunyuan_dense": ("HunYuanDenseV1Config", HEAD),
+    "dots1": ("Dots1Config", {**HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                              "moe_intermediate_size": 64, "n_shared_experts": 1,
+                              "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "glm4_moe": ("Glm4MoeConfig", {**HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                                   "moe_intermediate_size": 64, "n_shared_experts": 1,
+                                   "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "persimmon": ("PersimmonConfig", LLAMA),
+    "gpt_bigcode": ("GPTBigCodeConfig", GPT),
+}  # fmt: skip
+
+
+def make_config(name: str) -> Any:
+    """The Transformers config of a tiny model."""
+    import transformers
+
+    kind, values = TINY[name]
+    return getattr(transformers, kind)(**values)
