@@ -37,6 +37,11 @@ def pruned(path: Path, removed: Sequence[int], dtype: torch.dtype = torch.float3
     return delete_blocks(load(path, dtype), removed)
 
 
+def parameter_count(model: Any) -> int:
+    """Numbers that a checkpoint of the model holds, tied ones once, saved buffers among them."""
+    return sum({t.data_ptr(): t.numel() for t in model.state_dict().values()}.values())
+
+
 @torch.no_grad()
 def loss(model: Any, windows: Sequence[Sequence[int]]) -> float:
     """The official score a token: the sum over windows of mean cross-entropy x L, over all L."""

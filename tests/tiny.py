@@ -78,7 +78,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "multi_query": True,
         },
     ),
-    "gpt_neox": ("GPTNeoXConfig", {**LLAMA}),
+    "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}),
     "stablelm": ("StableLmConfig", LLAMA),
     "olmo": ("OlmoConfig", LLAMA),
     "olmo2": ("Olmo2Config", LLAMA),
@@ -97,15 +97,21 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("Ernie4_5Config", HEAD),
     "seed_oss": ("SeedOssConfig", HEAD),
     "hunyuan_dense": ("HunYuanDenseV1Config", HEAD),
-    "dots1": ("Dots1Config", {**HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2,
-                              "moe_intermediate_size": 64, "n_shared_experts": 1,
-                              "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
-    "glm4_moe": ("Glm4MoeConfig", {**HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2,
-                                   "moe_intermediate_size": 64, "n_shared_experts": 1,
-                                   "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
-    "persimmon": ("PersimmonConfig", LLAMA),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **HEAD,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "gpt_bigcode": ("GPTBigCodeConfig", GPT),
-}  # fmt: skip
+}
 
 
 def make_config(name: str) -> Any:

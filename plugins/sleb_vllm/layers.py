@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,23 +57,67 @@ class BuiltLayers:
         return [i for i, layer in enumerate(self.layers) if not isinstance(layer, PPMissingLayer)]
 
 
+class Removal:
+    """The removal under way while one model is built."""
+
+    def __init__(self, pruning: Pruning) -> None:
+        self.pruning = pruning
+        self._made: list[BuiltLayers] = []
+
+    def finish(self, decoder: type, built: BuiltLayers) -> None:
+        """Make the placeholders among `decoder`'s layers answer as its loop expects.
+
+        Raises:
+            SlebError: no layer is kept, or the loop is of no known form.
+        """
+        kept = built.kept()
+        if not kept:
+            raise SlebError(
+                f"every layer of {built.prefix} on this rank is removed; remove fewer blocks"
+            )
+        sibling = built.layers[kept[0]]
+        carried = carried_by(decoder, type(sibling))
+        for layer in built.layers:
+            if isinstance(layer, RemovedLayer):
+                layer.stand_for(carried, sibling)
+        self._made.append(built)
+
+    @property
+    def result(self) -> BuiltLayers:
+        """The one decoder that was built.
+
+        Raises:
+            SlebError: none was, or several were, and then which one is pruned cannot be told.
+        """
+        if len(self._made) != 1:
+            raise SlebError(
+                f"{self.pruning.architecture} made {len(self._made)} lists of "
+                f"{self.pruning.num_blocks} decoder layers where exactly one can be pruned; this "
+                f"vLLM cannot serve it pruned"
+            )
+        return self._made[0]
+
+
+_current: ContextVar[Removal] = ContextVar("removal")
+
+
+def removing() -> Removal:
+    """The removal under way in this thread."""
+    return _current.get()
+
+
 @contextmanager
-def built_without(pruning: Pruning) -> Iterator[BuiltLayers]:
+def layers_removed(pruning: Pruning) -> Iterator[Removal]:
     """While this is open, vLLM's `make_layers` leaves out the removed layers of one decoder.
 
     Models import `make_layers` by name, so it is replaced in every module that holds it; all of
     them hold vLLM's own again afterwards, and other models of the process never see this one.
 
     Yields:
-        Filled in once the decoder's layers have been made.
-
-    Raises:
-        SlebError: the model made no such list of layers, or several, or layers of a shape that
-            cannot be left out.
+        Its `result` is the decoder, once that has been made.
     """
     original = utils.make_layers
-    made: list[BuiltLayers] = []
-    result = BuiltLayers()
+    removal = Removal(pruning)
 
     def make_layers(num_hidden_layers: int, layer_fn: Callable[..., Any], prefix: str) -> Any:
         if num_hidden_layers != pruning.num_blocks:
@@ -84,31 +129,18 @@ def built_without(pruning: Pruning) -> Iterator[BuiltLayers]:
             return RemovedLayer() if index in removed else layer_fn(prefix=prefix)
 
         start, end, layers = original(num_hidden_layers, make_layer, prefix)
-        built = BuiltLayers(prefix, start, end, layers)
-        kept = built.kept()
-        if not kept:
-            raise SlebError(f"every layer of {prefix} on this rank is removed; remove fewer blocks")
-        sibling = layers[kept[0]]
         # The caller is the decoder's own __init__.
         decoder = type(sys._getframe(1).f_locals["self"])
-        carried = carried_by(decoder, type(sibling))
-        for layer in layers:
-            if isinstance(layer, RemovedLayer):
-                layer.stand_for(carried, sibling)
-        made.append(built)
+        removal.finish(decoder, BuiltLayers(prefix, start, end, layers))
         return start, end, layers
 
+    token = _current.set(removal)
     _replace(original, make_layers)
     try:
-        yield result
+        yield removal
     finally:
         _replace(make_layers, original)
-    if len(made) != 1:
-        raise SlebError(
-            f"{pruning.architecture} made {len(made)} lists of {pruning.num_blocks} decoder layers "
-            f"through vLLM's make_layers, where exactly one can be pruned"
-        )
-    result.__dict__.update(vars(made[0]))
+        _current.reset(token)
 
 
 def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:

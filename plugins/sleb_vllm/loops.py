@@ -54,9 +54,10 @@ def carried_by(decoder: type, layer: type) -> tuple[Carried, ...]:
 
 
 def _methods(decoder: type) -> Iterator[Any]:
-    for _, method in inspect.getmembers(decoder, inspect.isfunction):
-        if method.__module__.partition(".")[0] != "torch":
-            yield method
+    # Base classes, too, even where they are overridden: an override may call on to them.
+    for owner in decoder.__mro__:
+        if owner.__module__.partition(".")[0] not in {"builtins", "torch", "typing"}:
+            yield from (value for value in vars(owner).values() if inspect.isfunction(value))
 
 
 def _loops(decoder: type, method: Any) -> Iterator[tuple[Carried, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,8 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Pruning
 from sleb_vllm.architectures import pruned_name
 from sleb_vllm.binding import check_engine, check_weights
-from sleb_vllm.layers import BuiltLayers, built_without
+from sleb_vllm.layers import BuiltLayers, layers_removed
+from sleb_vllm.transformers_backend import PrunedBackend, is_backend
 
 # A child of vLLM's own logger, so that the lines appear where vLLM's do.
 logger = init_logger("vllm.plugins.sleb")
@@ -22,7 +23,7 @@ logger = init_logger("vllm.plugins.sleb")
 
 @dataclass(frozen=True)
 class Built:
-    """What one rank built: decoder layers by original index, parameters to be loaded."""
+    """What one rank holds: decoder layers by original index, numbers in its parameters."""
 
     pruning: Pruning
     layers: tuple[int, ...]
@@ -36,38 +37,43 @@ def pruned_class(stock: Any) -> Any:
     It acts only while an instance is built and loaded; what runs afterwards is the stock class's
     own code on a shorter list of layers.
     """
+    # A tuple of bases, so that the backend's stand-in methods come before its own.
+    bases = (PrunedBackend, stock) if is_backend(stock) else (stock,)
 
-    class Pruned(stock):
+    class Pruned(*bases):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             pruning = check_engine(vllm_config)
-            with built_without(pruning) as built:
+            with layers_removed(pruning) as removal:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
+            built = removal.result
             _check_built(pruning, built, vllm_config)
-            self.sleb = Built(
-                pruning,
-                layers=tuple(built.kept()),
-                # Counted here: backends repack weights once they are loaded.
-                parameters=sum(parameter.numel() for parameter in self.parameters()),
-            )
+            self.sleb = Built(pruning, tuple(built.kept()), _count_parameters(self))
             self._sleb_model_config = vllm_config.model_config
             logger.info(
-                "Pruned by manifest %s: %d of %d decoder layers built, removed %s, %d parameters",
+                "Pruned by manifest %s: %d of %d decoder layers built, removed %s",
                 pruning.tag,
                 len(self.sleb.layers),
                 pruning.num_blocks,
                 list(pruning.removed),
-                self.sleb.parameters,
             )
 
         def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
             loaded = super().load_weights(weights, *args, **kwargs)
             # Again, since a model from the hub may have been downloaded only now.
             check_weights(self._sleb_model_config, self.sleb.pruning)
+            # Again, since loading may add a parameter (a head's bias), and now rather than later,
+            # since backends repack weights once they are loaded.
+            self.sleb = replace(self.sleb, parameters=_count_parameters(self))
+            logger.info("Pruned model loaded: %d parameters on this rank", self.sleb.parameters)
             return loaded
 
     Pruned.__name__ = Pruned.__qualname__ = pruned_name(stock.__name__)
     Pruned.__doc__ = f"{stock.__name__} without the decoder layers that a manifest removes."
     return Pruned
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_built(pruning: Pruning, built: BuiltLayers, vllm_config: Any) -> None:
