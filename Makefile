@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements/cpu.lock)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint install lock clean
+.PHONY: demo test test-all lint install lock clean
 
 install: $(STAMP)
 
@@ -35,6 +35,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	SLEB_TEST_MODEL_FOLDER=$(CACHE)/demo $(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	SLEB_TEST_ARCHITECTURES=all $(BIN)/python -m pytest tests/test_architectures.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -107,43 +107,49 @@ class Checkpoint:
 
         Four chunks of 4 KiB, evenly spaced, are read of each tensor, and small tensors whole: a
         70B model costs a few thousand small reads, and a fine-tuned sibling differs in all of
-        them. It does not depend on how the tensors are spread over shards. A checkpoint in
-        PyTorch's own format is sampled file by file instead.
+        them. It is the digest of a list of digests, one for what lies outside the decoder blocks
+        and then one per block, each over its tensors by name; so it does not depend on how the
+        tensors are spread over shards, and one who knows a block's digest need not read the block.
+        A checkpoint in PyTorch's own format is sampled file by file instead.
 
         Raises:
             SlebError: weights are missing or a file is cut short.
         """
         files = self.weight_files()
-        digest = hashlib.sha256()
-        if files[0].suffix == ".safetensors":
-            tensors = sorted(
-                (name, *entry, file) for file in files for name, entry in _tensors(file)
-            )
-            for name, dtype, shape, start, end, file in tensors:
-                digest.update(strict_json.canonical([name, dtype, shape]))
-                with file.open("rb") as stream:
-                    _sample(stream, start, end, digest.update)
-        else:
+        if files[0].suffix != ".safetensors":
+            whole = hashlib.sha256()
             for file in files:
                 size = file.stat().st_size
-                digest.update(strict_json.canonical([file.name, size]))
+                whole.update(strict_json.canonical([file.name, size]))
                 with file.open("rb") as stream:
-                    _sample(stream, 0, size, digest.update)
-        return digest.hexdigest()
+                    _sample(stream, 0, size, whole.update)
+            return whole.hexdigest()
+        outside, *blocks = (hashlib.sha256() for _ in range(self.num_blocks + 1))
+        tensors = sorted((name, *entry, file) for file in files for name, entry in _tensors(file))
+        for name, dtype, shape, start, end, file in tensors:
+            index = self._block_of(name)
+            digest = outside if index is None else blocks[index]
+            digest.update(strict_json.canonical([name, dtype, shape]))
+            with file.open("rb") as stream:
+                _sample(stream, start, end, digest.update)
+        leaves = [digest.hexdigest() for digest in (outside, *blocks)]
+        return hashlib.sha256(strict_json.canonical(leaves)).hexdigest()
+
+    def _block_of(self, name: str) -> int | None:
+        """The block that a tensor belongs to: the first number among the parts of its name."""
+        index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        return index if index is not None and index < self.num_blocks else None
 
     def parameter_counts(self) -> list[int] | None:
-        """Parameters of each decoder block, by index; None for a PyTorch checkpoint.
-
-        A tensor belongs to block i if i is the first number among the parts of its name.
-        """
+        """Parameters of each decoder block, by index; None for a PyTorch checkpoint."""
         files = self.weight_files()
         if files[0].suffix != ".safetensors":
             return None
         counts = [0] * self.num_blocks
         for file in files:
             for name, (_, shape, _, _) in _tensors(file):
-                index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-                if index is not None and index < len(counts):
+                index = self._block_of(name)
+                if index is not None:
                     counts[index] += math.prod(shape)
         return counts
 

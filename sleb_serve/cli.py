@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -21,6 +22,7 @@ from sleb_serve.select import SelectOptions, select
 from sleb_serve.selection import Step
 from sleb_serve.serve import check_plugin, serve_command
 from sleb_serve.show import describe
+from sleb_vllm.architectures import ARCHITECTURES
 
 _SELECT_EXAMPLES = """\
 examples:
@@ -64,11 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 for a mistake in what was asked for.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a bar must not lose the table beside it.
+            stream.reconfigure(errors="replace")
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except SlebError as error:
         print(f"sleb-serve: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; Python must not complain at exit, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("sleb-serve: interrupted", file=sys.stderr)
         return 130
@@ -83,6 +93,9 @@ def _run(arguments: Sequence[str]) -> int:
         return _select(options)
     if options.command == "bench":
         return _bench(options)
+    if options.command == "architectures":
+        print("\n".join(sorted(ARCHITECTURES)))
+        return 0
     return _show(options)
 
 
@@ -117,6 +130,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "--dry-run", action="store_true", help="print the vLLM command, start nothing"
     )
     _add_bench(command("bench", "measure the pruned model against the dense one", _BENCH_EXAMPLES))
+    command("architectures", "list the architectures that can be served pruned")
     return parser, serve
 
 

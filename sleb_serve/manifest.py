@@ -9,7 +9,6 @@ This module knows no torch and no vLLM: a manifest can be read and checked anywh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,10 @@ from typing import Any
 from sleb_serve import strict_json
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import write_atomically
+from sleb_serve.pruning import Pruning, block_count, check_blocks
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 20
-MAX_BLOCKS = 100_000
-"""More blocks than any model has; keeps a hostile block count from costing memory."""
 
 
 def _nothing() -> Mapping[str, Any]:
@@ -87,99 +85,6 @@ class Selection:
     early_barrier: int
     late_barrier: int
     dtype: str
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What a server needs of a manifest: the blocks to leave out and the model they belong to.
-
-    ``removed`` is ascending. This is the content that travels to every vLLM worker.
-    """
-
-    architecture: str
-    num_blocks: int
-    config_sha256: str
-    weights_sha256: str
-    removed: tuple[int, ...]
-
-    @property
-    def num_kept(self) -> int:
-        """How many decoder blocks remain."""
-        return self.num_blocks - len(self.removed)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON of the content: equal for equal served models only."""
-        return hashlib.sha256(strict_json.canonical(self.to_dict())).hexdigest()
-
-    @property
-    def tag(self) -> str:
-        """Short name of the pruning, as ``sleb6-1a2b3c4d``: block count and digest."""
-        return f"sleb{len(self.removed)}-{self.digest[:8]}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content as plain JSON values."""
-        return {
-            "architecture": self.architecture,
-            "num_blocks": self.num_blocks,
-            "config_sha256": self.config_sha256,
-            "weights_sha256": self.weights_sha256,
-            "removed": list(self.removed),
-        }
-
-    @classmethod
-    def from_dict(cls, value: object) -> Pruning:
-        """Parse what `to_dict` made.
-
-        Raises:
-            SlebError: anything else; nothing is guessed or repaired.
-        """
-        keys = ("architecture", "num_blocks", "config_sha256", "weights_sha256", "removed")
-        fields = strict_json.object_(value, "pruning", required=keys)
-        num_blocks = _block_count(fields["num_blocks"], "pruning.num_blocks")
-        removed = [
-            strict_json.integer(block, f"pruning.removed[{i}]", 0, num_blocks - 1)
-            for i, block in enumerate(strict_json.list_(fields["removed"], "pruning.removed"))
-        ]
-        _check_blocks(removed, num_blocks, "pruning.removed")
-        if removed != sorted(removed):
-            raise SlebError("pruning.removed is not in ascending order; print the arguments anew")
-        return cls(
-            architecture=strict_json.line(fields["architecture"], "pruning.architecture"),
-            num_blocks=num_blocks,
-            config_sha256=strict_json.sha256(fields["config_sha256"], "pruning.config_sha256"),
-            weights_sha256=strict_json.sha256(fields["weights_sha256"], "pruning.weights_sha256"),
-            removed=tuple(removed),
-        )
-
-    def check_binding(
-        self,
-        found: str,
-        *,
-        architecture: str | None = None,
-        num_blocks: int | None = None,
-        config_sha256: str | None = None,
-        weights_sha256: str | None = None,
-    ) -> None:
-        """Refuse a model that is not the manifest's; what is None was not looked at.
-
-        ``found`` names the model that was found, for the message.
-
-        Raises:
-            SlebError: naming what differs, what was expected and what was found.
-        """
-        looked_at = (
-            ("architecture", self.architecture, architecture),
-            ("number of decoder blocks", self.num_blocks, num_blocks),
-            ("config_sha256", self.config_sha256, config_sha256),
-            ("weights_sha256", self.weights_sha256, weights_sha256),
-        )
-        for what, expected, actual in looked_at:
-            if actual is not None and actual != expected:
-                raise SlebError(
-                    f"the manifest is for another model than {found}: {what} expected {expected}, "
-                    f"found {actual}; select anew for this model, or give the manifest's own"
-                )
 
 
 @dataclass(frozen=True)
@@ -312,7 +217,7 @@ def parse_manifest(data: bytes) -> Manifest:
         _parse_removal(entry, f"removed[{i}]", model.num_blocks)
         for i, entry in enumerate(strict_json.list_(fields["removed"], "removed"))
     )
-    _check_blocks([r.block for r in removed], model.num_blocks, "removed")
+    check_blocks([r.block for r in removed], model.num_blocks, "removed")
     dense = fields.get("dense")
     calibration = fields.get("calibration")
     selection = fields.get("selection")
@@ -341,20 +246,6 @@ def perplexity_of(loss: float | None) -> float | None:
         return None
 
 
-def _block_count(value: object, where: str) -> int:
-    return strict_json.integer(value, where, 1, MAX_BLOCKS)
-
-
-def _check_blocks(blocks: Sequence[int], num_blocks: int, where: str) -> None:
-    if not blocks:
-        raise SlebError(f"{where} is empty: nothing is removed; serve the dense model with vllm")
-    if len(set(blocks)) != len(blocks):
-        twice = next(block for i, block in enumerate(blocks) if block in blocks[:i])
-        raise SlebError(f"{where} names block {twice} twice; each block can be removed once")
-    if len(blocks) >= num_blocks:
-        raise SlebError(f"{where} names all {num_blocks} blocks; at least one must remain")
-
-
 def _parse_model(value: object) -> ModelBinding:
     keys = ("id", "revision", "architecture", "num_blocks", "config_sha256", "weights_sha256")
     fields = strict_json.object_(value, "model", required=keys)
@@ -363,7 +254,7 @@ def _parse_model(value: object) -> ModelBinding:
         id=strict_json.line(fields["id"], "model.id"),
         revision=None if revision is None else strict_json.line(revision, "model.revision"),
         architecture=strict_json.line(fields["architecture"], "model.architecture"),
-        num_blocks=_block_count(fields["num_blocks"], "model.num_blocks"),
+        num_blocks=block_count(fields["num_blocks"], "model.num_blocks"),
         config_sha256=strict_json.sha256(fields["config_sha256"], "model.config_sha256"),
         weights_sha256=strict_json.sha256(fields["weights_sha256"], "model.weights_sha256"),
     )

@@ -16,7 +16,8 @@ from typing import Any
 from sleb_serve import strict_json
 from sleb_serve.checkpoint import Checkpoint, open_checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import Manifest, Pruning
+from sleb_serve.manifest import Manifest
+from sleb_serve.pruning import Pruning
 from sleb_vllm.architectures import ARCHITECTURES, CONFIG_KEY, ENTRY_POINT, pruned_name
 
 _OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)

@@ -16,7 +16,7 @@ import torch
 import oracle
 from conftest import ROOT
 from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.manifest import Pruning
+from sleb_serve.pruning import Pruning
 from sleb_serve.serve import pruned_overrides
 
 PROMPTS = [[1, *range(40, 70)], [7, 300, 12, 90, 5, 5, 210, 33, 8]]

@@ -124,3 +124,29 @@ def test_a_broken_config_is_refused(tmp_path: Path, config: str) -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SlebError, match=r"without config\.json"):
         open_checkpoint(str(tmp_path))
+
+
+def test_the_weights_digest_is_a_digest_of_blocks(llama: Path) -> None:
+    """Written out again, from the safetensors library's view of the file."""
+    import hashlib
+
+    from safetensors import safe_open
+
+    def digest(value: object) -> str:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    leaves: list[bytes] = [b""] * 9
+    with safe_open(llama / "model.safetensors", "pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            data = tensor.numpy().tobytes()
+            if len(data) > 4 * 4096:
+                starts = [i * (len(data) - 4096) // 3 for i in range(4)]
+                data = b"".join(data[start : start + 4096] for start in starts)
+            parts = name.split(".")
+            place = 1 + int(parts[2]) if parts[1] == "layers" else 0
+            head = json.dumps([name, "F32", list(tensor.shape)], separators=(",", ":"))
+            leaves[place] += head.encode() + data
+    expected = digest([hashlib.sha256(leaf).hexdigest() for leaf in leaves])
+    assert open_checkpoint(str(llama)).weights_sha256() == expected

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import Pruning, parse_manifest, read_manifest
+from sleb_serve.manifest import parse_manifest, read_manifest
+from sleb_serve.pruning import Pruning
 from sleb_serve.show import describe
 
 SHA = "0123456789abcdef" * 4

@@ -48,7 +48,7 @@ ARCHITECTURES = frozenset(
 """Architectures whose pruned form is tested to equal Transformers with the blocks deleted."""
 
 CONFIG_KEY = "sleb"
-"""Where the Hugging Face config of a pruned model holds its `sleb_serve.manifest.Pruning`."""
+"""Where the Hugging Face config of a pruned model holds its `sleb_serve.pruning.Pruning`."""
 
 ENTRY_POINT = "sleb"
 """The plugin's name among the ``vllm.general_plugins``, as ``VLLM_PLUGINS`` selects by."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from sleb_serve.checkpoint import Checkpoint, open_checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import Pruning
+from sleb_serve.pruning import Pruning
 from sleb_vllm.architectures import CONFIG_KEY, pruned_name
 
 

@@ -14,7 +14,7 @@ from vllm.model_executor.models import utils
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import Pruning
+from sleb_serve.pruning import Pruning
 from sleb_vllm.loops import Carried, carried_by
 
 

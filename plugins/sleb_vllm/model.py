@@ -11,7 +11,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import Pruning
+from sleb_serve.pruning import Pruning
 from sleb_vllm.architectures import pruned_name
 from sleb_vllm.binding import check_engine, check_weights
 from sleb_vllm.layers import BuiltLayers, layers_removed

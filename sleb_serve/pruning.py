@@ -1,0 +1,123 @@
+"""What a server needs to know of a manifest, in a form that travels to every vLLM worker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sleb_serve import strict_json
+from sleb_serve.errors import SlebError
+
+MAX_BLOCKS = 100_000
+"""More blocks than any model has; keeps a hostile block count from costing memory."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a server needs of a manifest: the blocks to leave out and the model they belong to.
+
+    ``removed`` is ascending. This is the content that travels to every vLLM worker.
+    """
+
+    architecture: str
+    num_blocks: int
+    config_sha256: str
+    weights_sha256: str
+    removed: tuple[int, ...]
+
+    @property
+    def num_kept(self) -> int:
+        """How many decoder blocks remain."""
+        return self.num_blocks - len(self.removed)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of the content: equal for equal served models only."""
+        return hashlib.sha256(strict_json.canonical(self.to_dict())).hexdigest()
+
+    @property
+    def tag(self) -> str:
+        """Short name of the pruning, as ``sleb6-1a2b3c4d``: block count and digest."""
+        return f"sleb{len(self.removed)}-{self.digest[:8]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content as plain JSON values."""
+        return {
+            "architecture": self.architecture,
+            "num_blocks": self.num_blocks,
+            "config_sha256": self.config_sha256,
+            "weights_sha256": self.weights_sha256,
+            "removed": list(self.removed),
+        }
+
+    @classmethod
+    def from_dict(cls, value: object) -> Pruning:
+        """Parse what `to_dict` made.
+
+        Raises:
+            SlebError: anything else; nothing is guessed or repaired.
+        """
+        keys = ("architecture", "num_blocks", "config_sha256", "weights_sha256", "removed")
+        fields = strict_json.object_(value, "pruning", required=keys)
+        num_blocks = block_count(fields["num_blocks"], "pruning.num_blocks")
+        removed = [
+            strict_json.integer(block, f"pruning.removed[{i}]", 0, num_blocks - 1)
+            for i, block in enumerate(strict_json.list_(fields["removed"], "pruning.removed"))
+        ]
+        check_blocks(removed, num_blocks, "pruning.removed")
+        if removed != sorted(removed):
+            raise SlebError("pruning.removed is not in ascending order; print the arguments anew")
+        return cls(
+            architecture=strict_json.line(fields["architecture"], "pruning.architecture"),
+            num_blocks=num_blocks,
+            config_sha256=strict_json.sha256(fields["config_sha256"], "pruning.config_sha256"),
+            weights_sha256=strict_json.sha256(fields["weights_sha256"], "pruning.weights_sha256"),
+            removed=tuple(removed),
+        )
+
+    def check_binding(
+        self,
+        found: str,
+        *,
+        architecture: str | None = None,
+        num_blocks: int | None = None,
+        config_sha256: str | None = None,
+        weights_sha256: str | None = None,
+    ) -> None:
+        """Refuse a model that is not the manifest's; what is None was not looked at.
+
+        ``found`` names the model that was found, for the message.
+
+        Raises:
+            SlebError: naming what differs, what was expected and what was found.
+        """
+        looked_at = (
+            ("architecture", self.architecture, architecture),
+            ("number of decoder blocks", self.num_blocks, num_blocks),
+            ("config_sha256", self.config_sha256, config_sha256),
+            ("weights_sha256", self.weights_sha256, weights_sha256),
+        )
+        for what, expected, actual in looked_at:
+            if actual is not None and actual != expected:
+                raise SlebError(
+                    f"the manifest is for another model than {found}: {what} expected {expected}, "
+                    f"found {actual}; select anew for this model, or give the manifest's own"
+                )
+
+
+def block_count(value: object, where: str) -> int:
+    """How many blocks a model has, read strictly."""
+    return strict_json.integer(value, where, 1, MAX_BLOCKS)
+
+
+def check_blocks(blocks: Sequence[int], num_blocks: int, where: str) -> None:
+    """Refuse a list of removed blocks that is empty, names one twice, or leaves none."""
+    if not blocks:
+        raise SlebError(f"{where} is empty: nothing is removed; serve the dense model with vllm")
+    if len(set(blocks)) != len(blocks):
+        twice = next(block for i, block in enumerate(blocks) if block in blocks[:i])
+        raise SlebError(f"{where} names block {twice} twice; each block can be removed once")
+    if len(blocks) >= num_blocks:
+        raise SlebError(f"{where} names all {num_blocks} blocks; at least one must remain")
