@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from sleb_serve import strict_json
@@ -26,6 +27,11 @@ _NOT_THE_MODEL = frozenset(
 )
 # `num_hidden_layers` goes by these names in config.json; Transformers maps them by attribute_map.
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WEIGHT_FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_NOTHING: Mapping[int, str] = MappingProxyType({})
 _CONFIG_MAX_BYTES = 16 << 20
 _HEADER_MAX_BYTES = 100 << 20
 """The limit of the safetensors library itself."""
@@ -76,20 +82,23 @@ class Checkpoint:
         kept = {key: value for key, value in self.config.items() if key not in _NOT_THE_MODEL}
         return hashlib.sha256(strict_json.canonical(kept)).hexdigest()
 
-    def weight_files(self) -> tuple[Path, ...]:
+    def weight_files(self, without: frozenset[int] = frozenset()) -> tuple[Path, ...]:
         """The files that hold the weights, safetensors before PyTorch's, as Transformers prefers.
+
+        Args:
+            without: blocks whose weights are not wanted; shards that hold nothing else are left
+                out, and need not be there.
 
         Raises:
             SlebError: there are none, or the index names a file that is not there.
         """
-        for single, index in (
-            ("model.safetensors", "model.safetensors.index.json"),
-            ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-        ):
+        for single, index in _WEIGHT_FILES:
             if (self.path / single).is_file():
                 return (self.path / single,)
             if (self.path / index).is_file():
-                files = tuple(self.path / name for name in _index_files(self.path / index))
+                weight_map = _weight_map(self.path / index)
+                wanted = {f for name, f in weight_map.items() if self.block_of(name) not in without}
+                files = tuple(self.path / name for name in sorted(wanted))
                 missing = next((file for file in files if not file.is_file()), None)
                 if missing is not None:
                     raise SlebError(
@@ -102,40 +111,76 @@ class Checkpoint:
             f"whole or with an index); give a complete Transformers checkpoint"
         )
 
-    def weights_sha256(self) -> str:
+    def indexed_files(self) -> tuple[Path, ...]:
+        """Every shard that an index names, there or not; none where there is no index."""
+        for single, index in _WEIGHT_FILES:
+            if not (self.path / single).is_file() and (self.path / index).is_file():
+                names = set(_weight_map(self.path / index).values())
+                return tuple(self.path / name for name in sorted(names))
+        return ()
+
+    def block_sha256(self, without: frozenset[int] = frozenset()) -> tuple[str, ...] | None:
+        """The digest of each block's weights, and before them that of what lies outside; see
+        `weights_sha256`. None for a checkpoint in PyTorch's own format.
+
+        The weights of blocks in `without` are not read; their digests are those of no weights.
+        """  # noqa: D205
+        files = self.weight_files(without)
+        if files[0].suffix != ".safetensors":
+            return None
+        outside, *blocks = (hashlib.sha256() for _ in range(self.num_blocks + 1))
+        tensors = sorted((name, *entry, file) for file in files for name, entry in _tensors(file))
+        for name, dtype, shape, start, end, file in tensors:
+            index = self.block_of(name)
+            if index in without:
+                continue
+            digest = outside if index is None else blocks[index]
+            digest.update(strict_json.canonical([name, dtype, shape]))
+            with file.open("rb") as stream:
+                _sample(stream, start, end, digest.update)
+        return tuple(digest.hexdigest() for digest in (outside, *blocks))
+
+    def weights_sha256(self, known: Mapping[int, str] = _NOTHING) -> str:
         """Digest over every tensor's name, dtype, shape and a sample of its bytes.
 
         Four chunks of 4 KiB, evenly spaced, are read of each tensor, and small tensors whole: a
         70B model costs a few thousand small reads, and a fine-tuned sibling differs in all of
         them. It is the digest of a list of digests, one for what lies outside the decoder blocks
         and then one per block, each over its tensors by name; so it does not depend on how the
-        tensors are spread over shards, and one who knows a block's digest need not read the block.
-        A checkpoint in PyTorch's own format is sampled file by file instead.
+        tensors are spread over shards. A checkpoint in PyTorch's own format is sampled file by
+        file instead.
+
+        Args:
+            known: digests of blocks that are not to be read. Wrong ones give a wrong result.
 
         Raises:
             SlebError: weights are missing or a file is cut short.
         """
-        files = self.weight_files()
-        if files[0].suffix != ".safetensors":
-            whole = hashlib.sha256()
-            for file in files:
-                size = file.stat().st_size
-                whole.update(strict_json.canonical([file.name, size]))
-                with file.open("rb") as stream:
-                    _sample(stream, 0, size, whole.update)
-            return whole.hexdigest()
-        outside, *blocks = (hashlib.sha256() for _ in range(self.num_blocks + 1))
-        tensors = sorted((name, *entry, file) for file in files for name, entry in _tensors(file))
-        for name, dtype, shape, start, end, file in tensors:
-            index = self._block_of(name)
-            digest = outside if index is None else blocks[index]
-            digest.update(strict_json.canonical([name, dtype, shape]))
+        leaves = self.block_sha256(frozenset(known))
+        if leaves is not None:
+            mended = [known.get(i - 1, leaf) for i, leaf in enumerate(leaves)]
+            return hashlib.sha256(strict_json.canonical(mended)).hexdigest()
+        whole = hashlib.sha256()
+        for file in self.weight_files():
+            size = file.stat().st_size
+            whole.update(strict_json.canonical([file.name, size]))
             with file.open("rb") as stream:
-                _sample(stream, start, end, digest.update)
-        leaves = [digest.hexdigest() for digest in (outside, *blocks)]
-        return hashlib.sha256(strict_json.canonical(leaves)).hexdigest()
+                _sample(stream, 0, size, whole.update)
+        return whole.hexdigest()
 
-    def _block_of(self, name: str) -> int | None:
+    def kept_bytes(self, without: frozenset[int]) -> int | None:
+        """Bytes of the tensors outside the blocks in `without`; None for a PyTorch checkpoint."""
+        files = self.weight_files(without)
+        if files[0].suffix != ".safetensors":
+            return None
+        return sum(
+            end - start
+            for file in files
+            for name, (_, _, start, end) in _tensors(file)
+            if self.block_of(name) not in without
+        )
+
+    def block_of(self, name: str) -> int | None:
         """The block that a tensor belongs to: the first number among the parts of its name."""
         index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
         return index if index is not None and index < self.num_blocks else None
@@ -148,7 +193,7 @@ class Checkpoint:
         counts = [0] * self.num_blocks
         for file in files:
             for name, (_, shape, _, _) in _tensors(file):
-                index = self._block_of(name)
+                index = self.block_of(name)
                 if index is not None:
                     counts[index] += math.prod(shape)
         return counts
@@ -227,17 +272,18 @@ def _no_such_model(model: str, error: Exception) -> SlebError:
     return SlebError(f"no such model: {model} ({why}); give a checkpoint folder or a hub id")
 
 
-def _index_files(index: Path) -> list[str]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index of shards says."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = set(weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SlebError(
             f"cannot read {index}: {first_line(error)}; download the model again"
         ) from error
     if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
         raise SlebError(f"{index} does not name shard files; download the model again")
-    return names
+    return dict(weight_map)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, tuple[str, list[int], int, int]]]:

@@ -44,6 +44,8 @@ class ModelBinding:
     num_blocks: int
     config_sha256: str
     weights_sha256: str
+    block_sha256: tuple[str, ...] | None = None
+    """The digest of each block's weights: with it, a server need not read removed blocks."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +126,26 @@ class Manifest:
 
     def pruning(self) -> Pruning:
         """What a server needs of this manifest."""
+        removed = tuple(sorted(self.blocks))
+        digests = self.model.block_sha256
         return Pruning(
             architecture=self.model.architecture,
             num_blocks=self.model.num_blocks,
             config_sha256=self.model.config_sha256,
             weights_sha256=self.model.weights_sha256,
-            removed=tuple(sorted(self.blocks)),
+            removed=removed,
+            removed_sha256=() if digests is None else tuple(digests[block] for block in removed),
         )
 
     def to_json(self) -> bytes:
         """The manifest as the bytes of its file; equal manifests give equal bytes."""
         value: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            "model": dict(vars(self.model)),
+            "model": {
+                name: _thaw(entry)
+                for name, entry in vars(self.model).items()
+                if name != "block_sha256" or entry is not None
+            },
             "removed": [
                 {"block": r.block, "loss": r.loss, "perplexity": r.perplexity} for r in self.removed
             ],
@@ -248,15 +257,28 @@ def perplexity_of(loss: float | None) -> float | None:
 
 def _parse_model(value: object) -> ModelBinding:
     keys = ("id", "revision", "architecture", "num_blocks", "config_sha256", "weights_sha256")
-    fields = strict_json.object_(value, "model", required=keys)
+    fields = strict_json.object_(value, "model", required=keys, optional=("block_sha256",))
     revision = fields["revision"]
+    num_blocks = block_count(fields["num_blocks"], "model.num_blocks")
+    digests = fields.get("block_sha256")
+    if digests is not None:
+        digests = tuple(
+            strict_json.sha256(digest, f"model.block_sha256[{i}]")
+            for i, digest in enumerate(strict_json.list_(digests, "model.block_sha256"))
+        )
+        if len(digests) != num_blocks:
+            raise SlebError(
+                f"model.block_sha256 has {len(digests)} digests for {num_blocks} blocks; select "
+                f"anew"
+            )
     return ModelBinding(
         id=strict_json.line(fields["id"], "model.id"),
         revision=None if revision is None else strict_json.line(revision, "model.revision"),
         architecture=strict_json.line(fields["architecture"], "model.architecture"),
-        num_blocks=block_count(fields["num_blocks"], "model.num_blocks"),
+        num_blocks=num_blocks,
         config_sha256=strict_json.sha256(fields["config_sha256"], "model.config_sha256"),
         weights_sha256=strict_json.sha256(fields["weights_sha256"], "model.weights_sha256"),
+        block_sha256=digests,
     )
 
 

@@ -18,7 +18,8 @@ MAX_BLOCKS = 100_000
 class Pruning:
     """What a server needs of a manifest: the blocks to leave out and the model they belong to.
 
-    ``removed`` is ascending. This is the content that travels to every vLLM worker.
+    ``removed`` is ascending; ``removed_sha256``, where known, holds the digests of those blocks'
+    weights (see `Checkpoint.block_sha256`). This is the content that travels to every vLLM worker.
     """
 
     architecture: str
@@ -26,6 +27,12 @@ class Pruning:
     config_sha256: str
     weights_sha256: str
     removed: tuple[int, ...]
+    removed_sha256: tuple[str, ...] = ()
+
+    @property
+    def known_sha256(self) -> dict[int, str]:
+        """Digests of the removed blocks' weights, so that these need not be read to be checked."""
+        return dict(zip(self.removed, self.removed_sha256, strict=bool(self.removed_sha256)))
 
     @property
     def num_kept(self) -> int:
@@ -35,7 +42,10 @@ class Pruning:
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of the content: equal for equal served models only."""
-        return hashlib.sha256(strict_json.canonical(self.to_dict())).hexdigest()
+        content = self.to_dict()
+        # Says nothing that weights_sha256 does not.
+        content.pop("removed_sha256", None)
+        return hashlib.sha256(strict_json.canonical(content)).hexdigest()
 
     @property
     def tag(self) -> str:
@@ -44,13 +54,16 @@ class Pruning:
 
     def to_dict(self) -> dict[str, Any]:
         """The content as plain JSON values."""
-        return {
+        content: dict[str, Any] = {
             "architecture": self.architecture,
             "num_blocks": self.num_blocks,
             "config_sha256": self.config_sha256,
             "weights_sha256": self.weights_sha256,
             "removed": list(self.removed),
         }
+        if self.removed_sha256:
+            content["removed_sha256"] = list(self.removed_sha256)
+        return content
 
     @classmethod
     def from_dict(cls, value: object) -> Pruning:
@@ -60,7 +73,7 @@ class Pruning:
             SlebError: anything else; nothing is guessed or repaired.
         """
         keys = ("architecture", "num_blocks", "config_sha256", "weights_sha256", "removed")
-        fields = strict_json.object_(value, "pruning", required=keys)
+        fields = strict_json.object_(value, "pruning", required=keys, optional=("removed_sha256",))
         num_blocks = block_count(fields["num_blocks"], "pruning.num_blocks")
         removed = [
             strict_json.integer(block, f"pruning.removed[{i}]", 0, num_blocks - 1)
@@ -69,12 +82,24 @@ class Pruning:
         check_blocks(removed, num_blocks, "pruning.removed")
         if removed != sorted(removed):
             raise SlebError("pruning.removed is not in ascending order; print the arguments anew")
+        removed_sha256 = tuple(
+            strict_json.sha256(digest, f"pruning.removed_sha256[{i}]")
+            for i, digest in enumerate(
+                strict_json.list_(fields.get("removed_sha256", []), "pruning.removed_sha256")
+            )
+        )
+        if len(removed_sha256) not in (0, len(removed)):
+            raise SlebError(
+                f"pruning.removed_sha256 has {len(removed_sha256)} digests for {len(removed)} "
+                f"removed blocks; print the arguments anew"
+            )
         return cls(
             architecture=strict_json.line(fields["architecture"], "pruning.architecture"),
             num_blocks=num_blocks,
             config_sha256=strict_json.sha256(fields["config_sha256"], "pruning.config_sha256"),
             weights_sha256=strict_json.sha256(fields["weights_sha256"], "pruning.weights_sha256"),
             removed=tuple(removed),
+            removed_sha256=removed_sha256,
         )
 
     def check_binding(

@@ -102,7 +102,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
     log = SearchLog(
         log_path(options.output),
         {
-            "model": {**asdict(binding), "id": None},
+            "model": {**asdict(binding), "id": None, "block_sha256": None},
             "calibration": asdict(windows.calibration),
             "selection": asdict(selection),
         },
@@ -161,6 +161,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
 def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:
     """The binding of a manifest to a checkpoint whose files are on this machine."""
     local = Path(model).is_dir()
+    leaves = checkpoint.block_sha256()
     return ModelBinding(
         # A folder's name, not its path: manifests travel, and paths name people and machines.
         id=checkpoint.path.resolve().name if local else model,
@@ -170,6 +171,7 @@ def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:
         num_blocks=checkpoint.num_blocks,
         config_sha256=checkpoint.config_sha256(),
         weights_sha256=checkpoint.weights_sha256(),
+        block_sha256=None if leaves is None else leaves[1:],
     )
 
 

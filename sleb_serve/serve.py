@@ -79,7 +79,8 @@ def check_model(model: str, pruning: Pruning, revision: str | None = None) -> Ch
         config_sha256=checkpoint.config_sha256(),
     )
     if Path(model).is_dir():
-        pruning.check_binding(model, weights_sha256=checkpoint.weights_sha256())
+        found = checkpoint.weights_sha256(pruning.known_sha256)
+        pruning.check_binding(model, weights_sha256=found)
     if pruning.architecture not in ARCHITECTURES:
         raise SlebError(
             f"{pruning.architecture} cannot be served pruned yet; these can: "

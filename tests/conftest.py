@@ -41,7 +41,7 @@ def smollm2() -> Path:
 
     folder = os.environ.get("SLEB_TEST_MODEL_FOLDER", str(ROOT / ".cache" / "demo"))
     try:
-        return demo_model(Path(folder))
+        return demo_model(Path(folder).resolve())
     except SlebError as error:
         pytest.skip(str(error))
 

@@ -96,11 +96,12 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 def _describe_worker(worker: Any) -> dict[str, Any]:
     """What one rank holds, counted by vLLM's own means."""
     model = worker.get_model()
+    built = getattr(model, "sleb", None)
     return {
         "kv_cache_layers": sorted(worker.get_kv_cache_spec()),
         # The plugin counts before the CPU backend repacks weights and drops them.
-        "parameters": built.parameters if (built := getattr(model, "sleb", None)) else None,
-        "class": type(model).__name__,
+        "parameters": built and built.parameters,
+        "weights_read_bytes": built and built.weights_read_bytes,
     }
 
 

@@ -16,7 +16,9 @@ import torch
 import oracle
 from conftest import ROOT
 from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.manifest import Manifest, Removal
 from sleb_serve.pruning import Pruning
+from sleb_serve.select import bind
 from sleb_serve.serve import pruned_overrides
 
 PROMPTS = [[1, *range(40, 70)], [7, 300, 12, 90, 5, 5, 210, 33, 8]]
@@ -45,14 +47,10 @@ class Case:
 
 
 def pruning(path: Path, removed: Sequence[int]) -> Pruning:
-    checkpoint = open_checkpoint(str(path))
-    return Pruning(
-        checkpoint.architecture,
-        checkpoint.num_blocks,
-        checkpoint.config_sha256(),
-        checkpoint.weights_sha256(),
-        tuple(sorted(removed)),
+    manifest = Manifest(
+        bind(str(path), open_checkpoint(str(path))), tuple(Removal(block) for block in removed)
     )
+    return manifest.pruning()
 
 
 def overrides(path: Path, removed: Sequence[int]) -> dict[str, Any]:

@@ -150,3 +150,22 @@ def test_the_weights_digest_is_a_digest_of_blocks(llama: Path) -> None:
             leaves[place] += head.encode() + data
     expected = digest([hashlib.sha256(leaf).hexdigest() for leaf in leaves])
     assert open_checkpoint(str(llama)).weights_sha256() == expected
+
+
+def test_a_known_block_is_not_read(llama: Path, tmp_path: Path) -> None:
+    import oracle
+
+    oracle.load(llama).save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    sharded = open_checkpoint(str(tmp_path / "sharded"))
+    whole, leaves = sharded.weights_sha256(), sharded.block_sha256()
+    assert leaves is not None
+    known = {block: leaves[1 + block] for block in (2, 3, 4)}
+    assert sharded.weights_sha256(known) == whole
+    assert sharded.weights_sha256({2: "0" * 64}) != whole
+    unneeded = set(sharded.indexed_files()) - set(sharded.weight_files(frozenset(known)))
+    assert unneeded
+    for file in unneeded:
+        file.unlink()
+    assert sharded.weights_sha256(known) == whole
+    with pytest.raises(SlebError, match="lacks the checkpoint shard"):
+        sharded.weights_sha256()

@@ -88,6 +88,17 @@ def test_only_the_model_and_the_removals_are_needed() -> None:
     assert "5" in describe(manifest)
 
 
+def test_the_digests_of_removed_blocks_travel_with_the_pruning() -> None:
+    digests = [f"{i:064x}" for i in range(30)]
+    manifest = parse(change("model.block_sha256", digests))
+    assert parse_manifest(manifest.to_json()) == manifest
+    found = manifest.pruning()
+    assert found.known_sha256 == {3: digests[3], 14: digests[14], 20: digests[20]}
+    assert Pruning.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert found.digest == parse(example()).pruning().digest
+    assert parse(example()).pruning().known_sha256 == {}
+
+
 def test_a_prefix_removes_the_first_blocks() -> None:
     manifest = parse(example())
     assert manifest.prefix(2).blocks == (14, 3)
@@ -124,6 +135,8 @@ def test_a_pruning_survives_its_travel_and_nothing_else_does() -> None:
         {"num_blocks": True},
         {"config_sha256": "x"},
         {"extra": 1},
+        {"removed_sha256": [SHA]},
+        {"removed_sha256": ["x"] * 3},
     ):
         with pytest.raises(SlebError):
             Pruning.from_dict({**pruning.to_dict(), **change})
@@ -186,6 +199,8 @@ DELETE = object()
         ("model.id", "a\nb", "model.id must be a line of text"),
         ("model.config_sha256", SHA.upper(), "model.config_sha256 must be 64"),
         ("model.weights_sha256", SHA + "\n", "model.weights_sha256 must be 64"),
+        ("model.block_sha256", [SHA], "has 1 digests for 30 blocks"),
+        ("model.block_sha256", [1] * 30, r"model.block_sha256\[0\] must be 64"),
         ("model.surprise", 1, "unknown key 'surprise' in model"),
         ("surprise", 1, "unknown key 'surprise' in manifest"),
         ("removed", [], "removed is empty"),

@@ -22,7 +22,7 @@ def check_engine(vllm_config: Any) -> Pruning:
     """
     model_config = vllm_config.model_config
     pruning = pruning_of(model_config)
-    checkpoint = _checkpoint(model_config)
+    checkpoint = checkpoint_of(model_config)
     pruning.check_binding(
         model_config.model,
         architecture=checkpoint.architecture,
@@ -51,9 +51,8 @@ def check_weights(model_config: Any, pruning: Pruning) -> None:
     Raises:
         SlebError: naming the digest expected and the one found.
     """
-    pruning.check_binding(
-        model_config.model, weights_sha256=_checkpoint(model_config).weights_sha256()
-    )
+    found = checkpoint_of(model_config).weights_sha256(pruning.known_sha256)
+    pruning.check_binding(model_config.model, weights_sha256=found)
 
 
 def pruning_of(model_config: Any) -> Pruning:
@@ -77,5 +76,6 @@ def pruning_of(model_config: Any) -> Pruning:
     return pruning
 
 
-def _checkpoint(model_config: Any) -> Checkpoint:
+def checkpoint_of(model_config: Any) -> Checkpoint:
+    """The files of the model that vLLM is about to load."""
     return open_checkpoint(model_config.model, model_config.revision)

@@ -16,6 +16,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
 from sleb_vllm.loops import Carried, carried_by
+from sleb_vllm.patching import replaced
 
 
 class RemovedLayer(PPMissingLayer):
@@ -110,8 +111,7 @@ def removing() -> Removal:
 def layers_removed(pruning: Pruning) -> Iterator[Removal]:
     """While this is open, vLLM's `make_layers` leaves out the removed layers of one decoder.
 
-    Models import `make_layers` by name, so it is replaced in every module that holds it; all of
-    them hold vLLM's own again afterwards, and other models of the process never see this one.
+    Other models of the process never see this one.
 
     Yields:
         Its `result` is the decoder, once that has been made.
@@ -135,16 +135,8 @@ def layers_removed(pruning: Pruning) -> Iterator[Removal]:
         return start, end, layers
 
     token = _current.set(removal)
-    _replace(original, make_layers)
     try:
-        yield removal
+        with replaced("make_layers", original, make_layers):
+            yield removal
     finally:
-        _replace(make_layers, original)
         _current.reset(token)
-
-
-def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    for module in list(sys.modules.values()):
-        # Through __dict__: getattr on a lazy module would import what it stands for.
-        if getattr(module, "__dict__", {}).get("make_layers") is old:
-            module.__dict__["make_layers"] = new

@@ -13,9 +13,10 @@ from vllm.logger import init_logger
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
 from sleb_vllm.architectures import pruned_name
-from sleb_vllm.binding import check_engine, check_weights
+from sleb_vllm.binding import check_engine, check_weights, checkpoint_of
 from sleb_vllm.layers import BuiltLayers, layers_removed
 from sleb_vllm.transformers_backend import PrunedBackend, is_backend
+from sleb_vllm.weights import removed_weights_skipped
 
 # A child of vLLM's own logger, so that the lines appear where vLLM's do.
 logger = init_logger("vllm.plugins.sleb")
@@ -23,11 +24,16 @@ logger = init_logger("vllm.plugins.sleb")
 
 @dataclass(frozen=True)
 class Built:
-    """What one rank holds: decoder layers by original index, numbers in its parameters."""
+    """What one rank holds: decoder layers by original index, numbers in its parameters.
+
+    ``weights_read_bytes`` are those of the checkpoint's tensors outside the removed layers; None
+    before they are loaded, and for a checkpoint in PyTorch's own format, which is read whole.
+    """
 
     pruning: Pruning
     layers: tuple[int, ...]
     parameters: int
+    weights_read_bytes: int | None = None
 
 
 @functools.cache
@@ -58,13 +64,23 @@ def pruned_class(stock: Any) -> Any:
             )
 
         def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
-            loaded = super().load_weights(weights, *args, **kwargs)
+            checkpoint, pruning = checkpoint_of(self._sleb_model_config), self.sleb.pruning
+            with removed_weights_skipped(checkpoint, pruning):
+                loaded = super().load_weights(weights, *args, **kwargs)
             # Again, since a model from the hub may have been downloaded only now.
-            check_weights(self._sleb_model_config, self.sleb.pruning)
-            # Again, since loading may add a parameter (a head's bias), and now rather than later,
-            # since backends repack weights once they are loaded.
-            self.sleb = replace(self.sleb, parameters=_count_parameters(self))
-            logger.info("Pruned model loaded: %d parameters on this rank", self.sleb.parameters)
+            check_weights(self._sleb_model_config, pruning)
+            # Counted again, since loading may add a parameter (a head's bias), and now rather than
+            # later, since backends repack weights once they are loaded.
+            self.sleb = replace(
+                self.sleb,
+                parameters=_count_parameters(self),
+                weights_read_bytes=checkpoint.kept_bytes(frozenset(pruning.removed)),
+            )
+            logger.info(
+                "Pruned model loaded: %d parameters on this rank, %s bytes of weights read",
+                self.sleb.parameters,
+                self.sleb.weights_read_bytes,
+            )
             return loaded
 
     Pruned.__name__ = Pruned.__qualname__ = pruned_name(stock.__name__)

@@ -7,15 +7,14 @@ another stage.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from vllm.distributed.utils import get_pp_indices
 
 from sleb_serve.errors import SlebError
 from sleb_vllm.layers import BuiltLayers, RemovedLayer, removing
+from sleb_vllm.patching import replaced
 
 
 def is_backend(stock: Any) -> bool:
@@ -49,7 +48,11 @@ class PrunedBackend:
     def _create_attention_instances(self, *args: Any, **kwargs: Any) -> None:
         # The stock method wants every layer of its range to be there: one range per kept layer.
         for index in removing().result.kept():
-            with _only_layer(index, type(self)):
+
+            def only_this(*args: Any, index: int = index) -> tuple[int, int]:
+                return index, index + 1
+
+            with replaced("get_pp_indices", get_pp_indices, only_this):
                 super()._create_attention_instances(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -67,19 +70,3 @@ def _decoder(model: nn.Module, count: int) -> tuple[nn.Module, str, nn.ModuleLis
             f"can be pruned"
         )
     return found[0]
-
-
-@contextmanager
-def _only_layer(index: int, model: type) -> Iterator[None]:
-    """While this is open, the backend believes that its stage is one layer."""
-    name = "get_pp_indices"
-    modules = {owner.__module__ for owner in model.__mro__}
-    holders = [vars(sys.modules[module]) for module in modules]
-    before = [(holder, holder[name]) for holder in holders if name in holder]
-    for holder, _ in before:
-        holder[name] = lambda *args: (index, index + 1)
-    try:
-        yield
-    finally:
-        for holder, own in before:
-            holder[name] = own

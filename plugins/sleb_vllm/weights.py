@@ -1,0 +1,55 @@
+"""Loading a checkpoint without reading what belongs to its removed layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm.model_executor.model_loader import weight_utils
+
+from sleb_serve.checkpoint import Checkpoint
+from sleb_serve.pruning import Pruning
+from sleb_vllm.patching import replaced
+
+
+@contextmanager
+def removed_weights_skipped(checkpoint: Checkpoint, pruning: Pruning) -> Iterator[None]:
+    """While this is open, vLLM's safetensors readers pass over removed layers.
+
+    A tensor of a removed layer is not read; a shard that holds nothing else is not opened and need
+    not even be there.
+    """
+    removed = frozenset(pruning.removed)
+    should_skip = weight_utils.should_skip_weight
+    filter_files = weight_utils.filter_duplicate_safetensors_files
+
+    def should_skip_weight(name: str, *args: Any, **kwargs: Any) -> bool:
+        return checkpoint.block_of(name) in removed or bool(should_skip(name, *args, **kwargs))
+
+    def filter_duplicate_safetensors_files(
+        files: list[str], folder: str, *args: Any, **kwargs: Any
+    ) -> list[str]:
+        # Only now, since a model from the hub is on this machine only now.
+        needed = checkpoint.weight_files(without=removed)
+        unneeded = {
+            str(Path(folder) / file.name)
+            for file in checkpoint.indexed_files()
+            if file not in needed
+        }
+        # The stock filter wants all that the index names to be there.
+        found = filter_files([*files, *unneeded.difference(files)], folder, *args, **kwargs)
+        return [file for file in found if file not in unneeded]
+
+    with ExitStack() as stack:
+        for name, original, stand_in in (
+            ("should_skip_weight", should_skip, should_skip_weight),
+            (
+                "filter_duplicate_safetensors_files",
+                filter_files,
+                filter_duplicate_safetensors_files,
+            ),
+        ):
+            stack.enter_context(replaced(name, original, stand_in))
+        yield
