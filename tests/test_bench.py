@@ -181,6 +181,6 @@ def test_an_engine_that_does_not_start_ends_the_benchmark(
     arguments = ["bench", path, "-m", str(tmp_path / "m.json"), "-o", str(out)]
     assert main([*arguments, "--engine-args", '{"max_model_len": 4096}']) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("sleb-serve: error: the dense engine ended (")
+    assert error.startswith("sleb-serve: error: the dense engine failed: ")
     assert "max_model_len" in error
     assert not (out / "report.json").exists()

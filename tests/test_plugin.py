@@ -176,7 +176,9 @@ def sharded(find: Callable[[str], Path], tmp_path: Path) -> Path:
     weight_map = {}
     for shard in range(4):
         file = f"model-0000{shard + 1}-of-00004.safetensors"
-        held = {n: t for n, t in tensors.items() if places.get("".join(n.split(".")[2:3]), 0) == shard}
+        held = {
+            n: t for n, t in tensors.items() if places.get("".join(n.split(".")[2:3]), 0) == shard
+        }
         save_file(held, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, file)
     index = {"metadata": {}, "weight_map": weight_map}

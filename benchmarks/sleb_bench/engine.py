@@ -15,6 +15,8 @@ from sleb_serve.errors import SlebError
 
 Prompts = Sequence[Sequence[int]]
 
+_REASON_LENGTH = 400
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -28,6 +30,13 @@ class Sample:
     num_requests: int
     total_input_tokens: int
     total_output_tokens: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Sent by the child instead of a result."""
+
+    reason: str
 
 
 class Engine:
@@ -89,18 +98,15 @@ class Engine:
         except (EOFError, OSError):
             self._process.join(10)
             raise SlebError(
-                f"the {self.name} engine ended ({_last_error(self._log)}); its whole output is in "
-                f"{self._log}"
+                f"the {self.name} engine ended without a word; its output is in {self._log}"
             ) from None
-        if isinstance(result, Exception):
-            raise SlebError(f"the {self.name} engine: {result}; its output is in {self._log}")
+        if isinstance(result, _Failure):
+            why = " ".join(result.reason.split())
+            raise SlebError(
+                f"the {self.name} engine failed: {why[:_REASON_LENGTH]}; its output is in "
+                f"{self._log}"
+            )
         return result
-
-
-def _last_error(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["no output"])[-1].strip()[-300:]
 
 
 def _serve(pipe: Connection, arguments: dict[str, Any], log: str) -> None:
@@ -114,7 +120,11 @@ def _serve(pipe: Connection, arguments: dict[str, Any], log: str) -> None:
     import torch
     import vllm
 
-    llm = vllm.LLM(**arguments)
+    try:
+        llm = vllm.LLM(**arguments)
+    except Exception as error:
+        pipe.send(_Failure(str(error) or type(error).__name__))
+        raise
     cache = llm.llm_engine.vllm_config.cache_config
     pipe.send(
         {
@@ -132,7 +142,7 @@ def _serve(pipe: Connection, arguments: dict[str, Any], log: str) -> None:
         try:
             pipe.send(actions[action](llm, *values))
         except ValueError as error:
-            pipe.send(error)
+            pipe.send(_Failure(str(error)))
 
 
 def _generate(llm: Any, prompts: Prompts, **sampling: Any) -> Any:
