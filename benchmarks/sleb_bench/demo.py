@@ -49,10 +49,13 @@ def _demo(folder: Path, model: str | None) -> None:
 
     _say(f"2. select {_REMOVE} blocks to remove, calibrated on text that comes with Python")
     manifest = str(folder / "manifest.json")
-    _sleb_serve(
-        *("select", model, "-o", manifest, "--remove", _REMOVE, "--calibration", "python-docs"),
-        *("--sequences", "4", "--sequence-length", "256", "--resume"),
-    )
+    search = ("select", model, "-o", manifest, "--remove", _REMOVE, "--calibration", "python-docs")
+    windows = ("--sequences", "4", "--sequence-length", "256")
+    try:
+        _sleb_serve(*search, *windows, "--resume")
+    except SlebError:
+        print("the search of an earlier demo cannot be resumed; starting anew")
+        _sleb_serve(*search, *windows)
 
     _say("3. serve the pruned and the dense model, ask both the same")
     _ask_both(folder, model, manifest)
