@@ -199,12 +199,15 @@ class Checkpoint:
         return counts
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, revision: str | None = None, cache_dir: str | None = None
+) -> Checkpoint:
     """Find `model`'s config.json: a local folder, or a hub id whose config is fetched if need be.
 
     Args:
         model: a folder, or an id on the Hugging Face hub.
         revision: branch, tag or commit on the hub; None for the default.
+        cache_dir: where hub models are kept on this machine; None for the hub library's default.
 
     Raises:
         SlebError: there is no such model, or its config.json is not an object.
@@ -219,7 +222,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise SlebError(f"no such model: {model} is no folder; give a checkpoint folder or hub id")
     else:
-        file = Path(_hub_file(model, "config.json", revision))
+        file = Path(_hub_file(model, "config.json", revision, cache_dir))
     try:
         with file.open("rb") as stream:
             data = stream.read(_CONFIG_MAX_BYTES + 1)
@@ -254,11 +257,11 @@ def download_weights(model: str, revision: str | None = None) -> None:
         raise _no_such_model(model, error) from error
 
 
-def _hub_file(model: str, name: str, revision: str | None) -> str:
+def _hub_file(model: str, name: str, revision: str | None, cache_dir: str | None) -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        return str(hf_hub_download(model, name, revision=revision))
+        return str(hf_hub_download(model, name, revision=revision, cache_dir=cache_dir))
     except Exception as error:
         raise _no_such_model(model, error) from error
 

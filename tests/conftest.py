@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def _save_model(name: str, path: Path) -> None:
     _tokenizer().save_pretrained(path)
 
 
-def _tokenizer():
+def _tokenizer() -> Any:
     """A byte-level tokenizer of 256 letters, so that any text has tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -169,3 +169,17 @@ def test_a_known_block_is_not_read(llama: Path, tmp_path: Path) -> None:
     assert sharded.weights_sha256(known) == whole
     with pytest.raises(SlebError, match="lacks the checkpoint shard"):
         sharded.weights_sha256()
+
+
+def test_a_hub_model_is_found_in_the_cache(llama: Path, tmp_path: Path) -> None:
+    """A cache laid out as the hub library does, in a place of its own, with no network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    root = tmp_path / "cache" / "models--org--tiny"
+    shutil.copytree(llama, root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    found = open_checkpoint("org/tiny", cache_dir=str(tmp_path / "cache"))
+    assert found.path.name == commit
+    assert found.weights_sha256() == open_checkpoint(str(llama)).weights_sha256()
+    with pytest.raises(SlebError, match="no such model"):
+        open_checkpoint("org/tiny")

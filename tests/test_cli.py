@@ -323,3 +323,29 @@ def test_importing_the_packages_imports_nothing_heavy(script: str) -> None:
         "set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", f"{script}\n{check}"], check=True, cwd=ROOT)
+
+
+def test_a_hub_model_is_bound_by_its_id_and_commit(models: Models, tmp_path: Path) -> None:
+    """From a cache laid out as the hub library does; in a process, which reads where it lies."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    root = tmp_path / "cache" / "models--org--tiny"
+    shutil.copytree(models("opt"), root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command_line(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+
+    output = tmp_path / "m.json"
+    done = run(*select_arguments(Path("org/tiny"), output))
+    assert done.returncode == 0, done.stderr
+    model = read_manifest(output).model
+    assert (model.id, model.revision) == ("org/tiny", commit)
+    done = run("serve", "org/tiny", "-m", str(output), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"--served-model-name org/tiny-{read_manifest(output).pruning().tag}" in done.stdout
+    done = run("serve", str(models("opt")), "-m", str(output), "--dry-run")
+    assert done.returncode == 0, "the same weights from a folder are the same model"

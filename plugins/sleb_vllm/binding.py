@@ -22,7 +22,7 @@ def check_engine(vllm_config: Any) -> Pruning:
     """
     model_config = vllm_config.model_config
     pruning = pruning_of(model_config)
-    checkpoint = checkpoint_of(model_config)
+    checkpoint = checkpoint_of(vllm_config)
     pruning.check_binding(
         model_config.model,
         architecture=checkpoint.architecture,
@@ -41,18 +41,18 @@ def check_engine(vllm_config: Any) -> Pruning:
         )
     # A model from the hub may be downloading at this moment, in another rank: see check_weights.
     if vllm_config.load_config.load_format != "dummy" and Path(model_config.model).is_dir():
-        check_weights(model_config, pruning)
+        check_weights(vllm_config, pruning)
     return pruning
 
 
-def check_weights(model_config: Any, pruning: Pruning) -> None:
+def check_weights(vllm_config: Any, pruning: Pruning) -> None:
     """Refuse a checkpoint whose weights are not those the manifest was made on.
 
     Raises:
         SlebError: naming the digest expected and the one found.
     """
-    found = checkpoint_of(model_config).weights_sha256(pruning.known_sha256)
-    pruning.check_binding(model_config.model, weights_sha256=found)
+    found = checkpoint_of(vllm_config).weights_sha256(pruning.known_sha256)
+    pruning.check_binding(vllm_config.model_config.model, weights_sha256=found)
 
 
 def pruning_of(model_config: Any) -> Pruning:
@@ -76,6 +76,7 @@ def pruning_of(model_config: Any) -> Pruning:
     return pruning
 
 
-def checkpoint_of(model_config: Any) -> Checkpoint:
+def checkpoint_of(vllm_config: Any) -> Checkpoint:
     """The files of the model that vLLM is about to load."""
-    return open_checkpoint(model_config.model, model_config.revision)
+    model_config, load_config = vllm_config.model_config, vllm_config.load_config
+    return open_checkpoint(model_config.model, model_config.revision, load_config.download_dir)

@@ -54,7 +54,7 @@ def pruned_class(stock: Any) -> Any:
             built = removal.result
             _check_built(pruning, built, vllm_config)
             self.sleb = Built(pruning, tuple(built.kept()), _count_parameters(self))
-            self._sleb_model_config = vllm_config.model_config
+            self._sleb_config = vllm_config
             logger.info(
                 "Pruned by manifest %s: %d of %d decoder layers built, removed %s",
                 pruning.tag,
@@ -64,11 +64,11 @@ def pruned_class(stock: Any) -> Any:
             )
 
         def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
-            checkpoint, pruning = checkpoint_of(self._sleb_model_config), self.sleb.pruning
+            checkpoint, pruning = checkpoint_of(self._sleb_config), self.sleb.pruning
             with removed_weights_skipped(checkpoint, pruning):
                 loaded = super().load_weights(weights, *args, **kwargs)
             # Again, since a model from the hub may have been downloaded only now.
-            check_weights(self._sleb_model_config, pruning)
+            check_weights(self._sleb_config, pruning)
             # Counted again, since loading may add a parameter (a head's bias), and now rather than
             # later, since backends repack weights once they are loaded.
             self.sleb = replace(
