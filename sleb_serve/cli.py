@@ -46,7 +46,7 @@ The server refuses to start rather than serve the dense model.
 _BENCH_EXAMPLES = """\
 examples:
   sleb-serve bench ./my-model -m m.json -o results
-  sleb-serve bench ./my-model -m m.json -o results --rounds 7 --batch 32 \\
+  sleb-serve bench ./my-model -m m.json -o results --starts 5 --batch 32 \\
       --engine-args '{"tensor_parallel_size": 2}'
 
 Writes results/records.jsonl (every sample), results/report.json and results/report.md.
@@ -201,7 +201,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
     _add_manifest(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
+    parser.add_argument(
+        "--starts", type=int, default=3, help="times that both engines are started (default: 3)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="interleaved rounds a start (default: 3)"
+    )
     parser.add_argument(
         "--prompt-length", type=int, default=512, help="tokens a prompt for prefill (default: 512)"
     )

@@ -24,7 +24,13 @@ def records() -> list[dict[str, Any]]:
         "model": "m",
         "pruning": {"num_blocks": 10, "removed": [3, 4]},
         "pruning_digest": "0" * 64,
-        "options": {"rounds": 2, "prompt_length": 100, "batch": 4, "output_length": 11},
+        "options": {
+            "starts": 1,
+            "rounds": 2,
+            "prompt_length": 100,
+            "batch": 4,
+            "output_length": 11,
+        },
         "quality_text": "some text",
         "head_share": 0.5,
         "machine": {"cpu": "a cpu", "cores": 2},
@@ -48,6 +54,7 @@ def records() -> list[dict[str, Any]]:
             "record": "sample",
             "workload": workload,
             "variant": variant,
+            "start": 1,
             "round": number,
             "elapsed_time": elapsed,
             "num_requests": 4,
@@ -64,13 +71,13 @@ def test_the_report_is_what_a_pocket_calculator_says() -> None:
     report = make_report(records())
     prefill, decode = report["workloads"]["prefill"], report["workloads"]["decode"]
     assert prefill["dense"] == pytest.approx((400 / 2 + 400 / 1) / 2)
-    assert prefill["ratio_rounds"] == pytest.approx([1.25, 1.25])
+    assert prefill["ratio_rounds"] == [pytest.approx([1.25, 1.25])]
     assert prefill["ratio"] == pytest.approx(1.25)
     assert prefill["ideal"] == pytest.approx(10 / 8)
     assert prefill["efficiency"] == pytest.approx(1.0)
     # 4 sequences of 11 tokens: the first of each came with the prefill.
     assert decode["pruned"] == pytest.approx((40 / 1.0 + 40 / 2.0) / 2)
-    assert decode["ratio_rounds"] == pytest.approx([1.2, 1.3])
+    assert decode["ratio_rounds"] == [pytest.approx([1.2, 1.3])]
     assert decode["ratio"] == pytest.approx(math.sqrt(1.2 * 1.3))
     assert decode["ideal"] == pytest.approx(1 / 0.9)
     assert report["perplexity"] == pytest.approx({"dense": math.e**2, "pruned": math.e**3})
@@ -93,9 +100,16 @@ def test_the_ideal_ratio_is_the_papers_for_a_model_without_a_head() -> None:
 
 
 def test_the_interval_holds_the_mean_and_shrinks_with_agreement() -> None:
-    low, high = geometric_mean_interval([1.1, 1.2, 1.3, 1.2, 1.1])
-    assert 1.1 <= low < math.exp(sum(map(math.log, [1.1, 1.2, 1.3, 1.2, 1.1])) / 5) < high <= 1.3
-    assert geometric_mean_interval([1.2] * 4) == pytest.approx((1.2, 1.2))
+    ratios = [1.1, 1.2, 1.3, 1.2, 1.1]
+    low, high = geometric_mean_interval([ratios])
+    assert 1.1 <= low < math.exp(sum(map(math.log, ratios)) / 5) < high <= 1.3
+    assert geometric_mean_interval([[1.2] * 4]) == pytest.approx((1.2, 1.2))
+
+
+def test_starts_that_disagree_widen_the_interval_though_rounds_agree() -> None:
+    low, high = geometric_mean_interval([[1.1] * 3, [1.4] * 3, [1.25] * 3])
+    assert low == pytest.approx(1.1)
+    assert high == pytest.approx(1.4)
 
 
 def test_a_real_run_writes_records_and_both_reports(
@@ -111,7 +125,18 @@ def test_a_real_run_writes_records_and_both_reports(
     select = ["select", str(path), "-o", str(manifest), "--remove", "2"]
     text = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
     assert main([*select, *text]) == 0
-    small = ["--rounds", "2", "--prompt-length", "64", "--batch", "2", "--output-length", "8"]
+    small = [
+        "--starts",
+        "2",
+        "--rounds",
+        "1",
+        "--prompt-length",
+        "64",
+        "--batch",
+        "2",
+        "--output-length",
+        "8",
+    ]
     engine = ["--engine-args", '{"enforce_eager": true, "dtype": "float32"}']
     arguments = ["bench", str(path), "-m", str(manifest), "-o", str(out), *small, *engine]
     assert main([*arguments, "--perplexity-windows", "3"]) == 0
@@ -122,7 +147,7 @@ def test_a_real_run_writes_records_and_both_reports(
     report = json.loads((out / "report.json").read_text())
     assert json.loads(json.dumps(make_report(raw))) == report
     samples = [record for record in raw if record["record"] == "sample"]
-    assert len(samples) == 2 * 2 * 3
+    assert len(samples) == 2 * 2 * 2 * 2  # starts, rounds with the warm-up, workloads, variants
     for sample in samples:
         expected = (4, 256, 4) if sample["workload"] == "prefill" else (2, 32, 16)
         found = ("num_requests", "total_input_tokens", "total_output_tokens")
@@ -141,6 +166,7 @@ def test_a_real_run_writes_records_and_both_reports(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--starts", "0"], "--starts must be at least 1"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--output-length", "1"], "--output-length must be at least 2"),

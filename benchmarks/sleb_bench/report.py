@@ -40,16 +40,30 @@ def ideal_ratio(num_blocks: int, removed: int, head_share: float) -> float:
     return 1 / (1 - (1 - head_share) * removed / num_blocks)
 
 
-def geometric_mean_interval(ratios: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap percentile interval of the geometric mean; the same ratios give the same interval.
+def geometric_mean_interval(
+    starts: Sequence[Sequence[float]], level: float = 0.95
+) -> tuple[float, float]:
+    """Bootstrap percentile interval of the geometric mean of ratios, the same for the same ratios.
 
-    With few rounds it is a little too narrow, as every bootstrap of a small sample.
+    Starts of the engines are drawn first and then rounds within each: two starts of one engine
+    differ by more than two of its rounds do. With few starts it is a little too narrow, as every
+    bootstrap of a small sample.
+
+    Args:
+        starts: the ratio of each round, start by start.
+        level: how much of the bootstrap distribution it holds.
     """
     randomness = random.Random(0)
-    logs = [math.log(ratio) for ratio in ratios]
-    means = sorted(
-        math.fsum(randomness.choices(logs, k=len(logs))) / len(logs) for _ in range(_RESAMPLES)
-    )
+    logs = [[math.log(ratio) for ratio in rounds] for rounds in starts]
+    means = []
+    for _ in range(_RESAMPLES):
+        drawn = [
+            value
+            for rounds in randomness.choices(logs, k=len(logs))
+            for value in randomness.choices(rounds, k=len(rounds))
+        ]
+        means.append(math.fsum(drawn) / len(drawn))
+    means.sort()
     tail = round(_RESAMPLES * (1 - level) / 2)
     return math.exp(means[tail]), math.exp(means[-tail - 1])
 
@@ -57,16 +71,18 @@ def geometric_mean_interval(ratios: Sequence[float], level: float = 0.95) -> tup
 def _workload(
     setting: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], workload: str
 ) -> dict[str, Any]:
-    by_round: dict[int, dict[str, float]] = {}
+    by_round: dict[tuple[int, int], dict[str, float]] = {}
     for sample in samples:
         tokens = sample[THROUGHPUT[workload][1]]
         if workload == "decode":
             tokens -= sample["num_requests"]  # the first token of each belongs to the prefill
-        by_round.setdefault(sample["round"], {})[sample["variant"]] = (
-            tokens / sample["elapsed_time"]
-        )
-    rounds = [by_round[number] for number in sorted(by_round)]
-    ratios = [both["pruned"] / both["dense"] for both in rounds]
+        place = (sample["start"], sample["round"])
+        by_round.setdefault(place, {})[sample["variant"]] = tokens / sample["elapsed_time"]
+    rounds = list(by_round.values())
+    starts: dict[int, list[float]] = {}
+    for (start, _), both in sorted(by_round.items()):
+        starts.setdefault(start, []).append(both["pruned"] / both["dense"])
+    ratios = [ratio for start in starts.values() for ratio in start]
     pruning = setting["pruning"]
     # In prefill only a prompt's last token goes through the head.
     share = setting["head_share"] if workload == "decode" else 0.0
@@ -81,8 +97,8 @@ def _workload(
         "dense": _mean([both["dense"] for both in rounds]),
         "pruned": _mean([both["pruned"] for both in rounds]),
         "ratio": ratio,
-        "ratio_interval": geometric_mean_interval(ratios),
-        "ratio_rounds": ratios,
+        "ratio_interval": geometric_mean_interval(list(starts.values())),
+        "ratio_rounds": list(starts.values()),
         "ideal": ideal,
         "efficiency": None if ideal is None else (ratio - 1) / (ideal - 1),
     }
@@ -133,8 +149,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{report['model']}, {removed} of {total} blocks removed "
-            f"(sleb{removed}-{report['pruning_digest'][:8]}), {options['rounds']} interleaved "
-            f"rounds",
+            f"(sleb{removed}-{report['pruning_digest'][:8]}), {options['starts']} starts of "
+            f"{options['rounds']} interleaved rounds",
             "",
             *_table(rows),
             "",

@@ -33,7 +33,8 @@ class BenchOptions:
 
     model: str
     output: Path
-    rounds: int = 5
+    starts: int = 3
+    rounds: int = 3
     prompt_length: int = 512
     batch: int = 8
     output_length: int = 64
@@ -50,7 +51,7 @@ def bench(options: BenchOptions, manifest: Manifest, say: Callable[[str], None])
     Raises:
         SlebError: a mistake in what was asked for, or an engine that did not start or broke off.
     """
-    for name in ("rounds", "prompt_length", "batch"):
+    for name in ("starts", "rounds", "prompt_length", "batch"):
         if getattr(options, name) < 1:
             raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
     if options.output_length < 2:
@@ -83,42 +84,43 @@ def bench(options: BenchOptions, manifest: Manifest, say: Callable[[str], None])
         **own,
     }
     overrides = {**own.get("hf_overrides", {}), **pruned_overrides(pruning, checkpoint)}
-    records: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        engines = {
-            name: Engine(name, values, options.output / f"{name}.log")
-            for name, values in (
-                ("dense", arguments),
-                ("pruned", {**arguments, "hf_overrides": overrides}),
-            )
+    records: list[dict[str, Any]] = [
+        {
+            "record": "setting",
+            "model": manifest.model.id,
+            "pruning": pruning.to_dict(),
+            "pruning_digest": pruning.digest,
+            "options": {**asdict(options), "output": str(options.output)},
+            "engine_arguments": arguments,
+            "quality_text": f"end of {EMBEDDED}, {len(windows)} windows",
+            "head_share": _head_share(checkpoint),
+            "machine": machine(),
         }
-        for engine in engines.values():
-            stack.callback(engine.close)
-        say(f"starting both engines (their output: {options.output}/dense.log, pruned.log)")
-        for name, engine in engines.items():
-            records.append({"record": "engine", "variant": name, **engine.ready()})
-            say(f"{name}: ready, KV cache {records[-1]['kv_cache_tokens']} tokens")
-        records += _rounds(options, engines, _vocabulary(checkpoint), say)
-        if windows:
+    ]
+    variants = {"dense": arguments, "pruned": {**arguments, "hf_overrides": overrides}}
+    for start in range(1, options.starts + 1):
+        say(f"start {start} of {options.starts} of both engines; they log to {options.output}")
+        with ExitStack() as stack:
+            engines = {
+                name: Engine(name, values, options.output / f"{name}.log")
+                for name, values in variants.items()
+            }
+            for engine in engines.values():
+                stack.callback(engine.close)
             for name, engine in engines.items():
-                loss = engine.loss(windows)
-                records.append({"record": "quality", "variant": name, "loss": loss})
-                say(f"{name}: held-out loss {loss:.4f} nats per token")
+                about = engine.ready()
+                records.append({"record": "engine", "start": start, "variant": name, **about})
+                say(f"{name}: ready, KV cache {about['kv_cache_tokens']} tokens")
+            records += _rounds(options, start, engines, _vocabulary(checkpoint), say)
+            if start == 1 and windows:
+                for name, engine in engines.items():
+                    loss = engine.loss(windows)
+                    records.append({"record": "quality", "variant": name, "loss": loss})
+                    say(f"{name}: held-out loss {loss:.4f} nats per token")
+        # After each start, so that a run that breaks off has lost only what it was in.
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomically(options.output / "records.jsonl", lines.encode())
 
-    setting = {
-        "record": "setting",
-        "model": manifest.model.id,
-        "pruning": pruning.to_dict(),
-        "pruning_digest": pruning.digest,
-        "options": {**asdict(options), "output": str(options.output)},
-        "engine_arguments": arguments,
-        "quality_text": f"end of {EMBEDDED}, {len(windows)} windows",
-        "head_share": _head_share(checkpoint),
-        "machine": machine(),
-    }
-    records.insert(0, setting)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(options.output / "records.jsonl", lines.encode())
     report = make_report(records)
     write_atomically(options.output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     markdown = to_markdown(report)
@@ -146,14 +148,15 @@ def machine() -> dict[str, Any]:
 
 def _rounds(
     options: BenchOptions,
+    start: int,
     engines: dict[str, Engine],
     vocabulary: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Round 0 is the warm-up; it is recorded and left out of the report."""
+    """Measure by turns; round 0 is the warm-up, which is recorded and left out of the report."""
     records = []
     for number in range(options.rounds + 1):
-        randomness = random.Random(number)
+        randomness = random.Random(f"{start} {number}")
 
         def prompts(count: int, length: int, source: random.Random = randomness) -> list[list[int]]:
             return [[source.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
@@ -174,6 +177,7 @@ def _rounds(
                         "record": "sample",
                         "workload": workload,
                         "variant": name,
+                        "start": start,
                         "round": number,
                         **asdict(sample),
                     }
