@@ -286,9 +286,9 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    if not arguments or set(arguments) & {"-h", "--help"}:
+    if set(arguments) & {"-h", "--help"}:
         parser.parse_args(["--help"])
-    model = arguments[0]
+    model = next(iter(arguments), "-")
     if model.startswith("-"):
         raise SlebError("name the model right after `serve`, as vllm serve does")
     options, rest = parser.parse_known_args(arguments[1:])

@@ -217,8 +217,15 @@ def test_a_manifest_that_is_not_there_is_refused(capsys: Capture) -> None:
 
 
 def test_usage_errors_are_one_line(capsys: Capture) -> None:
-    for arguments in ([], ["nonsense"], ["select"], ["serve", "model"], ["serve", "-m", "m.json"]):
-        refused(arguments, capsys)
+    for arguments in ("", "nonsense", "select", "serve", "serve model", "serve -m m.json", "bench"):
+        refused(arguments.split(), capsys)
+
+
+def test_the_architectures_are_listed(capsys: Capture) -> None:
+    assert main(["architectures"]) == 0
+    listed = capsys.readouterr().out.split()
+    assert {"LlamaForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel"} <= set(listed)
+    assert listed == sorted(listed)
 
 
 def test_help_has_examples(capsys: Capture) -> None:
