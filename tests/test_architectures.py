@@ -18,7 +18,18 @@ Models = Callable[[str], Path]
 pytest.importorskip("vllm")
 
 SETS = ((1, 3), (0, 1, 3), (1, 5), (0, 5))
-FAST = ("mistral", "qwen2", "qwen3", "gemma3", "gpt2", "bloom", "stablelm", "mixtral", "gpt_oss")
+FAST = (
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "gpt2",
+    "bloom",
+    "stablelm",
+    "mixtral",
+    "gpt_oss",
+    "gpt_neox",
+)
 """One of each form that a loop over layers takes; `make test-all` runs all of them."""
 
 names = os.environ.get("SLEB_TEST_ARCHITECTURES", ",".join(FAST))
