@@ -18,7 +18,7 @@ from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, Windows
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import read_manifest
 from sleb_serve.search_log import log_path
-from sleb_serve.select import SelectOptions, select
+from sleb_serve.select import DTYPES, SelectOptions, select
 from sleb_serve.selection import Step
 from sleb_serve.serve import check_plugin, serve_command
 from sleb_serve.show import describe
@@ -187,7 +187,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="auto",
         help="dtype to compute in (default: the checkpoint's)",
     )

@@ -27,7 +27,6 @@ _LOGITS_BYTES = 256 << 20
 _LOSS_TOKENS = 128
 """Rows of logits turned into float32 at a time."""
 _PROBE_TOKENS = 16
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_causal_lm(checkpoint: Checkpoint) -> None:
@@ -53,7 +52,7 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
 
     Args:
         checkpoint: a folder with config and weights.
-        dtype: one of `DTYPES`; ``auto`` is the checkpoint's own.
+        dtype: a torch dtype by name, or ``auto`` for the checkpoint's own.
 
     Raises:
         SlebError: weights are missing or cannot be loaded.

@@ -110,12 +110,9 @@ class SearchLog:
             raise SlebError("it is not the log of a search")
         for key in (*self._subject, *(key for key in found if key not in self._subject)):
             if found.get(key) != self._subject.get(key):
-                raise SlebError(f"it is of another search, whose {_difference(found, self, key)}")
-
-    @property
-    def subject(self) -> Mapping[str, Any]:
-        """What determines the search's numbers."""
-        return dict(self._subject)
+                raise SlebError(
+                    f"it is of another search, whose {_difference(found, self._subject, key)}"
+                )
 
 
 def log_path(output: Path) -> Path:
@@ -123,8 +120,8 @@ def log_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.search.jsonl")
 
 
-def _difference(found: Mapping[str, Any], log: SearchLog, key: str) -> str:
-    theirs, ours = found.get(key), log.subject.get(key)
+def _difference(found: Mapping[str, Any], subject: Mapping[str, Any], key: str) -> str:
+    theirs, ours = found.get(key), subject.get(key)
     if isinstance(theirs, dict) and isinstance(ours, dict):
         inner = next(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
         key, theirs, ours = f"{key}.{inner}", theirs.get(inner), ours.get(inner)

@@ -18,6 +18,9 @@ from sleb_serve.manifest import Manifest, ModelBinding, Removal, Selection
 from sleb_serve.search_log import SearchLog, log_path
 from sleb_serve.selection import Step, blocks_to_remove, greedy
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""What a model can be scored in; ``auto`` is the checkpoint's own."""
+
 OFFICIAL_SEQUENCE_LENGTH = 2048
 """The official code's window, where the model's context is not shorter."""
 
@@ -162,6 +165,7 @@ def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:
     """The binding of a manifest to a checkpoint whose files are on this machine."""
     local = Path(model).is_dir()
     leaves = checkpoint.block_sha256()
+    known = {} if leaves is None else dict(enumerate(leaves[1:]))
     return ModelBinding(
         # A folder's name, not its path: manifests travel, and paths name people and machines.
         id=checkpoint.path.resolve().name if local else model,
@@ -170,7 +174,7 @@ def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:
         architecture=checkpoint.architecture,
         num_blocks=checkpoint.num_blocks,
         config_sha256=checkpoint.config_sha256(),
-        weights_sha256=checkpoint.weights_sha256(),
+        weights_sha256=checkpoint.weights_sha256(known),
         block_sha256=None if leaves is None else leaves[1:],
     )
 

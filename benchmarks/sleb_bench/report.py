@@ -94,6 +94,7 @@ def _workload(
     )
     return {
         "unit": THROUGHPUT[workload][0],
+        "num_requests": samples[0]["num_requests"],
         "dense": _mean([both["dense"] for both in rounds]),
         "pruned": _mean([both["pruned"] for both in rounds]),
         "ratio": ratio,
@@ -144,7 +145,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         dense, pruned = perplexity["dense"], perplexity["pruned"]
         ratio = f"{pruned / dense:.3f}"
         rows.append(["perplexity, held out", f"{dense:.2f}", f"{pruned:.2f}", ratio, "", ""])
-    prompts = f"4 x {options['prompt_length']} tokens"
+    prompts = (
+        f"{report['workloads']['prefill']['num_requests']} x {options['prompt_length']} tokens"
+    )
     versions = report["engines"]["dense"]
     return "\n".join(
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from sleb_serve.manifest import Manifest
 from sleb_serve.select import load_tokenizer
 from sleb_serve.serve import check_model, check_plugin, pruned_overrides
 
+PREFILL_PROMPTS = 4
 DECODE_PROMPT_LENGTH = 16
 """Short prompts: the decode workload is about generation."""
 _LOSS_WINDOW = 512
@@ -83,7 +85,8 @@ def bench(options: BenchOptions, manifest: Manifest, say: Callable[[str], None])
         "disable_log_stats": False,
         **own,
     }
-    overrides = {**own.get("hf_overrides", {}), **pruned_overrides(pruning, checkpoint)}
+    theirs = strict_json.any_object(own.get("hf_overrides", {}), "--engine-args hf_overrides")
+    overrides = {**theirs, **pruned_overrides(pruning, checkpoint)}
     records: list[dict[str, Any]] = [
         {
             "record": "setting",
@@ -130,8 +133,6 @@ def bench(options: BenchOptions, manifest: Manifest, say: Callable[[str], None])
 
 def machine() -> dict[str, Any]:
     """What was measured on: processor, cores, memory, accelerators."""
-    import os
-
     found: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
     found["cpu"] = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -161,9 +162,8 @@ def _rounds(
         def prompts(count: int, length: int, source: random.Random = randomness) -> list[list[int]]:
             return [[source.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
 
-        # Enough prompts that a prefill measurement lasts as long as the engine's step is deep.
         work = {
-            "prefill": (prompts(4, options.prompt_length),),
+            "prefill": (prompts(PREFILL_PROMPTS, options.prompt_length),),
             "decode": (prompts(options.batch, DECODE_PROMPT_LENGTH), options.output_length),
         }
         # Who goes first changes from round to round, so that drift favours neither.

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -44,14 +44,14 @@ class RemovedLayer(PPMissingLayer):
         return values[0] if len(values) == 1 else values
 
 
-@dataclass
+@dataclass(frozen=True)
 class BuiltLayers:
     """The decoder that was built: its layers, where they stand, which part is this rank's."""
 
-    prefix: str = ""
-    start: int = 0
-    end: int = 0
-    layers: nn.ModuleList = field(default_factory=nn.ModuleList)
+    prefix: str
+    start: int
+    end: int
+    layers: nn.ModuleList
 
     def kept(self) -> list[int]:
         """Original indices of the layers that exist on this rank."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,10 @@ def removed_weights_skipped(checkpoint: Checkpoint, pruning: Pruning) -> Iterato
         found = filter_files([*files, *unneeded.difference(files)], folder, *args, **kwargs)
         return [file for file in found if file not in unneeded]
 
-    with ExitStack() as stack:
-        for name, original, stand_in in (
-            ("should_skip_weight", should_skip, should_skip_weight),
-            (
-                "filter_duplicate_safetensors_files",
-                filter_files,
-                filter_duplicate_safetensors_files,
-            ),
-        ):
-            stack.enter_context(replaced(name, original, stand_in))
+    with (
+        replaced("should_skip_weight", should_skip, should_skip_weight),
+        replaced(
+            "filter_duplicate_safetensors_files", filter_files, filter_duplicate_safetensors_files
+        ),
+    ):
         yield
