@@ -37,7 +37,8 @@ test: $(STAMP)
 	SLEB_TEST_MODEL_FOLDER=$(CACHE)/demo $(BIN)/python -m pytest
 
 test-all: $(STAMP)
-	SLEB_TEST_ARCHITECTURES=all $(BIN)/python -m pytest tests/test_architectures.py
+	SLEB_TEST_ARCHITECTURES=all SLEB_TEST_TABLE=$(CURDIR)/benchmarks/records/architectures.md \
+	  $(BIN)/python -m pytest --timeout=5400 tests/test_architectures.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ Needs neither torch nor transformers, so a manifest can be held against a checkp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 
 from sleb_serve import strict_json
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.pruning import Pruning
+from sleb_vllm.architectures import CONFIG_KEY, DENSE_KEY, pruned_name
 
 # Keys of config.json that say how it was written or loaded, not what the model computes. The same
 # weights saved by another version of Transformers must keep their digest.
@@ -96,8 +99,7 @@ class Checkpoint:
             if (self.path / single).is_file():
                 return (self.path / single,)
             if (self.path / index).is_file():
-                weight_map = _weight_map(self.path / index)
-                wanted = {f for name, f in weight_map.items() if self.block_of(name) not in without}
+                wanted = set(_weight_map(self.path / index).values()) - self.unneeded_files(without)
                 files = tuple(self.path / name for name in sorted(wanted))
                 missing = next((file for file in files if not file.is_file()), None)
                 if missing is not None:
@@ -111,13 +113,16 @@ class Checkpoint:
             f"whole or with an index); give a complete Transformers checkpoint"
         )
 
-    def indexed_files(self) -> tuple[Path, ...]:
-        """Every shard that an index names, there or not; none where there is no index."""
+    def unneeded_files(self, without: frozenset[int]) -> frozenset[str]:
+        """Names of the shards, there or not, that hold nothing but blocks in `without`."""
         for single, index in _WEIGHT_FILES:
-            if not (self.path / single).is_file() and (self.path / index).is_file():
-                names = set(_weight_map(self.path / index).values())
-                return tuple(self.path / name for name in sorted(names))
-        return ()
+            if (self.path / single).is_file():
+                break
+            if (self.path / index).is_file():
+                places = _weight_map(self.path / index)
+                wanted = {f for name, f in places.items() if self.block_of(name) not in without}
+                return frozenset(places.values()) - wanted
+        return frozenset()
 
     def block_sha256(self, without: frozenset[int] = frozenset()) -> tuple[str, ...] | None:
         """The digest of each block's weights, and before them that of what lies outside; see
@@ -168,17 +173,24 @@ class Checkpoint:
                 _sample(stream, 0, size, whole.update)
         return whole.hexdigest()
 
-    def kept_bytes(self, without: frozenset[int]) -> int | None:
-        """Bytes of the tensors outside the blocks in `without`; None for a PyTorch checkpoint."""
+    def tensor_bytes(self, without: frozenset[int]) -> tuple[int, int] | None:
+        """Bytes of the tensors outside the blocks in `without`, and of those inside.
+
+        The latter without shards that hold nothing else and are not on this machine. None for a
+        checkpoint in PyTorch's own format.
+        """
         files = self.weight_files(without)
         if files[0].suffix != ".safetensors":
             return None
-        return sum(
-            end - start
-            for file in files
-            for name, (_, _, start, end) in _tensors(file)
-            if self.block_of(name) not in without
-        )
+        rest = [self.path / name for name in sorted(self.unneeded_files(without))]
+        outside = inside = 0
+        for file in (*files, *(file for file in rest if file.is_file())):
+            for name, (_, _, start, end) in _tensors(file):
+                if self.block_of(name) in without:
+                    inside += end - start
+                else:
+                    outside += end - start
+        return outside, inside
 
     def block_of(self, name: str) -> int | None:
         """The block that a tensor belongs to: the first number among the parts of its name."""
@@ -197,6 +209,27 @@ class Checkpoint:
                 if index is not None:
                     counts[index] += math.prod(shape)
         return counts
+
+
+def pruned_config(config: Mapping[str, Any], pruning: Pruning) -> dict[str, Any]:
+    """A config.json that asks vLLM for the pruned model; `dense_config` undoes it."""
+    own = {
+        "architectures": [pruned_name(pruning.architecture)],
+        CONFIG_KEY: pruning.to_dict(),
+        # vLLM falls back to a model's own code where it does not know the architecture: with the
+        # plugin disabled that would be the dense model.
+        **({"auto_map": None} if "auto_map" in config else {}),
+    }
+    return {**config, **own, DENSE_KEY: {key: config[key] for key in own if key in config}}
+
+
+def dense_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `pruned_config` was made from; any other config as it is."""
+    dense = config.get(DENSE_KEY)
+    if not isinstance(dense, dict):
+        return config
+    rest = {key: value for key, value in config.items() if key not in (CONFIG_KEY, DENSE_KEY)}
+    return {**rest, **dense}
 
 
 def open_checkpoint(
@@ -233,7 +266,7 @@ def open_checkpoint(
         ) from error
     if len(data) > _CONFIG_MAX_BYTES or not isinstance(config, dict):
         raise SlebError(f"{file} is not a model config; give a Transformers checkpoint")
-    return Checkpoint(path=file.parent, config=config)
+    return Checkpoint(path=file.parent, config=dense_config(config))
 
 
 def download_weights(model: str, revision: str | None = None) -> None:
@@ -255,6 +288,17 @@ def download_weights(model: str, revision: str | None = None) -> None:
             snapshot_download(model, revision=revision, allow_patterns=[*patterns, "*.bin"])
     except Exception as error:
         raise _no_such_model(model, error) from error
+
+
+def fetch_index(model: str, revision: str | None = None, cache_dir: str | None = None) -> None:
+    """Bring a hub model's index of shards into the local cache, if the model has one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for _, index in _WEIGHT_FILES:
+        with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
+            hf_hub_download(model, index, revision=revision, cache_dir=cache_dir)
+            return
 
 
 def _hub_file(model: str, name: str, revision: str | None, cache_dir: str | None) -> str:

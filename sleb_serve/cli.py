@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import shlex
 import sys
@@ -20,9 +21,9 @@ from sleb_serve.manifest import read_manifest
 from sleb_serve.search_log import log_path
 from sleb_serve.select import DTYPES, SelectOptions, select
 from sleb_serve.selection import Step
-from sleb_serve.serve import check_plugin, serve_command
+from sleb_serve.serve import check_plugin, draft_command, serve_command
 from sleb_serve.show import describe
-from sleb_vllm.architectures import ARCHITECTURES
+from sleb_serve.support import support, support_markdown, support_text
 
 _SELECT_EXAMPLES = """\
 examples:
@@ -39,6 +40,7 @@ examples:
   sleb-serve serve meta-llama/Llama-2-70b-hf -m llama-70b.json --tensor-parallel-size 2
   sleb-serve serve ./my-model -m m.json --blocks 4 --port 8001 --max-model-len 4096
   sleb-serve serve ./my-model -m m.json --dry-run      # print the vLLM command, start nothing
+  sleb-serve serve ./my-model -m m.json --as-draft     # the dense model, drafted for by the pruned
 
 Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
 The server refuses to start rather than serve the dense model.
@@ -94,7 +96,10 @@ def _run(arguments: Sequence[str]) -> int:
     if options.command == "bench":
         return _bench(options)
     if options.command == "architectures":
-        print("\n".join(sorted(ARCHITECTURES)))
+        if options.json:
+            print(json.dumps(support(), indent=2))
+        else:
+            print(support_markdown() if options.markdown else support_text())
         return 0
     return _show(options)
 
@@ -124,13 +129,28 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     _add_manifest(show, positional=True)
     show.add_argument("--json", action="store_true", help="the manifest itself, validated")
     serve = command("serve", "serve a pruned model with vLLM", _SERVE_EXAMPLES)
-    serve.usage = "%(prog)s MODEL -m M.json [--blocks K] [--dry-run] [any option of vllm serve]"
+    serve.usage = (
+        "%(prog)s MODEL -m M.json [--blocks K] [--as-draft] [--dry-run] [any option of vllm serve]"
+    )
     _add_manifest(serve)
     serve.add_argument(
         "--dry-run", action="store_true", help="print the vLLM command, start nothing"
     )
+    serve.add_argument(
+        "--as-draft",
+        action="store_true",
+        help="serve the whole model, with the pruned one drafting for it: the dense model's output",
+    )
+    serve.add_argument(
+        "--draft-tokens", metavar="N", type=int, default=3, help="tokens drafted at a time (3)"
+    )
     _add_bench(command("bench", "measure the pruned model against the dense one", _BENCH_EXAMPLES))
-    command("architectures", "list the architectures that can be served pruned")
+    architectures = command(
+        "architectures", "list which architectures can be served pruned, and why others cannot"
+    )
+    form = architectures.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines")
+    form.add_argument("--markdown", action="store_true", help="as a table for documents")
     return parser, serve
 
 
@@ -293,11 +313,15 @@ def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         raise SlebError("name the model right after `serve`, as vllm serve does")
     options, rest = parser.parse_known_args(arguments[1:])
     manifest = read_manifest(options.manifest).prefix(options.blocks)
-    command = serve_command(model, manifest, rest)
+    if options.as_draft:
+        command = draft_command(model, manifest, rest, options.draft_tokens)
+    else:
+        command = serve_command(model, manifest, rest)
     if not options.dry_run:
         check_plugin()
     pruning = manifest.pruning()
-    _say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}")
+    role = "draft for the whole model" if options.as_draft else "served"
+    _say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}, {role}")
     print(shlex.join(command), flush=True)
     if options.dry_run:
         return 0

@@ -14,15 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from sleb_serve import strict_json
-from sleb_serve.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.checkpoint import Checkpoint, open_checkpoint, pruned_config
+from sleb_serve.draft import draft_options, value_of
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Manifest
 from sleb_serve.pruning import Pruning
-from sleb_vllm.architectures import ARCHITECTURES, CONFIG_KEY, ENTRY_POINT, pruned_name
+from sleb_vllm.architectures import ARCHITECTURES, CONFIG_KEY, ENTRY_POINT, why_refused
 
 _OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)
 _LIKE_OVERRIDES = re.compile(r"--hf[-_]o")
 _MODEL = re.compile(r"--model(=.*)?\Z", re.DOTALL)
+
+
+def draft_command(model: str, manifest: Manifest, options: Sequence[str], tokens: int) -> list[str]:
+    """The command that serves `model` whole, its pruned self drafting `tokens` tokens at a time.
+
+    Raises:
+        SlebError: as `serve_command`, or an option sets up speculation, too.
+    """
+    pruning = manifest.pruning()
+    checkpoint = check_model(model, pruning, revision=value_of(options, "--revision"))
+    return server_command(
+        model, [*options, *draft_options(model, checkpoint, pruning, options, tokens)]
+    )
 
 
 def serve_command(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]:
@@ -41,7 +55,7 @@ def serve_command(model: str, manifest: Manifest, options: Sequence[str]) -> lis
     rest, own = _take_overrides(options)
     if any(_MODEL.match(option) for option in rest):
         raise SlebError("--model is given twice: name the model once, right after `serve`")
-    checkpoint = check_model(model, pruning, revision=_value_of("--revision", rest))
+    checkpoint = check_model(model, pruning, revision=value_of(rest, "--revision"))
     overrides = {**own, **pruned_overrides(pruning, checkpoint)}
     if not any(re.match(r"--served[-_]model[-_]name(=|\Z)", option) for option in rest):
         rest += ["--served-model-name", served_name(model, pruning)]
@@ -82,10 +96,7 @@ def check_model(model: str, pruning: Pruning, revision: str | None = None) -> Ch
         found = checkpoint.weights_sha256(pruning.known_sha256)
         pruning.check_binding(model, weights_sha256=found)
     if pruning.architecture not in ARCHITECTURES:
-        raise SlebError(
-            f"{pruning.architecture} cannot be served pruned yet; these can: "
-            f"{', '.join(sorted(ARCHITECTURES))}"
-        )
+        raise SlebError(why_refused(pruning.architecture))
     return checkpoint
 
 
@@ -116,15 +127,8 @@ def check_plugin() -> None:
 
 def pruned_overrides(pruning: Pruning, checkpoint: Checkpoint) -> dict[str, Any]:
     """The ``--hf-overrides`` that ask vLLM for the pruned model."""
-    overrides: dict[str, Any] = {
-        "architectures": [pruned_name(pruning.architecture)],
-        CONFIG_KEY: pruning.to_dict(),
-    }
-    if "auto_map" in checkpoint.config:
-        # vLLM falls back to a model's own code where it does not know the architecture: with the
-        # plugin disabled that would be the dense model.
-        overrides["auto_map"] = None
-    return overrides
+    config = pruned_config(checkpoint.config, pruning)
+    return {k: config[k] for k in ("architectures", CONFIG_KEY, "auto_map") if k in config}
 
 
 def served_name(model: str, pruning: Pruning) -> str:
@@ -164,16 +168,6 @@ def _take_overrides(options: Sequence[str]) -> tuple[list[str], Mapping[str, Any
                 f'--hf-overrides: "{key}" is set from the manifest; leave it out of the overrides'
             )
     return rest, found
-
-
-def _value_of(name: str, options: Sequence[str]) -> str | None:
-    value = None
-    for i, option in enumerate(options):
-        if option == name and i + 1 < len(options):
-            value = options[i + 1]
-        elif option.startswith(f"{name}="):
-            value = option[len(name) + 1 :]
-    return value
 
 
 def _script(name: str) -> str:

@@ -66,13 +66,23 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = LLM(**_arguments(job))
     sampling = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], prompt_logprobs=0, ignore_eos=True
+        temperature=0,
+        max_tokens=job["max_tokens"],
+        prompt_logprobs=None if job.get("no_logprobs") else 0,
+        ignore_eos=True,
+        structured_outputs=_structured(job),
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    lora = job.get("lora") and LoRARequest("adapter", 1, job["lora"])
+    for _ in range(job.get("again", 0)):
+        llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
+    if job.get("reload"):
+        llm.collective_rpc("reload_weights")
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     cache = llm.llm_engine.vllm_config.cache_config
     result = {
         "logprobs": [
@@ -83,14 +93,32 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
                 )
             ]
             for output in outputs
+            if output.prompt_logprobs
         ],
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
         "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
         "hash": llm.llm_engine.vllm_config.compute_hash(),
         "ranks": llm.collective_rpc(_describe_worker),
+        "counters": _counters(llm) if job.get("counters") else {},
     }
     llm.llm_engine.engine_core.shutdown()
     return result
+
+
+def _structured(job: dict[str, Any]) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return StructuredOutputsParams(**job["structured"]) if "structured" in job else None
+
+
+def _counters(llm: Any) -> dict[str, float]:
+    """Counters, vLLM's own, of speculative decoding."""
+    return {
+        metric.name: metric.value
+        for metric in llm.get_metrics()
+        if "spec_decode" in metric.name and hasattr(metric, "value")
+    }
 
 
 def _describe_worker(worker: Any) -> dict[str, Any]:
@@ -102,6 +130,8 @@ def _describe_worker(worker: Any) -> dict[str, Any]:
         # The plugin counts before the CPU backend repacks weights and drops them.
         "parameters": built and built.parameters,
         "weights_read_bytes": built and built.weights_read_bytes,
+        "weights_skipped_bytes": built and built.weights_skipped_bytes,
+        "layers": built and built.layers,
     }
 
 

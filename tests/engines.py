@@ -84,14 +84,21 @@ def differences(result: dict[str, Any], model: Any) -> list[float]:
     return [abs(a - b) for a, b in zip(found, expected, strict=True)]
 
 
+def greedy_equal(result: dict[str, Any], model: Any) -> bool:
+    """Whether an engine's continuations are a model's greedy ones."""
+    return all(
+        tokens == oracle.greedy(model, prompt, NEW_TOKENS)
+        for prompt, tokens in zip(PROMPTS, result["tokens"], strict=True)
+    )
+
+
 def check_equal(result: dict[str, Any], path: Path, case: Case, limit: float = 1e-3) -> None:
     """Hold an engine's answers against Transformers with the blocks deleted."""
     model = oracle.pruned(path, case.removed, getattr(torch, case.dtype))
     found = differences(result, model)
     if case.dtype == "float32":
         assert max(found) < limit
-        for prompt, tokens in zip(PROMPTS, result["tokens"], strict=True):
-            assert tokens == oracle.greedy(model, prompt, NEW_TOKENS)
+        assert greedy_equal(result, model)
     else:
         assert sum(found) / len(found) < 0.1
 
@@ -105,5 +112,5 @@ def check_size(result: dict[str, Any], path: Path, case: Case) -> None:
         assert layers == set(range(count)) - set(case.removed)
         assert len(rank["kv_cache_layers"]) == count - len(case.removed)
     if case.removed and len(result["ranks"]) == 1:
-        expected = oracle.parameter_count(oracle.pruned(path, case.removed))
-        assert result["ranks"][0]["parameters"] == expected
+        expected = oracle.parameter_counts(oracle.pruned(path, case.removed))
+        assert result["ranks"][0]["parameters"] in expected

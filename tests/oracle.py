@@ -37,9 +37,15 @@ def pruned(path: Path, removed: Sequence[int], dtype: torch.dtype = torch.float3
     return delete_blocks(load(path, dtype), removed)
 
 
-def parameter_count(model: Any) -> int:
-    """Numbers that a checkpoint of the model holds, tied ones once, saved buffers among them."""
-    return sum({t.data_ptr(): t.numel() for t in model.state_dict().values()}.values())
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Numbers that a model learned and that its checkpoint holds, tied ones once.
+
+    The latter has saved buffers, too; vLLM makes parameters of some (a router's correction bias)
+    and buffers of others (an activation's constants).
+    """
+    learned = {p.data_ptr(): p.numel() for p in model.parameters()}
+    saved = {t.data_ptr(): t.numel() for t in model.state_dict().values()}
+    return sum(learned.values()), sum(saved.values())
 
 
 @torch.no_grad()

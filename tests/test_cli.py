@@ -221,11 +221,22 @@ def test_usage_errors_are_one_line(capsys: Capture) -> None:
         refused(arguments.split(), capsys)
 
 
-def test_the_architectures_are_listed(capsys: Capture) -> None:
+def test_the_architectures_are_listed_with_their_status(capsys: Capture) -> None:
     assert main(["architectures"]) == 0
-    listed = capsys.readouterr().out.split()
-    assert {"LlamaForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel"} <= set(listed)
-    assert listed == sorted(listed)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == sorted(lines)
+    assert "LlamaForCausalLM proven" in {" ".join(line.split()) for line in lines}
+    assert main(["architectures", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["GPT2LMHeadModel"] == {"status": "proven"}
+    assert listed["MambaForCausalLM"]["status"] == "refused"
+    assert "recurrent" in listed["MambaForCausalLM"]["reason"]
+    assert listed["DeepseekV3ForCausalLM"]["status"] == "expected"
+
+
+def test_the_readme_has_the_table_of_architectures(capsys: Capture) -> None:
+    assert main(["architectures", "--markdown"]) == 0
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
 
 
 def test_help_has_examples(capsys: Capture) -> None:

@@ -31,6 +31,11 @@ SLIDING: dict[str, Any] = {
 }
 GPT: dict[str, Any] = {**COMMON, "n_embd": 128, "n_layer": 6, "n_head": 4, "n_positions": 512}
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+SHARED_EXPERT: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 64,
+}
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**LLAMA, "num_hidden_layers": 8}),
@@ -111,6 +116,92 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_bigcode": ("GPTBigCodeConfig", GPT),
+    "afmoe": (
+        "AfmoeConfig",
+        {
+            **SLIDING,
+            **MOE,
+            "num_dense_layers": 1,
+            # vLLM reads these, which Transformers' config has no names for.
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "route_scale": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "mup_enabled": False,
+        },
+    ),
+    "apertus": ("ApertusConfig", HEAD),
+    "cwm": ("CwmConfig", SLIDING),
+    "exaone_moe": (
+        "ExaoneMoeConfig",
+        {
+            **SLIDING,
+            **MOE,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "is_moe_layer": [False] + [True] * 5,
+            "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+        },
+    ),
+    "flex_olmo": ("FlexOlmoConfig", {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **SLIDING,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "global_head_dim": 32,
+        },
+    ),
+    # Attention layers alone: Mamba layers have no kernel on a CPU.
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **LLAMA,
+            **SHARED_EXPERT,
+            "layer_types": ["attention"] * 6,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+        },
+    ),
+    "granitemoeshared": ("GraniteMoeSharedConfig", {**LLAMA, **SHARED_EXPERT}),
+    "granite_swa": ("GraniteSWAConfig", SLIDING),
+    "granitemoe_swa": ("GraniteMoeSWAConfig", {**SLIDING, **SHARED_EXPERT}),
+    "hunyuan_moe": ("HunYuanMoEV1Config", {**HEAD, "num_experts": 4, "moe_topk": 2}),
+    "hyperclovax": ("HyperCLOVAXConfig", HEAD),
+    "jais2": ("Jais2Config", LLAMA),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **HEAD,
+            "intermediate_size_mlp": 256,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            # A multiple of vLLM's KV-cache block on a CPU.
+            "attention_chunk_size": 128,
+        },
+    ),
+    "mellum": ("MellumConfig", {**HEAD, **MOE}),
+    "minicpm3": (
+        "MiniCPM3Config",
+        {
+            **LLAMA,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+        },
+    ),
+    "ministral3": ("Ministral3Config", HEAD),
+    "vaultgemma": ("VaultGemmaConfig", {**SLIDING, "query_pre_attn_scalar": 32}),
 }
 
 

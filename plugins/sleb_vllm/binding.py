@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sleb_serve.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.checkpoint import Checkpoint, fetch_index, open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
 from sleb_vllm.architectures import CONFIG_KEY, pruned_name
+from sleb_vllm.features import check_features
 
 
 def check_engine(vllm_config: Any) -> Pruning:
@@ -35,14 +36,29 @@ def check_engine(vllm_config: Any) -> Pruning:
             f"vLLM's configuration counts {built} layers and the manifest {pruning.num_blocks}; "
             f"do not override num_hidden_layers for a pruned model"
         )
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise SlebError(
-            "pruned models are not served with pipeline parallelism; use --tensor-parallel-size"
-        )
+    check_features(vllm_config)
     # A model from the hub may be downloading at this moment, in another rank: see check_weights.
     if vllm_config.load_config.load_format != "dummy" and Path(model_config.model).is_dir():
         check_weights(vllm_config, pruning)
     return pruning
+
+
+def prepare_loading(vllm_config: Any, pruning: Pruning) -> None:
+    """Make vLLM fetch and load the files that the manifest's digest covers, and no others.
+
+    Called in the first process, before the configuration goes to the workers.
+    """
+    model_config, load_config = vllm_config.model_config, vllm_config.load_config
+    if load_config.load_format == "auto":
+        # "auto" prefers Mistral's own files, where a folder holds both kinds.
+        load_config.load_format = "hf"
+    if Path(model_config.model).is_dir() or not pruning.known_sha256:
+        return
+    fetch_index(model_config.model, model_config.revision, load_config.download_dir)
+    unneeded = checkpoint_of(vllm_config).unneeded_files(frozenset(pruning.removed))
+    ignored = load_config.ignore_patterns
+    ignored = [ignored] if isinstance(ignored, str) else list(ignored)
+    load_config.ignore_patterns = [*ignored, *sorted(unneeded.difference(ignored))]
 
 
 def check_weights(vllm_config: Any, pruning: Pruning) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from vllm import envs
+from vllm.distributed import utils as distributed
 from vllm.model_executor.models import utils
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -61,9 +63,43 @@ class BuiltLayers:
 class Removal:
     """The removal under way while one model is built."""
 
-    def __init__(self, pruning: Pruning) -> None:
+    def __init__(self, pruning: Pruning, divide: Callable[..., tuple[int, int]]) -> None:
         self.pruning = pruning
+        self._divide = divide
         self._made: list[BuiltLayers] = []
+        self._only: int | None = None
+
+    @contextmanager
+    def one_layer(self, index: int) -> Iterator[None]:
+        """While this is open, vLLM takes this rank's part of the decoder to be layer `index`."""
+        self._only = index
+        try:
+            yield
+        finally:
+            self._only = None
+
+    def stage(self, rank: int, size: int) -> tuple[int, int]:
+        """Layers ``start <= i < end``, by original index, of stage `rank` of `size`.
+
+        As vLLM would divide a model of the kept layers only, so that stages take equally long;
+        ``VLLM_PP_LAYER_PARTITION``, which counts original layers, is followed where it is set.
+
+        Raises:
+            SlebError: there are more stages than kept layers.
+        """
+        count = self.pruning.num_blocks
+        if self._only is not None:
+            return self._only, self._only + 1
+        if envs.VLLM_PP_LAYER_PARTITION is not None:
+            return self._divide(count, rank, size)
+        kept = [i for i in range(count) if i not in self.pruning.removed]
+        if len(kept) < size:
+            raise SlebError(
+                f"{len(kept)} kept layers cannot fill {size} pipeline stages; remove fewer blocks "
+                f"or use --tensor-parallel-size"
+            )
+        start, end = self._divide(len(kept), rank, size)
+        return kept[start] if rank else 0, kept[end] if rank + 1 < size else count
 
     def finish(self, decoder: type, built: BuiltLayers) -> None:
         """Make the placeholders among `decoder`'s layers answer as its loop expects.
@@ -117,7 +153,8 @@ def layers_removed(pruning: Pruning) -> Iterator[Removal]:
         Its `result` is the decoder, once that has been made.
     """
     original = utils.make_layers
-    removal = Removal(pruning)
+    divide: Callable[..., tuple[int, int]] = distributed.get_pp_indices
+    removal = Removal(pruning, divide)
 
     def make_layers(num_hidden_layers: int, layer_fn: Callable[..., Any], prefix: str) -> Any:
         if num_hidden_layers != pruning.num_blocks:
@@ -134,9 +171,17 @@ def layers_removed(pruning: Pruning) -> Iterator[Removal]:
         removal.finish(decoder, BuiltLayers(prefix, start, end, layers))
         return start, end, layers
 
+    def stage_of(num_hidden_layers: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
+        if num_hidden_layers != pruning.num_blocks:
+            return divide(num_hidden_layers, pp_rank, pp_size)
+        return removal.stage(pp_rank, pp_size)
+
     token = _current.set(removal)
     try:
-        with replaced("make_layers", original, make_layers):
+        with (
+            replaced("make_layers", original, make_layers),
+            replaced("get_pp_indices", divide, stage_of),
+        ):
             yield removal
     finally:
         _current.reset(token)

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 from vllm.logger import init_logger
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
-from sleb_vllm.architectures import pruned_name
+from sleb_vllm.architectures import EXPECTED, pruned_name
 from sleb_vllm.binding import check_engine, check_weights, checkpoint_of
 from sleb_vllm.layers import BuiltLayers, layers_removed
 from sleb_vllm.transformers_backend import PrunedBackend, is_backend
@@ -26,14 +27,16 @@ logger = init_logger("vllm.plugins.sleb")
 class Built:
     """What one rank holds: decoder layers by original index, numbers in its parameters.
 
-    ``weights_read_bytes`` are those of the checkpoint's tensors outside the removed layers; None
-    before they are loaded, and for a checkpoint in PyTorch's own format, which is read whole.
+    ``weights_read_bytes`` are those of the checkpoint's tensors outside the removed layers,
+    ``weights_skipped_bytes`` those inside; None before they are loaded, and for a checkpoint in
+    PyTorch's own format, which is read whole.
     """
 
     pruning: Pruning
     layers: tuple[int, ...]
     parameters: int
     weights_read_bytes: int | None = None
+    weights_skipped_bytes: int | None = None
 
 
 @functools.cache
@@ -62,6 +65,17 @@ def pruned_class(stock: Any) -> Any:
                 pruning.num_blocks,
                 list(pruning.removed),
             )
+            if pruning.architecture in EXPECTED:
+                logger.warning(
+                    "%s is expected to be right when pruned, not proven: %s",
+                    pruning.architecture,
+                    EXPECTED[pruning.architecture],
+                )
+            if vllm_config.lora_config is not None:
+                logger.info(
+                    "LoRA adapters: what they hold for the removed layers %s is ignored",
+                    list(pruning.removed),
+                )
 
         def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
             checkpoint, pruning = checkpoint_of(self._sleb_config), self.sleb.pruning
@@ -69,17 +83,21 @@ def pruned_class(stock: Any) -> Any:
                 loaded = super().load_weights(weights, *args, **kwargs)
             # Again, since a model from the hub may have been downloaded only now.
             check_weights(self._sleb_config, pruning)
+            read, skipped = checkpoint.tensor_bytes(frozenset(pruning.removed)) or (None, None)
             # Counted again, since loading may add a parameter (a head's bias), and now rather than
             # later, since backends repack weights once they are loaded.
             self.sleb = replace(
                 self.sleb,
                 parameters=_count_parameters(self),
-                weights_read_bytes=checkpoint.kept_bytes(frozenset(pruning.removed)),
+                weights_read_bytes=read,
+                weights_skipped_bytes=skipped,
             )
             logger.info(
-                "Pruned model loaded: %d parameters on this rank, %s bytes of weights read",
+                "Pruned model loaded: %d parameters on this rank, %s bytes of weights read, "
+                "%s bytes of removed layers skipped",
                 self.sleb.parameters,
-                self.sleb.weights_read_bytes,
+                read,
+                skipped,
             )
             return loaded
 
@@ -111,6 +129,11 @@ def _check_built(pruning: Pruning, built: BuiltLayers, vllm_config: Any) -> None
         raise SlebError(
             f"removed layers still claim KV cache: {', '.join(left_over)}; this vLLM cannot serve "
             f"the model pruned"
+        )
+    if any(isinstance(layer, MambaBase) for layer in caches.values()):
+        raise SlebError(
+            f"{pruning.architecture} with recurrent layers cannot be served pruned: no test could "
+            f"show that their state survives a gap; serve the dense model"
         )
     own = {id(module) for module in built.layers.modules()}
     if not any(isinstance(m, nn.Module) and id(m) in own for m in caches.values()):

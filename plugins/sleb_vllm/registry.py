@@ -52,9 +52,9 @@ def _config_check(stock: Any) -> Any:
     class PrunedConfig(stock):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            from sleb_vllm.binding import check_engine
+            from sleb_vllm.binding import check_engine, prepare_loading
 
-            check_engine(vllm_config)
+            prepare_loading(vllm_config, check_engine(vllm_config))
             stock.verify_and_update_config(vllm_config)
 
     return PrunedConfig

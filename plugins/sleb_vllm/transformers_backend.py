@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from sleb_serve.errors import SlebError
 from sleb_vllm.layers import BuiltLayers, RemovedLayer, removing
-from sleb_vllm.patching import replaced
 
 
 def is_backend(stock: Any) -> bool:
@@ -30,10 +29,11 @@ class PrunedBackend:
         super().pipeline_parallel()  # type: ignore[misc]
         removal = removing()
         holder, name, layers = _decoder(self.model, removal.pruning.num_blocks)  # type: ignore[attr-defined]
-        start, end = 0, len(layers)
-        for index in removal.pruning.removed:
+        own = [i for i, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer)]
+        for index in set(own).intersection(removal.pruning.removed):
             layers[index] = RemovedLayer()
-        removal.finish(type(holder), BuiltLayers(f"model.{name}", start, end, layers))
+        built = BuiltLayers(f"model.{name}", own[0], own[-1] + 1, layers)
+        removal.finish(type(holder), built)
 
     def _create_hf_to_vllm_mapper(self) -> None:
         # Weights that Transformers renames are looked up by the architecture's own name.
@@ -47,12 +47,9 @@ class PrunedBackend:
 
     def _create_attention_instances(self, *args: Any, **kwargs: Any) -> None:
         # The stock method wants every layer of its range to be there: one range per kept layer.
-        for index in removing().result.kept():
-
-            def only_this(*args: Any, index: int = index) -> tuple[int, int]:
-                return index, index + 1
-
-            with replaced("get_pp_indices", get_pp_indices, only_this):
+        removal = removing()
+        for index in removal.result.kept():
+            with removal.one_layer(index):
                 super()._create_attention_instances(*args, **kwargs)  # type: ignore[misc]
 
 

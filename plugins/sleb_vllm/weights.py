@@ -19,7 +19,8 @@ def removed_weights_skipped(checkpoint: Checkpoint, pruning: Pruning) -> Iterato
     """While this is open, vLLM's safetensors readers pass over removed layers.
 
     A tensor of a removed layer is not read; a shard that holds nothing else is not opened and need
-    not even be there.
+    not even be there. Files that the manifest's digest does not cover (a second copy of the
+    weights in a vendor's own format) are not opened either.
     """
     removed = frozenset(pruning.removed)
     should_skip = weight_utils.should_skip_weight
@@ -32,15 +33,8 @@ def removed_weights_skipped(checkpoint: Checkpoint, pruning: Pruning) -> Iterato
         files: list[str], folder: str, *args: Any, **kwargs: Any
     ) -> list[str]:
         # Only now, since a model from the hub is on this machine only now.
-        needed = checkpoint.weight_files(without=removed)
-        unneeded = {
-            str(Path(folder) / file.name)
-            for file in checkpoint.indexed_files()
-            if file not in needed
-        }
-        # The stock filter wants all that the index names to be there.
-        found = filter_files([*files, *unneeded.difference(files)], folder, *args, **kwargs)
-        return [file for file in found if file not in unneeded]
+        needed = {file.name for file in checkpoint.weight_files(without=removed)}
+        return [file for file in files if Path(file).name in needed]
 
     with (
         replaced("should_skip_weight", should_skip, should_skip_weight),
