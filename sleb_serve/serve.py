@@ -20,6 +20,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Manifest
 from sleb_serve.pruning import Pruning
 from sleb_vllm.architectures import ARCHITECTURES, CONFIG_KEY, ENTRY_POINT, why_refused
+from sleb_vllm.compat import check_version, vllm_version
 
 _OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)
 _LIKE_OVERRIDES = re.compile(r"--hf[-_]o")
@@ -117,6 +118,7 @@ def check_plugin() -> None:
             f"vLLM would not find the plugin {ENTRY_POINT}: sleb-serve is not installed as a "
             f"package in this environment; pip install sleb-serve into it"
         )
+    check_version(vllm_version())
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and ENTRY_POINT not in allowed.split(","):
         raise SlebError(

@@ -6,7 +6,7 @@ from sleb_vllm.architectures import EXPECTED, PROVEN, REFUSED
 
 
 def support() -> dict[str, dict[str, str]]:
-    """Per architecture: ``status`` (proven, expected or refused) and, but for proven, ``reason``."""
+    """Per architecture: ``status`` (proven, expected, refused) and, unless proven, ``reason``."""
     found = {name: {"status": "proven"} for name in PROVEN}
     for status, reasons in (("expected", EXPECTED), ("refused", REFUSED)):
         found |= {name: {"status": status, "reason": why} for name, why in reasons.items()}

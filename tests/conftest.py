@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(name: str) -> Path:
         path = root / name
         if not path.exists():
-            _save_model(name, path)
+            save_model(name, path)
         return path
 
     return folder
@@ -47,7 +47,7 @@ def smollm2() -> Path:
         pytest.skip(str(error))
 
 
-def _save_model(name: str, path: Path) -> None:
+def save_model(name: str, path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 

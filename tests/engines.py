@@ -58,13 +58,16 @@ def overrides(path: Path, removed: Sequence[int]) -> dict[str, Any]:
 
 
 def run_jobs(
-    jobs: Sequence[dict[str, Any]], folder: Path, **environment: str
+    jobs: Sequence[dict[str, Any]],
+    folder: Path,
+    python: str = sys.executable,
+    **environment: str,
 ) -> list[dict[str, Any]]:
     """Run jobs in one child process; one that takes the process down is an error of the test."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with (folder / "output.log").open("wb") as log:
         done = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "engine_jobs.py"), "jobs.json", "results.json"],
+            [python, str(ROOT / "tests" / "engine_jobs.py"), "jobs.json", "results.json"],
             cwd=folder,
             env={**os.environ, **environment},
             stdout=log,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import hub
 import oracle
 from engines import Case, check_equal, check_size, overrides, pruning, run_jobs
 from sleb_serve.checkpoint import open_checkpoint
@@ -153,7 +154,7 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
         (case(overrides=with_sleb(architecture="OPTForCausalLM")), "with a manifest for OPT"),
         (case(overrides={"architectures": good["architectures"]}), "without a manifest"),
         (case(overrides={**good, "num_hidden_layers": 6}), "do not override num_hidden_layers"),
-        (case(engine={"pipeline_parallel_size": 2}), "pipeline parallelism"),
+        (case(engine={"load_format": "tensorizer"}), "--load-format tensorizer reads other"),
         (case(overrides={"architectures": ["SlebFooForCausalLM"]}), "not supported for now"),
     ]
     results = run_jobs([job for job, _ in cases], tmp_path)
@@ -205,6 +206,25 @@ def test_a_shard_of_removed_layers_alone_need_not_be_there(
     model = oracle.pruned(find("llama"), (2, 3, 6))
     for result in (three, whole):
         assert result["ranks"][0]["weights_read_bytes"] == 4 * oracle.parameter_counts(model)[1]
+
+
+def test_a_shard_of_removed_layers_alone_is_not_downloaded(
+    sharded: Path, find: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """From a hub on this machine, into an empty cache."""
+    job = Case("sharded", (2, 3)).job(sharded)
+    with hub.serving("org/sharded", sharded) as (address, fetched):
+        (result,) = run_jobs(
+            [{**job, "model": "org/sharded"}],
+            tmp_path,
+            HF_ENDPOINT=address,
+            HF_HUB_OFFLINE="0",
+            HF_HOME=str(tmp_path / "hub"),
+            HF_HUB_DISABLE_XET="1",
+        )
+    check_equal(result, find("llama"), Case("llama", (2, 3)))
+    shards = {f"model-0000{i}-of-00004.safetensors" for i in (1, 3, 4)}
+    assert {name for name in fetched if name.endswith(".safetensors")} == shards
 
 
 def test_tensors_of_removed_layers_are_never_asked_for(

@@ -9,6 +9,7 @@ from sleb_serve.checkpoint import Checkpoint, fetch_index, open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
 from sleb_vllm.architectures import CONFIG_KEY, pruned_name
+from sleb_vllm.compat import check_version, vllm_version
 from sleb_vllm.features import check_features
 
 
@@ -36,6 +37,7 @@ def check_engine(vllm_config: Any) -> Pruning:
             f"vLLM's configuration counts {built} layers and the manifest {pruning.num_blocks}; "
             f"do not override num_hidden_layers for a pruned model"
         )
+    check_version(vllm_version())
     check_features(vllm_config)
     # A model from the hub may be downloading at this moment, in another rank: see check_weights.
     if vllm_config.load_config.load_format != "dummy" and Path(model_config.model).is_dir():

@@ -1,0 +1,271 @@
+"""SmolLM2 with six blocks removed, in each way that people serve models."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import checkpoints
+import oracle
+from engines import NEW_TOKENS, PROMPTS, Case, check_equal, overrides, pruning, run_jobs
+from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.draft import draft_folder
+
+pytest.importorskip("vllm")
+
+REMOVED = (5, 25, 17, 16, 18, 12)
+CASE = Case("smollm2", REMOVED)
+LONG = [[1, *range(40, 130)], [1, *range(40, 130), 7]]
+REPETITIVE = [[504, 3575, 282, 4649, 314] * 4]
+
+
+@pytest.fixture(scope="module")
+def jobs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every form that one process without ranks can run, by name."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def job(**engine: Any) -> dict[str, Any]:
+        return CASE.job(smollm2, **engine)
+
+    def refused(**engine: Any) -> dict[str, Any]:
+        return {**job(**engine), "only_configure": True}
+
+    drafts = draft_folder(open_checkpoint(str(smollm2)), pruning(smollm2, REMOVED), folder / "d")
+    draft = {"method": "draft_model", "model": str(drafts), "num_speculative_tokens": 3}
+    counted: dict[str, Any] = {"counters": True, "no_logprobs": True}
+    found = {
+        "chunked prefill": job(max_num_batched_tokens=16),
+        "prefix caching": {
+            **job(enable_prefix_caching=True, block_size=32),
+            "prompts": LONG,
+            "again": 1,
+            "no_logprobs": True,
+        },
+        "structured": {
+            **job(),
+            "structured": {"regex": "(yes|no)+"},
+            "no_logprobs": True,
+        },
+        "n-gram": {
+            **job(
+                speculative_config={
+                    "method": "ngram",
+                    "num_speculative_tokens": 3,
+                    "prompt_lookup_max": 3,
+                },
+                disable_log_stats=False,
+            ),
+            **counted,
+            "prompts": REPETITIVE,
+        },
+        "as draft": {
+            **Case("dense", ()).job(smollm2, speculative_config=draft, disable_log_stats=False),
+            **counted,
+        },
+        "reload": {**job(), "reload": True},
+        "dummy": job(load_format="dummy"),
+        "safetensors": job(load_format="safetensors"),
+        "lora": {
+            # vLLM's LoRA on a CPU fails on prompt log-probabilities, dense as well.
+            **job(enable_lora=True, max_lora_rank=8),
+            "lora": str(checkpoints.lora(smollm2, folder / "lora")),
+            "no_logprobs": True,
+        },
+        "sleep": refused(enable_sleep_mode=True),
+        "sharded_state": refused(load_format="sharded_state"),
+        "mistral": refused(load_format="mistral"),
+        "expert balancing": refused(
+            enable_eplb=True, enable_expert_parallel=True, tensor_parallel_size=2
+        ),
+        "kv transfer": refused(
+            kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+        ),
+        "transformers": refused(model_impl="transformers"),
+    }
+    for name in ("int8", "fp8", "gptq", "awq"):
+        quantised = getattr(checkpoints, name)(smollm2, folder / name)
+        twin = checkpoints.compacted(quantised, folder / f"{name}-twin", REMOVED)
+        # Kernels for 4-bit weights take 16-bit activations only.
+        dtype = "bfloat16" if name in ("gptq", "awq") else "float32"
+        found[name] = CASE.job(quantised, dtype=dtype)
+        found[f"{name} twin"] = Case("twin", ()).job(twin, dtype=dtype)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(
+    jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("forms")
+    return dict(zip(jobs, run_jobs(list(jobs.values()), folder), strict=True))
+
+
+def check_greedy(result: dict[str, Any], model: Any, prompts: list[list[int]]) -> None:
+    assert "error" not in result, result["error"]
+    for prompt, tokens in zip(prompts, result["tokens"], strict=True):
+        assert tokens == oracle.greedy(model, prompt, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("form", ["chunked prefill", "reload", "safetensors"])
+def test_equal_to_transformers_with_the_blocks_deleted(
+    form: str, results: dict[str, dict[str, Any]], smollm2: Path
+) -> None:
+    check_equal(results[form], smollm2, CASE)
+
+
+def test_prefixes_are_cached_and_answers_stay(
+    results: dict[str, dict[str, Any]], smollm2: Path
+) -> None:
+    check_greedy(results["prefix caching"], oracle.pruned(smollm2, REMOVED), LONG)
+    assert min(results["prefix caching"]["cached"]) >= 64
+
+
+def test_structured_outputs_keep_to_their_form(
+    results: dict[str, dict[str, Any]], smollm2: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = oracle.pruned(smollm2, REMOVED)
+    for prompt, tokens in zip(PROMPTS, results["structured"]["tokens"], strict=True):
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        # The last word may be cut off by the token limit.
+        assert re.match(r"(yes|no)+", text), text
+        free = oracle.greedy(model, prompt, NEW_TOKENS)
+        assert not re.match(r"(yes|no)+", tokenizer.decode(free))
+
+
+def test_speculation_by_n_grams_with_the_pruned_model_as_target(
+    results: dict[str, dict[str, Any]], smollm2: Path
+) -> None:
+    result = results["n-gram"]
+    check_greedy(result, oracle.pruned(smollm2, REMOVED), REPETITIVE)
+    assert result["counters"]["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+def test_the_pruned_model_drafts_for_its_dense_self(
+    results: dict[str, dict[str, Any]], smollm2: Path
+) -> None:
+    """The dense model's answers; and dense and pruned layers, both, have KV cache."""
+    result = results["as draft"]
+    check_greedy(result, oracle.load(smollm2), PROMPTS)
+    assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    (rank,) = result["ranks"]
+    drafting = [name for name in rank["kv_cache_layers"] if name.startswith("draft_model.")]
+    assert len(drafting) == 24
+    assert len(rank["kv_cache_layers"]) == 30 + 24
+
+
+def test_an_adapter_trained_on_the_dense_model_applies_to_the_layers_that_are_left(
+    results: dict[str, dict[str, Any]], jobs: dict[str, dict[str, Any]], smollm2: Path
+) -> None:
+    whole = checkpoints.merge_lora(oracle.load(smollm2), Path(jobs["lora"]["lora"]))
+    check_greedy(results["lora"], oracle.delete_blocks(whole, REMOVED), PROMPTS)
+    plain = oracle.greedy(oracle.pruned(smollm2, REMOVED), PROMPTS[0], NEW_TOKENS)
+    assert results["lora"]["tokens"][0] != plain
+
+
+def test_dummy_weights_make_the_same_shape(results: dict[str, dict[str, Any]]) -> None:
+    (dummy,), (real,) = results["dummy"]["ranks"], results["safetensors"]["ranks"]
+    assert dummy["layers"] == real["layers"]
+    assert dummy["kv_cache_layers"] == real["kv_cache_layers"]
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "gptq", "awq"])
+def test_quantised_equals_its_physically_pruned_twin(
+    name: str, results: dict[str, dict[str, Any]]
+) -> None:
+    found, twin = results[name], results[f"{name} twin"]
+    assert "error" not in found, found["error"]
+    assert found["tokens"] == twin["tokens"]
+    assert found["logprobs"] == twin["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("sleep", "Sleep mode is not supported on current platform"),  # vLLM's own
+        ("sharded_state", "--load-format sharded_state reads other files"),
+        ("mistral", "--load-format mistral reads other files"),
+        ("kv transfer", "--kv-transfer-config: connectors count"),
+        ("transformers", "SlebLlamaForCausalLM' is not a registered model"),  # vLLM's own
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    form: str, message: str, results: dict[str, dict[str, Any]]
+) -> None:
+    assert message in results[form].get("error", "accepted")
+
+
+def test_three_ranks_share_the_model(smollm2: Path, tmp_path: Path) -> None:
+    job = CASE.job(smollm2, tensor_parallel_size=3)
+    (result,) = run_jobs([job], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1|1")
+    assert len(result["ranks"]) == 3
+    check_equal(result, smollm2, CASE)
+
+
+def test_two_stages_hold_equally_many_of_the_layers_that_are_left(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    # Compiled, since vLLM's own pipeline fails on a CPU in eager mode.
+    job = CASE.job(smollm2, pipeline_parallel_size=2, enforce_eager=False)
+    (result,) = run_jobs(
+        [job], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1", VLLM_CACHE_ROOT=str(tmp_path / "cache")
+    )
+    check_equal(result, smollm2, CASE)
+    first, second = (rank["layers"] for rank in result["ranks"])
+    assert len(first) == len(second) == 12
+    assert first + second == [i for i in range(30) if i not in REMOVED]
+
+
+def test_one_warm_compile_cache_serves_each_pruning_its_own_graph(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Dense, pruned, pruned otherwise, and dense again; then all of them by a second process."""
+    path = models("llama")
+    cases = [Case("llama", removed) for removed in ((), (2, 5), (1, 6), ())]
+    jobs = [case.job(path, enforce_eager=False) for case in cases]
+    for run in ("cold", "warm"):
+        folder = tmp_path / run
+        folder.mkdir()
+        results = run_jobs(jobs, folder, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+        for case, result in zip(cases, results, strict=True):
+            check_equal(result, path, case)
+        hashes = [result["hash"] for result in results]
+        assert len(set(hashes)) == 3
+        assert hashes[0] == hashes[3]
+
+
+def test_a_draft_folder_is_found_again_and_changes_with_its_content(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(models("llama")))
+    folder = draft_folder(checkpoint, pruning(checkpoint.path, (2, 5)), tmp_path)
+    assert draft_folder(checkpoint, pruning(checkpoint.path, (2, 5)), tmp_path) == folder
+    other = draft_folder(checkpoint, pruning(checkpoint.path, (2, 6)), tmp_path)
+    assert other != folder
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([folder.name, other.name])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["SlebLlamaForCausalLM"]
+    assert config["sleb"] == overrides(checkpoint.path, (2, 5))["sleb"]
+    # To everything of this project the folder is the dense model's.
+    seen = open_checkpoint(str(folder))
+    assert dict(seen.config) == dict(checkpoint.config)
+    assert seen.weights_sha256() == checkpoint.weights_sha256()
+
+
+def test_a_draft_is_refused_without_the_plugin(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(models("llama")))
+    folder = draft_folder(checkpoint, pruning(checkpoint.path, (2, 5)), tmp_path / "drafts")
+    draft = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}
+    job = Case("llama", ()).job(checkpoint.path, speculative_config=draft)
+    (result,) = run_jobs([{**job, "only_configure": True}], tmp_path, VLLM_PLUGINS="none")
+    assert "SlebLlamaForCausalLM" in result["error"]
+    assert "not supported for now" in result["error"]
