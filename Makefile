@@ -9,11 +9,14 @@ MODEL ?=
 # Where PyTorch publishes its CPU builds; used only if pip does not find one by itself.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# What `make test-versions` tries.
+VERSIONS ?= 0.27.0 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
+
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements/cpu.lock)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint install lock clean
+.PHONY: demo test test-all test-versions lint install lock clean
 
 install: $(STAMP)
 
@@ -39,6 +42,9 @@ test: $(STAMP)
 test-all: $(STAMP)
 	SLEB_TEST_ARCHITECTURES=all SLEB_TEST_TABLE=$(CURDIR)/benchmarks/records/architectures.md \
 	  $(BIN)/python -m pytest --timeout=5400 tests/test_architectures.py
+
+test-versions: $(STAMP)
+	$(BIN)/python tests/vllm_versions.py --table benchmarks/records/vllm-versions.md $(VERSIONS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

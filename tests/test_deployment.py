@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,12 @@ import pytest
 import checkpoints
 import oracle
 from engines import NEW_TOKENS, PROMPTS, Case, check_equal, overrides, pruning, run_jobs
+from sleb_bench.server import Server, free_port
 from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.cli import main
 from sleb_serve.draft import draft_folder
+from sleb_serve.manifest import Manifest, Removal
+from sleb_serve.select import bind
 
 pytest.importorskip("vllm")
 
@@ -63,10 +71,6 @@ def jobs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
             **counted,
             "prompts": REPETITIVE,
         },
-        "as draft": {
-            **Case("dense", ()).job(smollm2, speculative_config=draft, disable_log_stats=False),
-            **counted,
-        },
         "reload": {**job(), "reload": True},
         "dummy": job(load_format="dummy"),
         "safetensors": job(load_format="safetensors"),
@@ -94,6 +98,10 @@ def jobs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
         dtype = "bfloat16" if name in ("gptq", "awq") else "float32"
         found[name] = CASE.job(quantised, dtype=dtype)
         found[f"{name} twin"] = Case("twin", ()).job(twin, dtype=dtype)
+    found["as draft"] = {
+        **Case("dense", ()).job(smollm2, speculative_config=draft, disable_log_stats=False),
+        **counted,
+    }
     return found
 
 
@@ -101,8 +109,14 @@ def jobs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
 def results(
     jobs: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("forms")
-    return dict(zip(jobs, run_jobs(list(jobs.values()), folder), strict=True))
+    # vLLM starts no further engine in a process that had one which speculates.
+    alone = ("n-gram", "as draft")
+    found = {}
+    for names in ([name for name in jobs if name not in alone], *([name] for name in alone)):
+        folder = tmp_path_factory.mktemp("forms")
+        results = run_jobs([jobs[name] for name in names], folder)
+        found |= dict(zip(names, results, strict=True))
+    return found
 
 
 def check_greedy(result: dict[str, Any], model: Any, prompts: list[list[int]]) -> None:
@@ -192,6 +206,7 @@ def test_quantised_equals_its_physically_pruned_twin(
         ("sleep", "Sleep mode is not supported on current platform"),  # vLLM's own
         ("sharded_state", "--load-format sharded_state reads other files"),
         ("mistral", "--load-format mistral reads other files"),
+        ("expert balancing", "load balancing is only supported on"),  # vLLM's own, on a CPU
         ("kv transfer", "--kv-transfer-config: connectors count"),
         ("transformers", "SlebLlamaForCausalLM' is not a registered model"),  # vLLM's own
     ],
@@ -221,6 +236,73 @@ def test_two_stages_hold_equally_many_of_the_layers_that_are_left(
     first, second = (rank["layers"] for rank in result["ranks"])
     assert len(first) == len(second) == 12
     assert first + second == [i for i in range(30) if i not in REMOVED]
+
+
+def test_two_replicas_behind_one_address_serve_the_pruned_model(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    openai = pytest.importorskip("openai")
+    manifest = Manifest(
+        bind(str(smollm2), open_checkpoint(str(smollm2))), tuple(map(Removal, REMOVED))
+    )
+    manifest.write(tmp_path / "m.json")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    port = free_port()
+    options = "--data-parallel-size 2 --enforce-eager --max-model-len 256 --dtype float32"
+    command = [sys.executable, "-m", "sleb_serve.cli", "serve", str(smollm2)]
+    command += ["-m", str(tmp_path / "m.json"), *options.split(), "--port", str(port)]
+    server = Server(command, port, tmp_path / "server.log")
+    try:
+        server.wait(300)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        (name,) = (model.id for model in client.models.list())
+        assert name.endswith(manifest.pruning().tag)
+        with ThreadPoolExecutor(4) as threads:
+            ask = partial(
+                client.completions.create,
+                model=name,
+                prompt=PROMPTS[0],
+                max_tokens=NEW_TOKENS,
+                temperature=0,
+                extra_body={"ignore_eos": True},
+            )
+            pending = [threads.submit(ask) for _ in range(4)]
+            texts = {answer.result().choices[0].text for answer in pending}
+    finally:
+        server.stop()
+    greedy = oracle.greedy(oracle.pruned(smollm2, REMOVED), PROMPTS[0], NEW_TOKENS)
+    assert texts == {AutoTokenizer.from_pretrained(smollm2).decode(greedy)}
+    assert server.log.read_text().count("24 of 30 decoder layers built") == 2
+
+
+def test_as_draft_prints_the_dense_model_with_its_pruned_self(
+    models: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = models("llama")
+    Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(2), Removal(5))).write(
+        tmp_path / "m.json"
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ["serve", str(path), "-m", str(tmp_path / "m.json"), "--as-draft", "--dry-run"]
+    assert main([*arguments, "--draft-tokens", "5", "-tp", "2"]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert "--hf-overrides" not in command
+    speculation = json.loads(command[command.index("--speculative-config") + 1])
+    (folder,) = (tmp_path / "cache" / "sleb-serve" / "drafts").iterdir()
+    assert speculation == {
+        "method": "draft_model",
+        "model": str(folder),
+        "num_speculative_tokens": 5,
+        "draft_tensor_parallel_size": 2,
+    }
+    for option in ("--speculative-config={}", "--spec-model=x", "-sc"):
+        assert main([*arguments, option]) == 2
+        assert "--as-draft sets up speculative decoding itself" in capsys.readouterr().err
 
 
 def test_one_warm_compile_cache_serves_each_pruning_its_own_graph(
