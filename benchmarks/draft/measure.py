@@ -1,0 +1,132 @@
+"""A model with its pruned self as draft, against the model alone, in interleaved starts.
+
+Usage: measure.py MODEL FOLDER --removed 5,25,17 [--tokens 3] [--rounds 3]. FOLDER gets
+`records.jsonl`. Each start is a process of its own; what is timed is greedy generation of 64
+tokens for one prompt after the other, from English text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.draft import draft_folder
+from sleb_serve.manifest import Manifest, Removal
+from sleb_serve.select import bind
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 64
+
+
+def main() -> None:
+    """Start by turns, write the records, print the ratio and the acceptance rate."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--removed", type=lambda text: tuple(map(int, text.split(","))))
+    parser.add_argument("--tokens", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", metavar="SPECULATION", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        print(json.dumps(_generate(options.model, json.loads(options.child))))
+        return
+    checkpoint = open_checkpoint(options.model)
+    manifest = Manifest(bind(options.model, checkpoint), tuple(map(Removal, options.removed)))
+    draft = draft_folder(checkpoint, manifest.pruning(), options.folder.resolve() / "drafts")
+    speculation = {
+        "method": "draft_model",
+        "model": str(draft),
+        "num_speculative_tokens": options.tokens,
+    }
+    records = []
+    for index in range(options.rounds):
+        order = [("dense", None), ("drafted", speculation)]
+        for variant, value in order if index % 2 else reversed(order):
+            record = {
+                "round": index,
+                "variant": variant,
+                "removed": options.removed,
+                "draft_tokens": options.tokens if value else 0,
+                **_start(options, value),
+            }
+            print(json.dumps({**record, "tokens": None}), flush=True)
+            records.append(record)
+    with (options.folder / "records.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    assert len({json.dumps(record["tokens"]) for record in records}) == 1, "answers differ"
+    speed = {
+        variant: [r["tokens_per_second"] for r in records if r["variant"] == variant]
+        for variant in ("dense", "drafted")
+    }
+    ratios = [b / a for a, b in zip(speed["dense"], speed["drafted"], strict=True)]
+    drafted = [r for r in records if r["variant"] == "drafted"]
+    accepted = sum(r["accepted"] for r in drafted) / sum(r["drafted"] for r in drafted)
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    print(
+        f"{len(options.removed)} removed, {options.tokens} drafted: {mean:.3f} x the speed "
+        f"(rounds {', '.join(f'{ratio:.3f}' for ratio in ratios)}), {100 * accepted:.0f} % accepted"
+    )
+
+
+def _start(options: argparse.Namespace, speculation: dict[str, Any] | None) -> dict[str, Any]:
+    command = [sys.executable, __file__, options.model, str(options.folder)]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [*command, "--child", json.dumps(speculation)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def _generate(model: str, speculation: dict[str, Any] | None) -> dict[str, Any]:
+    from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
+
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model,
+        max_model_len=256,
+        max_num_seqs=4,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        speculative_config=speculation,
+        disable_log_stats=False,
+    )
+    text = llm.get_tokenizer().encode("\n\n".join(topics[key] for key in sorted(topics)))
+    starts = range(0, len(text) - PROMPT_TOKENS, len(text) // (PROMPTS + 1))
+    prompts = [text[start : start + PROMPT_TOKENS] for start in starts][: PROMPTS + 1]
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+    def ask(prompt: list[int]) -> list[int]:
+        (output,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+    ask(prompts[0])  # warms up
+    start = time.perf_counter()
+    tokens = [ask(prompt) for prompt in prompts[1:]]
+    seconds = time.perf_counter() - start
+    counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    return {
+        "tokens_per_second": sum(map(len, tokens)) / seconds,
+        "drafted": counters.get("vllm:spec_decode_num_draft_tokens", 0),
+        "accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
+        "tokens": tokens,
+    }
+
+
+if __name__ == "__main__":
+    main()
