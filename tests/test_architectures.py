@@ -24,7 +24,6 @@ pytest.importorskip("vllm")
 SETS = ((1, 3), (0, 1, 3), (1, 5), (0, 5))
 FAST = (
     "mistral",
-    "qwen2",
     "qwen3",
     "gemma3",
     "gpt2",

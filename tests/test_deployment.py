@@ -308,19 +308,22 @@ def test_as_draft_prints_the_dense_model_with_its_pruned_self(
 def test_one_warm_compile_cache_serves_each_pruning_its_own_graph(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Dense, pruned, pruned otherwise, and dense again; then all of them by a second process."""
+    """Dense, pruned, pruned as the manifest says once it has changed, and dense again.
+
+    vLLM on a CPU compiles anew where a GPU would load what it finds under the same key, so the
+    keys are held against each other, too.
+    """
     path = models("llama")
     cases = [Case("llama", removed) for removed in ((), (2, 5), (1, 6), ())]
     jobs = [case.job(path, enforce_eager=False) for case in cases]
-    for run in ("cold", "warm"):
-        folder = tmp_path / run
-        folder.mkdir()
-        results = run_jobs(jobs, folder, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
-        for case, result in zip(cases, results, strict=True):
-            check_equal(result, path, case)
-        hashes = [result["hash"] for result in results]
-        assert len(set(hashes)) == 3
-        assert hashes[0] == hashes[3]
+    results = run_jobs(jobs, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    for case, result in zip(cases, results, strict=True):
+        check_equal(result, path, case)
+    hashes = [result["hash"] for result in results]
+    assert len(set(hashes)) == 3
+    assert hashes[0] == hashes[3]
+    saved = tmp_path / "cache" / "torch_compile_cache" / "torch_aot_compile"
+    assert len(list(saved.iterdir())) == 3
 
 
 def test_a_draft_folder_is_found_again_and_changes_with_its_content(
