@@ -102,8 +102,7 @@ def test_the_dense_model_is_as_without_the_plugin(
         assert eager[case] == result
 
 
-# Llama and SmolLM2 compiled are in test_deployment, with a shared cache and with two stages.
-COMPILED = [Case("opt", (1, 5))]
+COMPILED = [Case("llama", (0, 2, 5)), Case("opt", (1, 5)), Case("smollm2", (5, 25, 17, 16, 18, 12))]
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=str)
