@@ -1,134 +1,134 @@
 """The loss of a causal LM with blocks skipped: the layer sweep.
 
-All candidates of a greedy step share the layers before their block. The sweep runs the layers once
-and carries one growing batch: the base state, and for each candidate met so far the state that
-skipped it. Half the block work of one pass per candidate, the same losses.
+All candidates of a greedy step share the layers before their block. The sweep runs each layer once
+on a growing list of states: the base's, and for each candidate met so far the one that skipped it.
+That is half the block work of one pass per candidate. Two things save more, and change no result:
 
-It works from inside the model's own forward, by standing in for each decoder layer's ``forward``:
-embeddings, masks, rotary tables, final norm and head stay the model's own, whatever its family.
+- *Snapshots.* A block that is removed leaves what went on before it as it was. States that entered
+  the blocks that may go next are kept, and the next step begins where the removed block was.
+- *Bounds.* The loss over part of the vocabulary is at most the loss over all of it. Every candidate
+  is scored on a twelfth of the head's rows, those that the model thinks likely, and only the
+  candidate of least bound is scored further, until the least is exact.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sleb_serve.checkpoint import Checkpoint
-from sleb_serve.errors import SlebError, first_line
+from sleb_serve.causal_lm import Call, CausalLM
+from sleb_serve.errors import SlebError
+from sleb_serve.memory import Needs, Plan, make_plan, peak_bytes
+from sleb_serve.selection import Scores
 
-_LOGITS_BYTES = 256 << 20
-"""Logits held at a time, in the model's dtype."""
-_LOSS_TOKENS = 128
-"""Rows of logits turned into float32 at a time."""
-_PROBE_TOKENS = 16
+BASE = -1
+"""Stands among the candidates for the model with none of them removed."""
+
+_FIRST_SHARE = 12
+"""The first part of the vocabulary is one in so many rows; each further part is as large as all
+before it."""
+_LOGITS_BYTES = 64 << 20
+"""float32 logits held at a time, at most."""
+_CHUNK_TOKENS = {"cpu": 512, "cuda": 1 << 15}
+"""Tokens that go through a layer at once: what caches hold; what fills a GPU."""
+_ROUNDING = 1e-6
+"""Of a bound, for the order in which logits are summed."""
 
 
-def check_causal_lm(checkpoint: Checkpoint) -> None:
-    """Refuse a model that Transformers does not know as a causal LM.
+@dataclass
+class _Tally:
+    """The loss of one state on one window, over the vocabulary's rows seen so far.
 
-    Raises:
-        SlebError: naming the architecture.
+    Attributes:
+        normed: what enters the head, [T, h]; None once memory was short.
+        sums: log of the sum of the exponentials of the logits seen so far, [T].
+        target: the logit of the token to predict, [T].
+        parts: how many parts of the window's rows were seen.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known: set[str] = set()
-    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        known.update([names] if isinstance(names, str) else names)
-    if checkpoint.architecture not in known or checkpoint.config.get("is_encoder_decoder"):
-        raise SlebError(
-            f"{checkpoint.path} is not a causal language model that Transformers knows: its "
-            f"architecture is {checkpoint.architecture}; give a decoder-only text model"
-        )
+    normed: Tensor | None
+    sums: Tensor
+    target: Tensor
+    parts: int
+
+    @property
+    def mean(self) -> float:
+        """Mean nats per predicted token, or less while rows are missing."""
+        return float((self.sums - self.target).double().mean())
 
 
-def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
-    """Load a checkpoint's causal LM for scoring, spread over the accelerators where there are any.
+@dataclass
+class _Window:
+    """One window: token ids [L], its layers' calls, its rows of the head, its snapshots.
 
-    Args:
-        checkpoint: a folder with config and weights.
-        dtype: a torch dtype by name, or ``auto`` for the checkpoint's own.
-
-    Raises:
-        SlebError: weights are missing or cannot be loaded.
+    Attributes:
+        parts: rows of the head, [R] each; the first holds every token to predict.
+        snapshots: states on entering a block with those below it gone: {(block, gone): states}.
     """
-    from transformers import AutoModelForCausalLM
 
-    checkpoint.weight_files()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint.path),
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            device_map="auto" if torch.accelerator.is_available() else None,
-        )
-    except Exception as error:
-        raise SlebError(
-            f"cannot load {checkpoint.path}: {first_line(error)}; check that the checkpoint is "
-            f"whole and that this Transformers knows it"
-        ) from error
-    result: nn.Module = model.eval()
-    return result
+    tokens: Tensor
+    calls: list[Call]
+    parts: list[Tensor] = field(default_factory=list)
+    snapshots: dict[tuple[int, frozenset[int]], dict[int, Tensor]] = field(default_factory=dict)
+    tallies: dict[int, _Tally] = field(default_factory=dict)
 
-
-def model_dtype(model: nn.Module) -> str:
-    """The dtype that the model computes in, by its torch name without the prefix."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the outermost ModuleList as long as the config's layer count.
-
-    Raises:
-        SlebError: there is none, or more than one.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
-            found.append((name, module))
-    if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
-        raise SlebError(
-            f"{type(model).__name__}: found {len(found)} lists of {count} layers ({names}) where a "
-            f"decoder has one; this architecture is not supported by the selector"
-        )
-    return found[0][1]
+    @property
+    def targets(self) -> Tensor:
+        """The tokens to predict, [L - 1]."""
+        return self.tokens[1:]
 
 
 class LayerSweep:
     """Losses of a causal LM with blocks skipped, over windows of tokens.
 
     Args:
-        model: a Transformers causal LM in eval mode; it is left as it was after each call.
-        windows: token ids, all windows of the same length.
+        model: the model, in pieces.
+        windows: token ids, all windows of the same length; this process's share of them.
+        budget: bytes; see `sleb_serve.memory`. None for no limit but one state a chunk.
+        weights: bytes of the weights that are held, out of the budget.
+        streamed: whether the layers' weights come from disk.
+        gather: one number for each window of this process -> for each window of all processes.
     """
 
-    def __init__(self, model: nn.Module, windows: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        windows: Sequence[Sequence[int]],
+        *,
+        budget: int | None = None,
+        weights: int = 0,
+        streamed: bool = False,
+        gather: Callable[[list[float]], list[float]] = lambda values: values,
+    ) -> None:
         self.model = model
-        self.layers = decoder_layers(model)
-        device = model.get_input_embeddings().weight.device
-        self.windows = torch.tensor(windows, dtype=torch.long, device=device)
-        if int(self.windows.max()) >= model.config.get_text_config().vocab_size:
+        self._gather = gather
+        if max(max(window) for window in windows) >= model.vocabulary:
             raise SlebError(
                 "the tokenizer makes token ids beyond the model's vocabulary; the tokenizer files "
                 "are not this model's"
             )
-        self._result_lengths, self._batches = self._probe()
+        self._first_state, calls = model.begin(windows[0])
+        self._windows = [
+            _Window(torch.tensor(window, device=model.device), calls) for window in windows
+        ]
+        for window in self._windows[1:]:
+            own = model.begin(window.tokens.tolist())[1]
+            if not _same(own, calls):
+                window.calls = own
+        self.plan = self._make_plan(budget, weights, streamed)
+        self._losses: dict[int, float] = {}
 
     def score(
         self,
         removed: Sequence[int],
         candidates: Sequence[int],
         *,
-        base: bool = False,
-        on_window: Callable[[], None] = lambda: None,
-    ) -> list[float]:
+        on_layer: Callable[[], None] = lambda: None,
+    ) -> Scores:
         """Mean nats per predicted token with `removed` and each of `candidates` in turn skipped.
 
         The official score is the sum over windows of the mean cross-entropy of the L-1 predicted
@@ -137,160 +137,279 @@ class LayerSweep:
         Args:
             removed: blocks that are gone.
             candidates: blocks to try, ascending, none of them in `removed`.
-            base: also score `removed` alone; its loss comes first.
-            on_window: called after each window.
+            on_layer: called for each window and alive block, `layer_count` times.
 
         Returns:
-            One loss per candidate, after the base's if that was asked for.
+            One loss per candidate. The least is exact; one that is not is at least what it says.
         """
-        totals: list[list[float]] = []
-        for window in self.windows:
-            totals.append(self._window_losses(window.unsqueeze(0), removed, candidates, base))
-            on_window()
-        return [math.fsum(losses) / len(totals) for losses in zip(*totals, strict=True)]
+        keep = self._snapshot_positions(removed, candidates)
+        base = not self._windows[0].parts
+        for first in range(0, len(self._windows), self.plan.windows):
+            group = self._windows[first : first + self.plan.windows]
+            for window in group:
+                window.tallies = {}
+            self._sweep(group, removed, candidates, base, keep, on_layer)
+            self._drop_finals(candidates)
+        base_loss = self._mean(BASE) if base else None
+        bounds = {block: self._mean(block) for block in candidates}
+        exact = dict.fromkeys(candidates, self._parts == 1)
+        while candidates:
+            # The first of the least; among equals, one that may yet turn out to be more.
+            block = min(candidates, key=lambda c: (bounds[c], exact[c], c))
+            if exact[block]:
+                break
+            exact[block] = self._refine(removed, block)
+            bounds[block] = self._mean(block)
+            if exact[block] and not math.isfinite(bounds[block]):
+                break
+        self._losses = bounds
+        for window in self._windows:
+            window.tallies = {}
+        return Scores(
+            tuple(bounds[c] for c in candidates), tuple(exact[c] for c in candidates), base_loss
+        )
 
-    @torch.inference_mode()
-    def _window_losses(
-        self, tokens: Tensor, removed: Sequence[int], candidates: Sequence[int], base: bool
-    ) -> list[float]:
-        """Losses of one window, shape [1, L], in the order of `score`'s."""
-        gone, forks = frozenset(removed), frozenset(candidates)
-        last_fork = max(candidates, default=-1)
-        last_layer = len(self.layers) - 1
-        states: Tensor | None = None
+    def loss(self, removed: Sequence[int]) -> float:
+        """Mean nats per predicted token with `removed` skipped."""
+        for window in self._windows:
+            window.tallies = {}
+            self._sweep([window], removed, (), True, frozenset(), lambda: None)
+            tally = window.tallies[BASE]
+            while tally.parts < len(window.parts):
+                self._add_part(window, tally)
+        result = self._mean(BASE)
+        for window in self._windows:
+            window.tallies = {}
+        return result
 
-        def sweep(index: int, layer: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
-            nonlocal states
-            if index not in gone:
-                forked = hidden[:1] if index in forks else None
-                if index == last_fork and not base:
-                    hidden = hidden[1:]  # the base was carried for the forks alone
-                hidden = self._run(layer, hidden, call)
-                if forked is not None:
-                    hidden = torch.cat([hidden, forked.to(hidden.device)])
-            if index == last_layer:
-                states = hidden
-                return hidden[:1]
-            return hidden
-
-        losses = self._losses(tokens, sweep)
-        assert states is not None
-        per_state = tokens.shape[1] * self._vocabulary * states.element_size()
-        for rest in states[1:].split(max(1, _LOGITS_BYTES // per_state)):
-            losses += self._losses(tokens.expand(len(rest), -1), _resume_from(rest))
-        return losses
+    def layer_count(self, removed: Sequence[int]) -> int:
+        """How often `score` calls `on_layer`."""
+        return len(self._windows) * (len(self.model.layers) - len(removed))
 
     @property
-    def _vocabulary(self) -> int:
-        size: int = self.model.config.get_text_config().vocab_size
-        return size
+    def _parts(self) -> int:
+        return len(self._windows[0].parts)
 
-    def _losses(self, tokens: Tensor, stand_in: StandIn) -> list[float]:
-        """Run the model's forward on [B, L] tokens; per row, the mean loss of the L-1 predicted."""
-        with self._standing_in(stand_in):
-            logits = self.model(input_ids=tokens, use_cache=False).logits
-        targets = tokens[:, 1:].to(logits.device)
-        losses = []
-        for row, target in zip(logits, targets, strict=True):
-            nats = [
-                nn.functional.cross_entropy(part.float(), wanted, reduction="sum").double()
-                for part, wanted in zip(
-                    row[:-1].split(_LOSS_TOKENS), target.split(_LOSS_TOKENS), strict=True
-                )
-            ]
-            losses.append(float(torch.stack(nats).sum()) / len(target))
-        return losses
+    def _mean(self, fork: int) -> float:
+        """The mean over all windows of all processes; a little less while it is a bound."""
+        own = [window.tallies[fork] for window in self._windows]
+        values = self._gather([tally.mean for tally in own])
+        mean = math.fsum(values) / len(values)
+        return mean if own[0].parts == self._parts else mean - _ROUNDING * abs(mean)
 
-    def _run(self, layer: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
-        """One layer on [B, L, d] states, as one batch where the layer's other inputs allow it."""
-        if len(hidden) == 0:
-            return hidden
-        if self._batches:
-            return _tensor(call(layer, hidden))
-        return torch.cat([_tensor(call(layer, state)) for state in hidden.split(1)])
+    def _sweep(
+        self,
+        group: Sequence[_Window],
+        removed: Sequence[int],
+        candidates: Sequence[int],
+        base: bool,
+        keep: frozenset[int],
+        on_layer: Callable[[], None],
+    ) -> None:
+        """Bring each candidate's state, and the base's if wanted, behind the last layer."""
+        gone, forks, last = frozenset(removed), frozenset(candidates), max(candidates, default=BASE)
+        starts = [self._start(window, gone, forks) for window in group]
+        for index in range(len(self.model.layers)):
+            if index in gone:
+                continue
+            if all(index < start for start, _ in starts):
+                for _ in group:
+                    on_layer()
+                continue
+            with self.model.loaded(index) as layer:
+                for window, (start, states) in zip(group, starts, strict=True):
+                    if index >= start:
+                        if index in keep:
+                            window.snapshots[_key(index, gone)] = dict(states)
+                        if index in forks:
+                            states[index] = states[BASE]
+                        if index >= last and not base:
+                            states.pop(BASE, None)  # it was carried for the forks alone
+                        moving = [fork for fork in states if fork != index]
+                        for at in range(0, len(moving), self.plan.chunk):
+                            part = moving[at : at + self.plan.chunk]
+                            moved = self.model.run(
+                                layer, [states[fork] for fork in part], window.calls[index]
+                            )
+                            states.update(zip(part, moved, strict=True))
+                    on_layer()
+        for window, (_, states) in zip(group, starts, strict=True):
+            while states:
+                fork, state = states.popitem()
+                normed = self.model.normed(state)[:-1]
+                if fork == BASE and not window.parts:
+                    window.parts = self._rows(window, normed)
+                tally = _Tally(normed, torch.tensor(-torch.inf), torch.tensor(0.0), 0)
+                window.tallies[fork] = tally
+                # The base comes last: it was there first. It tells the rows for the others.
+            for fork in sorted(window.tallies):
+                self._add_part(window, window.tallies[fork])
+                while fork == BASE and window.tallies[fork].parts < len(window.parts):
+                    self._add_part(window, window.tallies[fork])
 
-    @contextmanager
-    def _standing_in(self, stand_in: StandIn) -> Iterator[None]:
-        """Let `stand_in` answer for every decoder layer's forward, in the shape it answers in."""
-        # A forward may be the instance's own already: accelerate's hooks put theirs there.
-        before = [layer.__dict__.get("forward") for layer in self.layers]
+    def _start(
+        self, window: _Window, gone: frozenset[int], forks: frozenset[int]
+    ) -> tuple[int, dict[int, Tensor]]:
+        """The last block from which on there is something new, and the states that enter it."""
+        for index, below in sorted(window.snapshots, key=lambda key: -key[0]):
+            states = window.snapshots[index, below]
+            needed = {BASE, *(fork for fork in forks if fork < index)}
+            if below == _key(index, gone)[1] and needed <= states.keys():
+                return index, {fork: states[fork] for fork in states if fork in needed}
+        if window is self._windows[0]:
+            return 0, {BASE: self._first_state}
+        return 0, {BASE: self.model.begin(window.tokens.tolist())[0]}
 
-        def answer(
-            index: int, layer: Callable[..., Any], *args: Any, **kwargs: Any
-        ) -> Tensor | tuple[Tensor | None, ...]:
-            hidden, call = _split_call(args, kwargs)
-            result = stand_in(index, layer, hidden, call)
-            length = self._result_lengths[index]
-            return result if length is None else (result, *(None,) * (length - 1))
+    def _snapshot_positions(
+        self, removed: Sequence[int], candidates: Sequence[int]
+    ) -> frozenset[int]:
+        """The candidates to take snapshots at: the likeliest to go, as memory allows."""
+        gone = frozenset(removed)
+        costs = {c: len(self._windows) * (i + 1) for i, c in enumerate(candidates)}
+        kept: set[int] = set()
+        if self._losses:
+            free = self.plan.snapshots
+            for block in sorted(costs, key=lambda c: self._losses.get(c, math.inf)):
+                if costs[block] <= free:
+                    free -= costs[block]
+                    kept.add(block)
+        else:
+            # Nothing is known yet: as many as there is room for, evenly spread.
+            for stride in range(1, len(candidates) + 1):
+                kept = set(candidates[::-stride])
+                if sum(costs[block] for block in kept) <= self.plan.snapshots:
+                    break
+                kept = set()
+        for window in self._windows:
+            window.snapshots = {
+                key: states
+                for key, states in window.snapshots.items()
+                if key == _key(key[0], gone) and (key[0] in kept or key[0] in gone)
+            }
+        return frozenset(kept)
 
-        try:
-            for index, layer in enumerate(self.layers):
-                layer.forward = partial(answer, index, layer.forward)
-            yield
-        finally:
-            for layer, own in zip(self.layers, before, strict=True):
-                if own is None:
-                    layer.__dict__.pop("forward", None)
-                else:
-                    layer.forward = own
+    def _drop_finals(self, candidates: Sequence[int]) -> None:
+        """Keep what is needed to score on for the best candidates only."""
+        done = [window for window in self._windows if window.tallies]
 
-    @torch.inference_mode()
-    def _probe(self) -> tuple[list[int | None], bool]:
-        """Learn, on a few tokens, what each layer returns and whether it takes a larger batch.
+        def so_far(block: int) -> float:
+            return math.fsum(window.tallies[block].mean for window in done)
 
-        Returns:
-            For each layer, the length of the tuple it returns (None for a bare tensor); and whether
-            every layer, given two copies of a state with the masks of one, answers two of one.
-        """
-        self._result_lengths = [None] * len(self.layers)
-        lengths: list[int | None] = [None] * len(self.layers)
-        batches = True
+        for block in sorted(candidates, key=so_far)[self.plan.finals :]:
+            for window in done:
+                window.tallies[block].normed = None
+        for window in done:
+            if BASE in window.tallies:
+                window.tallies[BASE].normed = None
 
-        def learn(index: int, layer: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
-            nonlocal batches
-            result = call(layer, hidden)
-            one = _tensor(result)
-            lengths[index] = len(result) if isinstance(result, tuple) else None
-            self._result_lengths[index] = lengths[index]
-            try:
-                two = _tensor(call(layer, hidden.repeat(2, 1, 1)))
-                tolerance = 1e-4 if one.dtype == torch.float32 else 0.05
-                scale = float(one.abs().max())
-                batches &= two.shape[0] == 2 and bool(
-                    ((two - one).abs().max() <= tolerance * scale).item()
-                )
-            except (RuntimeError, ValueError, IndexError):
-                batches = False
-            return one
+    def _refine(self, removed: Sequence[int], block: int) -> bool:
+        """Score a candidate on the next part of the vocabulary; tell whether that was the last."""
+        for window in self._windows:
+            tally = window.tallies[block]
+            if tally.normed is None:
+                before = window.tallies
+                window.tallies = {}
+                self._sweep([window], removed, (block,), False, frozenset(), lambda: None)
+                tally.normed = window.tallies[block].normed
+                window.tallies = before
+            self._add_part(window, tally)
+        return self._windows[0].tallies[block].parts == self._parts
 
-        with self._standing_in(learn):
-            self.model(input_ids=self.windows[:1, :_PROBE_TOKENS], use_cache=False)
-        return lengths, batches
+    def _add_part(self, window: _Window, tally: _Tally) -> None:
+        """Add the next part of the vocabulary to a tally."""
+        rows, normed = window.parts[tally.parts], tally.normed
+        assert normed is not None
+        sums = []
+        for piece in rows.split(self._rows_at_once(len(normed))):
+            head = None if len(rows) == 0 else self.model.head_rows(piece)
+            logits = self.model.logits(normed, head).float()
+            if tally.parts == 0:
+                found = _positions(piece, window.targets)
+                inside = found >= 0
+                values = logits.gather(1, found.clamp(min=0)[:, None])[:, 0]
+                tally.target = torch.where(inside, values, tally.target.to(values.device))
+            sums.append(logits.logsumexp(1))
+        total = torch.stack(sums).logsumexp(0)
+        tally.sums = total if tally.parts == 0 else torch.logaddexp(tally.sums, total)
+        tally.parts += 1
+
+    def _rows(self, window: _Window, normed: Tensor) -> list[Tensor]:
+        """The head's rows in parts, the likely ones first; `normed` is the base's, [T, h]."""
+        everything = torch.arange(self.model.vocabulary, device=window.tokens.device)
+        if not self.model.row_wise:
+            return [everything]
+        pieces = everything.split(self._rows_at_once(len(normed)))
+        heads = [self.model.head_rows(slice(int(p[0]), int(p[-1]) + 1)) for p in pieces]
+        logs = [self.model.logits(normed, head).float().logsumexp(1) for head in heads]
+        total = torch.stack(logs).logsumexp(0)[:, None]
+        mass = torch.cat(
+            [(self.model.logits(normed, head).float() - total).exp_().sum(0) for head in heads]
+        )
+        mass[window.targets] = torch.inf
+        order = mass.argsort(descending=True)
+        size = -(-self.model.vocabulary // _FIRST_SHARE)
+        size = max(size, len(window.targets.unique()))
+        parts = [order[:size]]
+        while size < len(order):
+            parts.append(order[size : 2 * size])
+            size *= 2
+        return parts
+
+    def _rows_at_once(self, tokens: int) -> int:
+        if not self.model.row_wise:
+            return self.model.vocabulary
+        return max(64, min(self._logits_bytes // (4 * tokens), self.model.vocabulary))
+
+    def _make_plan(self, budget: int | None, weights: int, streamed: bool) -> Plan:
+        """Measure the work on one state, and divide the budget."""
+        state, window = self._first_state, self._windows[0]
+        layers = len(self.model.layers)
+        self._logits_bytes = _LOGITS_BYTES
+        if budget is None:
+            return Plan(1, 1, len(self._windows) * layers * layers, layers)
+        self._logits_bytes = min(_LOGITS_BYTES, budget // 32)
+
+        def one_layer() -> None:
+            with self.model.loaded(0) as layer:
+                self.model.run(layer, [state], window.calls[0])
+
+        def one_head() -> None:
+            normed = self.model.normed(state)[:-1]
+            rows = torch.arange(self._rows_at_once(len(normed)), device=normed.device)
+            head = self.model.head_rows(rows) if self.model.row_wise else None
+            self.model.logits(normed, head).float().logsumexp(1)
+
+        needs = Needs(weights, state.nbytes, peak_bytes(one_layer), peak_bytes(one_head))
+        tokens = _CHUNK_TOKENS.get(self.model.device.type, _CHUNK_TOKENS["cuda"])
+        return make_plan(
+            budget,
+            needs,
+            windows=len(self._windows),
+            forks=layers,
+            best_chunk=max(1, tokens // state.shape[1]),
+            streamed=streamed,
+        )
 
 
-Call = Callable[[Callable[..., Any], Tensor], Any]
-"""call(layer, states): the layer on these states, its other arguments as the model gave them."""
-StandIn = Callable[[int, Callable[..., Any], Tensor, Call], Tensor]
-"""stand_in(index, layer, states, call): what to answer for layer `index` instead of running it."""
+def _key(index: int, gone: frozenset[int]) -> tuple[int, frozenset[int]]:
+    return index, frozenset(block for block in gone if block < index)
 
 
-def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """Tell the states from a layer's other arguments; they come first, or by name."""
-    if args:
-        return args[0], lambda layer, states: layer(states, *args[1:], **kwargs)
-    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    return kwargs["hidden_states"], lambda layer, states: layer(hidden_states=states, **others)
+def _positions(rows: Tensor, wanted: Tensor) -> Tensor:
+    """Where each of `wanted` stands in `rows`; -1 where it does not."""
+    found = torch.full((int(torch.maximum(rows.max(), wanted.max())) + 1,), -1, device=rows.device)
+    found[rows] = torch.arange(len(rows), device=rows.device)
+    return found[wanted]
 
 
-def _tensor(result: Any) -> Tensor:
-    tensor: Tensor = result[0] if isinstance(result, tuple) else result
-    return tensor
-
-
-def _resume_from(states: Tensor) -> StandIn:
-    """A stand-in that runs no layer and hands `states`, what the last layer gave, to the norm."""
-
-    def skip(index: int, layer: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
-        return states.to(hidden.device)
-
-    return skip
+def _same(one: object, two: object) -> bool:
+    """Whether two layers' calls, or what is in them, are equal."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one is two or (one.shape == two.shape and torch.equal(one, two))
+    if isinstance(one, Call) and isinstance(two, Call):
+        return _same([one.args, one.kwargs], [two.args, two.kwargs])
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(_same, one, two))
+    return bool(one is two or one == two)

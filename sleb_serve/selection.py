@@ -9,19 +9,36 @@ from decimal import ROUND_CEILING, Decimal, InvalidOperation
 
 from sleb_serve.errors import SlebError
 
-Score = Callable[[Sequence[int], Sequence[int]], Sequence[float]]
+
+@dataclass(frozen=True)
+class Scores:
+    """The losses of a step's candidates, in their order, and maybe that of `removed` alone.
+
+    Those marked exact are; another is at least what it says, and more than the least of the exact.
+    """
+
+    losses: tuple[float, ...]
+    exact: tuple[bool, ...]
+    base: float | None = None
+
+
+Score = Callable[[Sequence[int], Sequence[int]], Scores]
 """score(removed, candidates): the loss with `removed` and each candidate in turn gone."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One greedy step: the loss of every candidate, in block order, and the block that won."""
+    """One greedy step: the loss of every candidate, in block order, and the block that won.
+
+    A loss that is not marked exact is a lower bound, above the loss of the block that won.
+    """
 
     candidates: tuple[int, ...]
     losses: tuple[float, ...]
+    exact: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        if not self.candidates or len(self.candidates) != len(self.losses):
+        if not len(self.candidates) == len(self.losses) == len(self.exact) > 0:
             raise ValueError("a step has one loss per candidate, and at least one candidate")
 
     @property
@@ -112,13 +129,13 @@ def greedy(
     while len(steps) < remove:
         removed = [step.block for step in steps]
         eligible = candidates(num_blocks, removed, early_barrier, late_barrier)
-        losses = tuple(score(removed, eligible))
-        for block, loss in zip(eligible, losses, strict=True):
+        scores = score(removed, eligible)
+        for block, loss in zip(eligible, scores.losses, strict=True):
             if not math.isfinite(loss):
                 raise SlebError(
                     f"step {len(steps) + 1}: the loss without block {block} is {loss}; the weights "
                     f"hold NaN or overflow in this dtype: try --dtype float32 or check the model"
                 )
-        steps.append(Step(eligible, losses))
+        steps.append(Step(eligible, scores.losses, scores.exact))
         on_step(steps[-1])
     return tuple(steps[:remove])

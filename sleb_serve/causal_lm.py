@@ -1,0 +1,356 @@
+"""A Transformers causal LM taken apart: embedding, decoder layers, head.
+
+The model's own forward is run with stand-ins for its decoder layers and its head, so embeddings,
+masks, rotary tables, the final norm and the logits' scaling stay the model's own, whatever its
+family. Layers and head can then be run on any states, one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb_serve.checkpoint import Checkpoint
+from sleb_serve.errors import SlebError, first_line
+
+_PROBE_TOKENS = 16
+
+
+def check_causal_lm(checkpoint: Checkpoint) -> None:
+    """Refuse a model that Transformers does not know as a causal LM.
+
+    Raises:
+        SlebError: naming the architecture.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known: set[str] = set()
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known.update([names] if isinstance(names, str) else names)
+    if checkpoint.architecture not in known or checkpoint.config.get("is_encoder_decoder"):
+        raise SlebError(
+            f"{checkpoint.path} is not a causal language model that Transformers knows: its "
+            f"architecture is {checkpoint.architecture}; give a decoder-only text model"
+        )
+
+
+def load_model(checkpoint: Checkpoint, dtype: str, *, streamed: bool = False) -> nn.Module:
+    """Load a checkpoint's causal LM for scoring, spread over the accelerators where there are any.
+
+    Args:
+        checkpoint: a folder with config and weights.
+        dtype: a torch dtype by name, or ``auto`` for the checkpoint's own.
+        streamed: leave the decoder layers' weights on disk; each is read when it is run.
+
+    Raises:
+        SlebError: weights are missing or cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    checkpoint.weight_files()
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        place: Any = "auto" if torch.accelerator.is_available() else None
+        if streamed:
+            place = _layers_on_disk(checkpoint)
+        # accelerate reads safetensors in place; the folder is for weights that it must convert.
+        model = AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.path), dtype=wanted, device_map=place
+        )
+    except Exception as error:
+        raise SlebError(
+            f"cannot load {checkpoint.path}: {first_line(error)}; check that the checkpoint is "
+            f"whole and that this Transformers knows it"
+        ) from error
+    result: nn.Module = model.eval()
+    return result
+
+
+def _layers_on_disk(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A device map that leaves the decoder layers on disk and all else on the first device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(checkpoint.path))
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    layers = decoder_layers(shell)
+    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
+    inside = {id(module) for module in layers.modules()}
+    around = {
+        id(module)
+        for module in shell.modules()
+        if any(id(part) in inside for part in module.modules())
+    }
+    place: dict[str, Any] = {}
+    for name, module in shell.named_modules():
+        if module is layers:
+            place[name] = "disk"
+        elif id(module) not in around and not any(name.startswith(f"{n}.") for n in place):
+            place[name] = device
+    return place
+
+
+def model_dtype(model: nn.Module) -> str:
+    """The dtype that the model computes in, by its torch name without the prefix."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers: the outermost ModuleList as long as the config's layer count.
+
+    Raises:
+        SlebError: there is none, or more than one.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
+            found.append((name, module))
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise SlebError(
+            f"{type(model).__name__}: found {len(found)} lists of {count} layers ({names}) where a "
+            f"decoder has one; this architecture is not supported by the selector"
+        )
+    return found[0][1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model called one layer: its arguments other than the states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    def __call__(self, layer: Callable[..., Any], states: Tensor) -> Any:
+        """The layer's answer on `states`."""
+        if self.by_name:
+            return layer(hidden_states=states, **self.kwargs)
+        return layer(states, *self.args, **self.kwargs)
+
+
+Answer = Callable[[int, Callable[..., Any], Tensor, Call], Tensor]
+"""answer(index, layer, states, call): what layer `index` is to return."""
+
+
+class _Stop(Exception):
+    """Leaves the model's forward once it has given what was wanted of it."""
+
+
+class CausalLM:
+    """A Transformers causal LM in eval mode; it is left as it was after each call.
+
+    Args:
+        model: resident, dispatched over devices, or with its decoder layers on disk.
+        tokens: a few token ids to try it on.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Sequence[int]) -> None:
+        self.model = model
+        self.layers = decoder_layers(model)
+        self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+        self.device = embedding.device
+        self.dtype = embedding.dtype
+        self._lengths: dict[type, int | None] = {}
+        self.batches = True
+        self._probe_layers(self._ids(tokens[:_PROBE_TOKENS]))
+        self._identity = False
+        self.row_wise = self._probe_head()
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head: one logit each."""
+        return int(self.head.weight.shape[0])
+
+    @torch.inference_mode()
+    def begin(self, tokens: Sequence[int]) -> tuple[Tensor, list[Call]]:
+        """What enters the first layer, shape [1, L, d], and how each layer is called."""
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def capture(index: int, layer: Any, states: Tensor, call: Call) -> Tensor:
+            calls.append(call)
+            first.append(states)
+            if index == len(self.layers) - 1:
+                raise _Stop
+            return states
+
+        self._forward(self._ids(tokens), capture)
+        return first[0], calls
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[Callable[..., Any]]:
+        """Layer `index` with its weights in memory: read from disk once, if that is where they are.
+
+        accelerate's hooks would read them anew at every call.
+        """
+        layer = self.layers[index]
+        offloaded = [
+            module
+            for module in layer.modules()
+            if getattr(getattr(module, "_hf_hook", None), "offload", False)
+        ]
+        forwards = [module.forward for module in offloaded]
+        try:
+            for module in offloaded:
+                hook: Any = module._hf_hook
+                hook.pre_forward(module)
+                module.forward = module._old_forward
+            yield layer.forward
+        finally:
+            for module, forward in zip(offloaded, forwards, strict=True):
+                module.forward = forward
+                hook = module._hf_hook
+                hook.post_forward(module, None)
+
+    @torch.inference_mode()
+    def run(self, layer: Callable[..., Any], states: Sequence[Tensor], call: Call) -> list[Tensor]:
+        """One layer on states of shape [1, L, d], as one batch where it takes one."""
+        if not self.batches and len(states) > 1:
+            return [moved for state in states for moved in self.run(layer, [state], call)]
+        # A copy even of one state: a layer may write into what it is given.
+        answer = _tensor(call(layer, torch.cat(list(states))))
+        return list(answer.split(1)) if len(answer) > 1 else [answer]
+
+    @torch.inference_mode()
+    def normed(self, state: Tensor) -> Tensor:
+        """What enters the head for a state of shape [1, T, d] behind the last layer: [T, h]."""
+        found: list[Tensor] = []
+
+        def capture(inputs: Tensor) -> Tensor:
+            found.append(inputs)
+            raise _Stop
+
+        ids = torch.zeros(state.shape[:2], dtype=torch.long, device=self.device)
+        with self._head_answers(capture):
+            self._forward(ids, lambda *_: state)
+        return found[0][0]
+
+    @torch.inference_mode()
+    def logits(self, normed: Tensor, rows: tuple[Tensor, Tensor | None] | None) -> Tensor:
+        """Logits [T, R] of states [T, h] before the head, for the rows that `head_rows` gave."""
+        if rows is None:
+            raw: Tensor = self.head(normed[None])
+        else:
+            weight, bias = rows
+            raw = nn.functional.linear(normed.to(weight.device), weight, bias)[None]
+        return (raw if self._identity else self._finish(raw))[0]
+
+    def head_rows(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias for some of the vocabulary."""
+        bias: Tensor | None = self.head.bias
+        return self.head.weight[rows], None if bias is None else bias[rows]
+
+    def _finish(self, raw: Tensor) -> Tensor:
+        """What the model does to the head's output: a cap, a scale, or nothing. Shape [1, T, R]."""
+        ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        with self._head_answers(lambda inputs: raw):
+            result: Tensor = self._forward(ids, lambda index, layer, states, call: states).logits
+        return result
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([tokens], dtype=torch.long, device=self.device)
+
+    def _forward(self, ids: Tensor, answer: Answer) -> Any:
+        """The model's own forward, with `answer` in the decoder layers' place; None if stopped."""
+        with self._layers_answer(answer):
+            try:
+                return self.model(input_ids=ids, use_cache=False)
+            except _Stop:
+                return None
+
+    @contextmanager
+    def _layers_answer(self, answer: Answer) -> Iterator[None]:
+        # A forward may be the instance's own already: accelerate's hooks put theirs there.
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+
+        def stand_in(index: int, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if args:
+                states, call = args[0], Call(args[1:], kwargs, by_name=False)
+            else:
+                states = kwargs.pop("hidden_states")
+                call = Call((), kwargs, by_name=True)
+            result = answer(index, layer, states, call).to(states.device)
+            length = self._lengths.get(type(self.layers[index]))
+            return result if length is None else (result, *(None,) * (length - 1))
+
+        try:
+            for index, layer in enumerate(self.layers):
+                layer.forward = partial(stand_in, index, layer.forward)
+            yield
+        finally:
+            for layer, own in zip(self.layers, before, strict=True):
+                _restore(layer, own)
+
+    @contextmanager
+    def _head_answers(self, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        own = self.head.__dict__.get("forward")
+        try:
+            self.head.forward = answer
+            yield
+        finally:
+            _restore(self.head, own)
+
+    @torch.inference_mode()
+    def _probe_layers(self, ids: Tensor) -> None:
+        """Learn, of one layer of each class, what it returns and whether it takes a larger batch.
+
+        A layer does if, given two copies of a state with the masks of one, it answers two of one.
+        """
+
+        def learn(index: int, layer: Any, states: Tensor, call: Call) -> Tensor:
+            kind = type(self.layers[index])
+            if kind in self._lengths:
+                return states
+            with self.loaded(index):
+                result = call(layer, states.clone())
+                self._lengths[kind] = len(result) if isinstance(result, tuple) else None
+                one = _tensor(result)
+                try:
+                    two = _tensor(call(layer, states.repeat(2, 1, 1)))
+                    tolerance = 1e-4 if one.dtype == torch.float32 else 0.05
+                    scale = float(one.abs().max())
+                    self.batches &= two.shape[0] == 2 and bool(
+                        ((two - one).abs().max() <= tolerance * scale).item()
+                    )
+                except (RuntimeError, ValueError, IndexError):
+                    self.batches = False
+            return one
+
+        self._forward(ids, learn)
+
+    @torch.inference_mode()
+    def _probe_head(self) -> bool:
+        """Whether a logit depends on its own row of the head alone; and if nothing follows it."""
+        if not isinstance(self.head, nn.Linear) or not self.head.weight.is_floating_point():
+            return False
+        generator = torch.Generator().manual_seed(0)
+        raw = torch.randn((1, 2, self.vocabulary), generator=generator) * 20
+        raw = raw.to(self.head.weight.device, self.dtype)
+        whole = self._finish(raw.clone())
+        if whole.shape != raw.shape:
+            return False
+        self._identity = torch.equal(whole, raw)
+        part = slice(0, self.vocabulary, 3)
+        return torch.equal(self._finish(raw[..., part].clone()), whole[..., part])
+
+
+def _restore(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = forward
+
+
+def _tensor(result: Any) -> Tensor:
+    tensor: Tensor = result[0] if isinstance(result, tuple) else result
+    return tensor

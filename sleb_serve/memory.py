@@ -1,0 +1,164 @@
+"""The selector's memory: a budget, what a piece of work takes, and a plan that stays inside.
+
+The budget is for weights, states and work on the device that scores, beyond what Python and its
+libraries take for themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleb_serve.errors import SlebError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\Z", re.IGNORECASE)
+_DEFAULT_SHARE = 0.8
+_USED_SHARE = 0.85
+"""Of the budget; the rest is for what allocators hold back and libraries use inside."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a sweep is cut into pieces.
+
+    Attributes:
+        windows: windows whose states are held at once.
+        chunk: states that go through a layer at once.
+        snapshots: states that may be kept from step to step, over all windows.
+        finals: candidates whose states behind the last layer are kept until the step is decided.
+    """
+
+    windows: int
+    chunk: int
+    snapshots: int
+    finals: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that pieces of the work take: see `make_plan`."""
+
+    weights: int
+    state: int
+    layer: int
+    head: int
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``2GiB``, ``1.5G``, ``800M`` or a plain number; units are powers of 1024.
+
+    Raises:
+        SlebError: anything else.
+    """
+    match = _SIZE.match(text.strip())
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise SlebError(f"--memory-budget {text}: give a size, as 2GiB or 800M")
+    return size
+
+
+def format_size(size: float) -> str:
+    """Bytes for people, to a tenth of a unit."""
+    for unit in ("GiB", "MiB"):
+        scale = _UNITS[unit[0]]
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1024:.1f} KiB"
+
+
+def default_budget() -> int:
+    """Four fifths of what is free on the device that scores."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return int(_DEFAULT_SHARE * torch.cuda.mem_get_info()[0])
+    free = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text) - psutil.Process().memory_info().rss)
+    return int(_DEFAULT_SHARE * free)
+
+
+def make_plan(
+    budget: int, needs: Needs, *, windows: int, forks: int, best_chunk: int, streamed: bool
+) -> Plan:
+    """Divide a budget.
+
+    What must fit is one window's states, the base's and one for each fork, and the work on one of
+    them. Then come: the states of all windows, if weights are streamed, so that each is read once
+    a step; larger chunks; two finalists; snapshots.
+
+    Args:
+        budget: bytes for everything in `needs`.
+        needs: bytes of the weights that are held, of one state, and of the work of a layer and of
+            the head on one state, beyond the state itself.
+        windows: how many there are.
+        forks: candidates of the first step.
+        best_chunk: states a chunk beyond which nothing is gained.
+        streamed: whether layers' weights come from disk.
+
+    Raises:
+        SlebError: the budget is less than what must fit; the message says how much that is.
+    """
+    usable = int(_USED_SHARE * budget)
+    group = (forks + 2) * needs.state
+    finals = 2 * windows * needs.state
+    least = needs.weights + group + max(needs.layer, needs.head) + finals
+    if least > usable:
+        raise SlebError(
+            f"--memory-budget {format_size(budget)} is too small: weights of "
+            f"{format_size(needs.weights)} and one window's states with the work on them need "
+            f"{format_size(least / _USED_SHARE)}; give that, or a smaller --sequence-length"
+        )
+    rest = usable - least
+    at_once = 1
+    if streamed:
+        at_once = min(windows, 1 + rest // group)
+        rest -= (at_once - 1) * group
+    chunk = min(best_chunk, 1 + rest // max(1, 2 * needs.layer))
+    rest -= (chunk - 1) * needs.layer
+    more = min(forks - 2, rest // 4 // (windows * needs.state)) if forks > 2 else 0
+    rest -= more * windows * needs.state
+    return Plan(at_once, chunk, rest // needs.state, 2 + more)
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most that tensors made by `work` hold at any time, in bytes, on whatever device."""
+    from torch import Tensor
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.given: set[int] = set()
+            self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+            self.peak = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    pointer = tensor.untyped_storage()._cdata
+                    if pointer not in self.made:
+                        self.given.add(pointer)
+            result = func(*args, **(kwargs or {}))
+            self.made = {k: v for k, v in self.made.items() if not v[0].expired()}
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    if storage._cdata not in self.given:
+                        self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self.peak = max(self.peak, sum(size for _, size in self.made.values()))
+            return result
+
+    with Watch() as watch:
+        work()
+    return watch.peak
