@@ -7,6 +7,7 @@ family. Layers and head can then be run on any states, one layer at a time.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,13 +41,17 @@ def check_causal_lm(checkpoint: Checkpoint) -> None:
         )
 
 
-def load_model(checkpoint: Checkpoint, dtype: str, *, streamed: bool = False) -> nn.Module:
+def load_model(
+    checkpoint: Checkpoint, dtype: str, *, streamed: bool = False, device: Any = None
+) -> nn.Module:
     """Load a checkpoint's causal LM for scoring, spread over the accelerators where there are any.
 
     Args:
         checkpoint: a folder with config and weights.
         dtype: a torch dtype by name, or ``auto`` for the checkpoint's own.
-        streamed: leave the decoder layers' weights on disk; each is read when it is run.
+        streamed: leave the decoder layers' weights on disk, or in the host's memory if they fit
+            there and an accelerator does the work; each is brought in when it is run.
+        device: one device to use instead of all accelerators.
 
     Raises:
         SlebError: weights are missing or cannot be loaded.
@@ -55,32 +60,44 @@ def load_model(checkpoint: Checkpoint, dtype: str, *, streamed: bool = False) ->
 
     checkpoint.weight_files()
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    place: Any = device
+    if device is None:
+        place = "auto" if torch.accelerator.is_available() else None
+    # accelerate reads safetensors in place; the folder is for weights that it must convert.
+    folder = tempfile.TemporaryDirectory(prefix="sleb-serve-")
     try:
-        place: Any = "auto" if torch.accelerator.is_available() else None
         if streamed:
-            place = _layers_on_disk(checkpoint)
-        # accelerate reads safetensors in place; the folder is for weights that it must convert.
+            place = _layers_outside(checkpoint, device)
         model = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint.path), dtype=wanted, device_map=place
+            str(checkpoint.path), dtype=wanted, device_map=place, offload_folder=folder.name
         )
     except Exception as error:
         raise SlebError(
             f"cannot load {checkpoint.path}: {first_line(error)}; check that the checkpoint is "
             f"whole and that this Transformers knows it"
         ) from error
+    model.sleb_offload_folder = folder  # removed with the model
     result: nn.Module = model.eval()
     return result
 
 
-def _layers_on_disk(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A device map that leaves the decoder layers on disk and all else on the first device."""
+def _layers_outside(checkpoint: Checkpoint, device: Any) -> dict[str, Any]:
+    """A device map with the decoder layers on disk or the host, and all else where work is done."""
+    import psutil
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(str(checkpoint.path))
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
     layers = decoder_layers(shell)
-    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
+    size = sum(file.stat().st_size for file in checkpoint.weight_files())
+    where = "disk"
+    if not torch.accelerator.is_available():
+        device = "cpu"
+    elif device is None:
+        device = torch.accelerator.current_device_index()
+    if device != "cpu" and size < 0.8 * psutil.virtual_memory().available:
+        where = "cpu"
     inside = {id(module) for module in layers.modules()}
     around = {
         id(module)
@@ -90,7 +107,7 @@ def _layers_on_disk(checkpoint: Checkpoint) -> dict[str, Any]:
     place: dict[str, Any] = {}
     for name, module in shell.named_modules():
         if module is layers:
-            place[name] = "disk"
+            place[name] = where
         elif id(module) not in around and not any(name.startswith(f"{n}.") for n in place):
             place[name] = device
     return place
@@ -141,7 +158,7 @@ Answer = Callable[[int, Callable[..., Any], Tensor, Call], Tensor]
 """answer(index, layer, states, call): what layer `index` is to return."""
 
 
-class _Stop(Exception):
+class _StopForward(Exception):  # noqa: N818 - not an error
     """Leaves the model's forward once it has given what was wanted of it."""
 
 
@@ -156,8 +173,8 @@ class CausalLM:
     def __init__(self, model: nn.Module, tokens: Sequence[int]) -> None:
         self.model = model
         self.layers = decoder_layers(model)
-        self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+        self.head: Any = model.get_output_embeddings()
+        embedding: Tensor = model.get_input_embeddings().weight
         self.device = embedding.device
         self.dtype = embedding.dtype
         self._lengths: dict[type, int | None] = {}
@@ -181,7 +198,7 @@ class CausalLM:
             calls.append(call)
             first.append(states)
             if index == len(self.layers) - 1:
-                raise _Stop
+                raise _StopForward
             return states
 
         self._forward(self._ids(tokens), capture)
@@ -228,7 +245,7 @@ class CausalLM:
 
         def capture(inputs: Tensor) -> Tensor:
             found.append(inputs)
-            raise _Stop
+            raise _StopForward
 
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=self.device)
         with self._head_answers(capture):
@@ -265,7 +282,7 @@ class CausalLM:
         with self._layers_answer(answer):
             try:
                 return self.model(input_ids=ids, use_cache=False)
-            except _Stop:
+            except _StopForward:
                 return None
 
     @contextmanager
@@ -341,7 +358,7 @@ class CausalLM:
             return False
         self._identity = torch.equal(whole, raw)
         part = slice(0, self.vocabulary, 3)
-        return torch.equal(self._finish(raw[..., part].clone()), whole[..., part])
+        return bool(torch.equal(self._finish(raw[..., part].clone()), whole[..., part]))
 
 
 def _restore(module: nn.Module, forward: Any) -> None:

@@ -197,18 +197,20 @@ class Checkpoint:
         index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
         return index if index is not None and index < self.num_blocks else None
 
-    def parameter_counts(self) -> list[int] | None:
-        """Parameters of each decoder block, by index; None for a PyTorch checkpoint."""
+    def parameter_counts(self) -> tuple[int, list[int]] | None:
+        """Parameters outside the decoder blocks, and of each; None for a PyTorch checkpoint."""
         files = self.weight_files()
         if files[0].suffix != ".safetensors":
             return None
-        counts = [0] * self.num_blocks
+        outside, counts = 0, [0] * self.num_blocks
         for file in files:
             for name, (_, shape, _, _) in _tensors(file):
                 index = self.block_of(name)
-                if index is not None:
+                if index is None:
+                    outside += math.prod(shape)
+                else:
                     counts[index] += math.prod(shape)
-        return counts
+        return outside, counts
 
 
 def pruned_config(config: Mapping[str, Any], pruning: Pruning) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from sleb_serve import __version__
 from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, Windows
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import read_manifest
+from sleb_serve.ranks import is_first
 from sleb_serve.search_log import log_path
-from sleb_serve.select import DTYPES, SelectOptions, select
+from sleb_serve.select import DTYPES, SEARCHES, SelectOptions, select
 from sleb_serve.selection import Step
 from sleb_serve.serve import check_plugin, draft_command, serve_command
 from sleb_serve.show import describe
@@ -31,6 +32,8 @@ examples:
   sleb-serve select facebook/opt-6.7b -o opt.json --remove 7 --calibration c4 --rows 128
   sleb-serve select ./my-model -o m.json --remove 6 --calibration chats.jsonl \\
       --sequences 16 --sequence-length 1024
+  sleb-serve select ./huge-model -o m.json --remove 0.2 --memory-budget 16GiB
+  accelerate launch --num_processes 2 -m sleb_serve.cli select ./my-model -o m.json --remove 6
   sleb-serve select ./my-model -o m.json --remove 6 --resume    # after an interruption
 
 Beside M.json, M.json.search.jsonl records the loss of every candidate of every step.
@@ -211,6 +214,19 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dtype to compute in (default: the checkpoint's)",
     )
+    parser.add_argument(
+        "--search",
+        choices=SEARCHES,
+        default="greedy",
+        help="greedy: the official algorithm's result, exactly; fast: the same with a probability "
+        "of 95 %%, candidates leave once they are unlikely to win (default: greedy)",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="memory for weights, states and work, as 16GiB; a model that is larger is read layer "
+        "by layer (default: 80 %% of what is free)",
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     parser.add_argument(
         "--resume", action="store_true", help="take over the finished steps of a killed search"
@@ -251,11 +267,11 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 class _SearchBars:
-    """Progress of a search on standard error."""
+    """Progress of a search on standard error, of the first process only."""
 
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
-        self._candidates = 0
+        self._silent = not is_first()
 
     def __enter__(self) -> _SearchBars:
         return self
@@ -265,37 +281,45 @@ class _SearchBars:
         if self._bar is not None:
             self._bar.close()
 
-    def loaded(self, windows: Windows, resumed: Sequence[Step]) -> None:
+    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
         text = windows.calibration
-        _say(f"calibration: {text.sequences} windows of {text.sequence_length} tokens")
+        self._say(f"calibration: {text.sequences} windows of {text.sequence_length} tokens")
+        self._say(f"scoring: {how}")
         for number, step in enumerate(resumed, 1):
-            _say(f"step {number}: block {step.block}, loss {step.loss:.4f} (resumed)")
+            self._say(f"step {number}: block {step.block}, loss {step.loss:.4f} (resumed)")
 
-    def step_begins(self, number: int, candidates: int, windows: int) -> None:
-        self._candidates = candidates
+    def step_begins(self, number: int, candidates: int, layers: int) -> None:
         self._bar = tqdm(
-            total=candidates * windows,
+            total=layers,
             desc=f"step {number}: {candidates} candidates",
-            unit="window",
+            unit="layer",
             leave=False,
+            disable=self._silent,
         )
 
-    def window_done(self) -> None:
+    def layer_done(self) -> None:
         assert self._bar is not None
-        self._bar.update(self._candidates)
+        self._bar.update()
 
     def step_ended(self, number: int, step: Step) -> None:
         assert self._bar is not None
         self._bar.close()
-        _say(f"step {number}: block {step.block}, loss {step.loss:.4f}")
+        close = ", ".join(map(str, step.rivals))
+        note = f"; this text does not tell it from {close}" if close else ""
+        self._say(f"step {number}: block {step.block}, loss {step.loss:.4f}{note}")
+
+    def _say(self, text: str) -> None:
+        if not self._silent:
+            _say(text)
 
 
 def _select(options: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(options).items() if name != "command"}
     with _SearchBars() as bars:
         manifest = select(SelectOptions(**values), bars)
-    print(describe(manifest))
-    print(f"\nwrote {options.output} and {log_path(options.output)}")
+    if is_first():
+        print(describe(manifest))
+        print(f"\nwrote {options.output} and {log_path(options.output)}")
     return 0
 
 

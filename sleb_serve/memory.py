@@ -161,4 +161,4 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
     with Watch() as watch:
         work()
-    return watch.peak
+    return int(watch.peak)

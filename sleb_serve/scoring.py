@@ -14,8 +14,9 @@ That is half the block work of one pass per candidate. Two things save more, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from sleb_serve.causal_lm import Call, CausalLM
 from sleb_serve.errors import SlebError
 from sleb_serve.memory import Needs, Plan, make_plan, peak_bytes
+from sleb_serve.racing import SEGMENT_TOKENS, Drop, rivals
 from sleb_serve.selection import Scores
 
 BASE = -1
@@ -35,6 +37,8 @@ _LOGITS_BYTES = 64 << 20
 """float32 logits held at a time, at most."""
 _CHUNK_TOKENS = {"cpu": 512, "cuda": 1 << 15}
 """Tokens that go through a layer at once: what caches hold; what fills a GPU."""
+_SNAPSHOTS = 10
+"""Blocks that have snapshots, at most: the one that goes is hardly ever another."""
 _ROUNDING = 1e-6
 """Of a bound, for the order in which logits are summed."""
 
@@ -68,18 +72,37 @@ class _Window:
     Attributes:
         parts: rows of the head, [R] each; the first holds every token to predict.
         snapshots: states on entering a block with those below it gone: {(block, gone): states}.
+        bases: the base's state on entering a block, the same way.
     """
 
     tokens: Tensor
     calls: list[Call]
     parts: list[Tensor] = field(default_factory=list)
     snapshots: dict[tuple[int, frozenset[int]], dict[int, Tensor]] = field(default_factory=dict)
+    bases: dict[tuple[int, frozenset[int]], Tensor] = field(default_factory=dict)
     tallies: dict[int, _Tally] = field(default_factory=dict)
 
     @property
     def targets(self) -> Tensor:
         """The tokens to predict, [L - 1]."""
         return self.tokens[1:]
+
+
+@dataclass
+class _Work:
+    """A window's states on their way through the layers.
+
+    Attributes:
+        first: the block from which on all go together.
+        there: the states that enter it.
+        late: candidates before it without a state there; they start from the base's.
+        states: what has come up to now.
+    """
+
+    first: int
+    there: dict[int, Tensor]
+    late: frozenset[int]
+    states: dict[int, Tensor] = field(default_factory=dict)
 
 
 class LayerSweep:
@@ -91,7 +114,7 @@ class LayerSweep:
         budget: bytes; see `sleb_serve.memory`. None for no limit but one state a chunk.
         weights: bytes of the weights that are held, out of the budget.
         streamed: whether the layers' weights come from disk.
-        gather: one number for each window of this process -> for each window of all processes.
+        gather: what each window of this process gave -> what each window of all processes gave.
     """
 
     def __init__(
@@ -102,7 +125,7 @@ class LayerSweep:
         budget: int | None = None,
         weights: int = 0,
         streamed: bool = False,
-        gather: Callable[[list[float]], list[float]] = lambda values: values,
+        gather: Callable[[list[Any]], list[Any]] = lambda values: values,
     ) -> None:
         self.model = model
         self._gather = gather
@@ -121,6 +144,10 @@ class LayerSweep:
                 window.calls = own
         self.plan = self._make_plan(budget, weights, streamed)
         self._losses: dict[int, float] = {}
+        self._keeps_bases = False
+        # Processes may have one window more or less each; all take part in all rounds.
+        most = max(self._gather([len(self._windows)]))
+        self._rounds = -(-most // self.plan.windows)
 
     def score(
         self,
@@ -128,6 +155,8 @@ class LayerSweep:
         candidates: Sequence[int],
         *,
         on_layer: Callable[[], None] = lambda: None,
+        drop: Drop = lambda segments, share: frozenset(),
+        slack: float = 0.0,
     ) -> Scores:
         """Mean nats per predicted token with `removed` and each of `candidates` in turn skipped.
 
@@ -138,35 +167,53 @@ class LayerSweep:
             removed: blocks that are gone.
             candidates: blocks to try, ascending, none of them in `removed`.
             on_layer: called for each window and alive block, `layer_count` times.
+            drop: which candidates to give up, asked after each group of windows.
+            slack: losses that are higher than the least by no more than this are exact, too.
 
         Returns:
-            One loss per candidate. The least is exact; one that is not is at least what it says.
+            One loss per candidate. The least is exact; one that is not is at least what it says,
+            or, if it was dropped, what it would be if it went on as on the windows seen.
         """
-        keep = self._snapshot_positions(removed, candidates)
         base = not self._windows[0].parts
-        for first in range(0, len(self._windows), self.plan.windows):
+        known, active = self._losses, list(candidates)
+        segments: dict[int, list[float]] = {block: [] for block in candidates}
+        for number in range(self._rounds):
+            first = number * self.plan.windows
             group = self._windows[first : first + self.plan.windows]
-            for window in group:
-                window.tallies = {}
-            self._sweep(group, removed, candidates, base, keep, on_layer)
-            self._drop_finals(candidates)
+            keep = self._snapshot_positions(removed, active, known)
+            self._sweep(group, removed, active, base, keep, on_layer)
+            for block in active:
+                own = [_segments(window.tallies[block]) for window in group]
+                segments[block] += [loss for part in self._gather(own) for loss in part]
+            share = (number + 1) / self._rounds
+            gone = drop({block: segments[block] for block in active}, share)
+            active = [block for block in active if block not in gone]
+            known = self._drop_finals(active)
         base_loss = self._mean(BASE) if base else None
-        bounds = {block: self._mean(block) for block in candidates}
-        exact = dict.fromkeys(candidates, self._parts == 1)
-        while candidates:
-            # The first of the least; among equals, one that may yet turn out to be more.
-            block = min(candidates, key=lambda c: (bounds[c], exact[c], c))
-            if exact[block]:
-                break
+        bounds = {block: self._mean(block) for block in active}
+        exact = dict.fromkeys(active, self._parts == 1)
+        least = math.inf
+        while open_ := [c for c in active if not exact[c] and bounds[c] <= least + slack]:
+            # Always the lowest bound: what is above the least in the end is never scored whole.
+            block = min(open_, key=lambda c: bounds[c])
             exact[block] = self._refine(removed, block)
             bounds[block] = self._mean(block)
-            if exact[block] and not math.isfinite(bounds[block]):
-                break
-        self._losses = bounds
+            if exact[block]:
+                least = min(least, bounds[block])
+        best = min((c for c in active if exact[c]), key=lambda c: bounds[c], default=BASE)
+        close = () if best == BASE else rivals({c: segments[c] for c in active}, best)
+        for block in set(candidates).difference(active):
+            seen = segments[block]
+            ahead = math.fsum(a - b for a, b in zip(seen, segments[best], strict=False)) / len(seen)
+            bounds[block], exact[block] = bounds[best] + max(ahead, _ROUNDING), False
+        self._losses |= bounds
         for window in self._windows:
             window.tallies = {}
         return Scores(
-            tuple(bounds[c] for c in candidates), tuple(exact[c] for c in candidates), base_loss
+            tuple(bounds[c] for c in candidates),
+            tuple(exact[c] for c in candidates),
+            base_loss,
+            close,
         )
 
     def loss(self, removed: Sequence[int]) -> float:
@@ -207,100 +254,128 @@ class LayerSweep:
         on_layer: Callable[[], None],
     ) -> None:
         """Bring each candidate's state, and the base's if wanted, behind the last layer."""
-        gone, forks, last = frozenset(removed), frozenset(candidates), max(candidates, default=BASE)
-        starts = [self._start(window, gone, forks) for window in group]
+        gone, forks = frozenset(removed), frozenset(candidates)
+        last = max(candidates, default=BASE)
+        works = [self._start(window, gone, forks) for window in group]
         for index in range(len(self.model.layers)):
             if index in gone:
                 continue
-            if all(index < start for start, _ in starts):
-                for _ in group:
-                    on_layer()
-                continue
-            with self.model.loaded(index) as layer:
-                for window, (start, states) in zip(group, starts, strict=True):
-                    if index >= start:
-                        if index in keep:
-                            window.snapshots[_key(index, gone)] = dict(states)
-                        if index in forks:
-                            states[index] = states[BASE]
-                        if index >= last and not base:
-                            states.pop(BASE, None)  # it was carried for the forks alone
-                        moving = [fork for fork in states if fork != index]
+            for window, work in zip(group, works, strict=True):
+                self._enter(window, work, index, gone, forks, keep)
+                if index >= last and not base:
+                    work.states.pop(BASE, None)  # it was carried for the forks alone
+            if any(work.states.keys() - {index} for work in works):
+                with self.model.loaded(index) as layer:
+                    for window, work in zip(group, works, strict=True):
+                        moving = [fork for fork in work.states if fork != index]
                         for at in range(0, len(moving), self.plan.chunk):
                             part = moving[at : at + self.plan.chunk]
-                            moved = self.model.run(
-                                layer, [states[fork] for fork in part], window.calls[index]
-                            )
-                            states.update(zip(part, moved, strict=True))
-                    on_layer()
-        for window, (_, states) in zip(group, starts, strict=True):
-            while states:
-                fork, state = states.popitem()
-                normed = self.model.normed(state)[:-1]
-                if fork == BASE and not window.parts:
-                    window.parts = self._rows(window, normed)
-                tally = _Tally(normed, torch.tensor(-torch.inf), torch.tensor(0.0), 0)
-                window.tallies[fork] = tally
-                # The base comes last: it was there first. It tells the rows for the others.
-            for fork in sorted(window.tallies):
-                self._add_part(window, window.tallies[fork])
-                while fork == BASE and window.tallies[fork].parts < len(window.parts):
-                    self._add_part(window, window.tallies[fork])
+                            states = [work.states[fork] for fork in part]
+                            moved = self.model.run(layer, states, window.calls[index])
+                            work.states.update(zip(part, moved, strict=True))
+            for _ in group:
+                on_layer()
+        for window, work in zip(group, works, strict=True):
+            # Where nothing is left behind a removed block, what entered it is the end.
+            self._finish(window, work.states or work.there)
 
-    def _start(
-        self, window: _Window, gone: frozenset[int], forks: frozenset[int]
-    ) -> tuple[int, dict[int, Tensor]]:
-        """The last block from which on there is something new, and the states that enter it."""
+    def _enter(
+        self,
+        window: _Window,
+        work: _Work,
+        index: int,
+        gone: frozenset[int],
+        forks: frozenset[int],
+        keep: frozenset[int],
+    ) -> None:
+        """On entering a layer: take up and take snapshots, and fork off its candidate."""
+        if index == work.first:
+            work.states |= work.there
+        key = _key(index, gone)
+        if index < work.first:
+            if index in work.late:
+                work.states[index] = window.bases[key]
+            return
+        if BASE in work.states:
+            if index in keep:
+                window.snapshots[key] = dict(work.states)
+            if self._keeps_bases:
+                window.bases[key] = work.states[BASE]
+            if index in forks:
+                work.states[index] = work.states[BASE]
+
+    def _finish(self, window: _Window, states: dict[int, Tensor]) -> None:
+        """Take states from behind the last layer to the first part of the vocabulary."""
+        while states:
+            # The base comes first: it tells which rows of the head are likely.
+            fork = min(states)
+            normed = self.model.normed(states.pop(fork))[:-1]
+            if fork == BASE and not window.parts:
+                window.parts = self._rows(window, normed)
+            tally = _Tally(normed, torch.tensor(-torch.inf), torch.tensor(0.0), 0)
+            window.tallies[fork] = tally
+            self._add_part(window, tally)
+            while fork == BASE and tally.parts < len(window.parts):
+                self._add_part(window, tally)
+
+    def _start(self, window: _Window, gone: frozenset[int], forks: frozenset[int]) -> _Work:
+        """Where there is something new, and what enters there."""
         for index, below in sorted(window.snapshots, key=lambda key: -key[0]):
+            if below != _key(index, gone)[1]:
+                continue
             states = window.snapshots[index, below]
-            needed = {BASE, *(fork for fork in forks if fork < index)}
-            if below == _key(index, gone)[1] and needed <= states.keys():
-                return index, {fork: states[fork] for fork in states if fork in needed}
+            late = {f for f in forks if f < index} - states.keys()
+            if all(_key(fork, gone) in window.bases for fork in late):
+                wanted = {BASE, *forks}
+                there = {fork: states[fork] for fork in states if fork in wanted}
+                alive = (i for i in range(index, len(self.model.layers)) if i not in gone)
+                return _Work(next(alive, len(self.model.layers)), there, frozenset(late))
         if window is self._windows[0]:
-            return 0, {BASE: self._first_state}
-        return 0, {BASE: self.model.begin(window.tokens.tolist())[0]}
+            return _Work(0, {BASE: self._first_state}, frozenset())
+        return _Work(0, {BASE: self.model.begin(window.tokens.tolist())[0]}, frozenset())
 
     def _snapshot_positions(
-        self, removed: Sequence[int], candidates: Sequence[int]
+        self, removed: Sequence[int], candidates: Sequence[int], losses: Mapping[int, float]
     ) -> frozenset[int]:
         """The candidates to take snapshots at: the likeliest to go, as memory allows."""
         gone = frozenset(removed)
         costs = {c: len(self._windows) * (i + 1) for i, c in enumerate(candidates)}
+        capacity = self.plan.snapshots
+        bases = len(self._windows) * len(self.model.layers)
+        self._keeps_bases = capacity >= 2 * bases
+        capacity -= bases if self._keeps_bases else 0
         kept: set[int] = set()
-        if self._losses:
-            free = self.plan.snapshots
-            for block in sorted(costs, key=lambda c: self._losses.get(c, math.inf)):
+        if losses:
+            free = capacity
+            likely = sorted(candidates, key=lambda c: losses.get(c, math.inf))
+            for block in likely[:_SNAPSHOTS]:
                 if costs[block] <= free:
                     free -= costs[block]
                     kept.add(block)
         else:
             # Nothing is known yet: as many as there is room for, evenly spread.
-            for stride in range(1, len(candidates) + 1):
-                kept = set(candidates[::-stride])
-                if sum(costs[block] for block in kept) <= self.plan.snapshots:
-                    break
-                kept = set()
+            strides = (set(candidates[::-stride]) for stride in range(1, len(candidates) + 1))
+            kept = next((c for c in strides if sum(costs[b] for b in c) <= capacity), set())
         for window in self._windows:
             window.snapshots = {
                 key: states
                 for key, states in window.snapshots.items()
                 if key == _key(key[0], gone) and (key[0] in kept or key[0] in gone)
             }
+            window.bases = {k: v for k, v in window.bases.items() if k == _key(k[0], gone)}
         return frozenset(kept)
 
-    def _drop_finals(self, candidates: Sequence[int]) -> None:
-        """Keep what is needed to score on for the best candidates only."""
+    def _drop_finals(self, candidates: Sequence[int]) -> dict[int, float]:
+        """Keep what is needed to score on for the best candidates only; the bounds so far."""
         done = [window for window in self._windows if window.tallies]
-
-        def so_far(block: int) -> float:
-            return math.fsum(window.tallies[block].mean for window in done)
-
-        for block in sorted(candidates, key=so_far)[self.plan.finals :]:
+        sums = {c: math.fsum(window.tallies[c].mean for window in done) for c in candidates}
+        for block in sorted(candidates, key=lambda c: sums[c])[self.plan.finals :]:
             for window in done:
                 window.tallies[block].normed = None
         for window in done:
             if BASE in window.tallies:
                 window.tallies[BASE].normed = None
+        return sums
 
     def _refine(self, removed: Sequence[int], block: int) -> bool:
         """Score a candidate on the next part of the vocabulary; tell whether that was the last."""
@@ -393,6 +468,12 @@ class LayerSweep:
 
 def _key(index: int, gone: frozenset[int]) -> tuple[int, frozenset[int]]:
     return index, frozenset(block for block in gone if block < index)
+
+
+def _segments(tally: _Tally) -> list[float]:
+    """Mean nats per token of each stretch of text."""
+    nats = tally.sums - tally.target
+    return [float(part.double().mean()) for part in nats.split(SEGMENT_TOKENS)]
 
 
 def _positions(rows: Tensor, wanted: Tensor) -> Tensor:

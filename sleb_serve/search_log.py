@@ -1,8 +1,9 @@
 """The record of a search, as JSON lines beside the manifest: every candidate's loss, and resuming.
 
 The first line says what is searched; then, for each step, one line per candidate and one for the
-block that went. A step is appended at once and synced, so a search that is killed loses at most the
-step it was in.
+block that went, with its rivals: those that the text does not tell from it. A loss with ``"exact":
+false`` is at least as high as it says, or in a fast search an estimate. A step is appended at once
+and synced, so a search that is killed loses at most the step it was in.
 """
 
 from __future__ import annotations
@@ -26,17 +27,20 @@ class SearchLog:
     Args:
         path: where it lies.
         subject: what determines the search's numbers; a log of another subject is not resumed.
+        writes: whether this process writes the file; others of the same search only read it.
     """
 
-    def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, subject: Mapping[str, Any], *, writes: bool = True) -> None:
         self.path = path
+        self._writes = writes
         self._subject = json.loads(json.dumps(subject))
         self.dense_loss: float | None = None
         self.steps: list[Step] = []
 
     def start(self) -> None:
         """Begin a new log, in place of an earlier one."""
-        write_atomically(self.path, _line({"search": self._subject}))
+        if self._writes:
+            write_atomically(self.path, _line({"search": self._subject}))
 
     def resume(self) -> None:
         """Take over the finished steps of an earlier log; without one, begin anew.
@@ -51,7 +55,7 @@ class SearchLog:
         whole, torn = lines[:-1], lines[-1]  # what follows the last newline was cut off by a kill
         finished: list[bytes] = []
         dense: float | None = None
-        pending: list[tuple[int, float]] = []
+        pending: list[tuple[int, float, bool]] = []
         for number, raw in enumerate(whole, 1):
             where = f"{self.path} line {number}"
             try:
@@ -63,19 +67,22 @@ class SearchLog:
                     continue
                 elif "candidate" in entry:
                     block = strict_json.integer(entry["candidate"], "candidate", 0, 1 << 31)
-                    pending.append((block, strict_json.number(entry["loss"], "loss")))
+                    exact = entry.get("exact", True) is True
+                    pending.append((block, strict_json.number(entry["loss"], "loss"), exact))
                     continue
                 else:
                     strict_json.integer(entry["removed"], "removed", 0, 1 << 31)
-                    blocks, losses = zip(*pending, strict=True)
-                    self.steps.append(Step(blocks, losses))
+                    blocks, losses, exacts = zip(*pending, strict=True)
+                    close = strict_json.list_(entry.get("rivals", []), "rivals")
+                    rivals = [strict_json.integer(b, "rivals", 0, 1 << 31) for b in close]
+                    self.steps.append(Step(blocks, losses, exacts, tuple(rivals)))
                     self.dense_loss, pending = dense, []
             except (SlebError, KeyError, ValueError) as error:
                 raise SlebError(
                     f"{where} cannot be resumed from: {error}; run without --resume to start anew"
                 ) from error
             finished = whole[:number]
-        if torn or len(finished) != len(whole):
+        if self._writes and (torn or len(finished) != len(whole)):
             write_atomically(self.path, b"".join(entry + b"\n" for entry in finished))
         if not finished:
             self.start()
@@ -89,10 +96,14 @@ class SearchLog:
         number = len(self.steps) + 1
         entries += [
             {"step": number, "candidate": block, "loss": loss, "perplexity": perplexity_of(loss)}
-            for block, loss in zip(step.candidates, step.losses, strict=True)
+            | ({} if exact else {"exact": False})
+            for block, loss, exact in zip(step.candidates, step.losses, step.exact, strict=True)
         ]
-        entries.append({"step": number, "removed": step.block, "loss": step.loss})
+        last = {"step": number, "removed": step.block, "loss": step.loss}
+        entries.append(last | ({"rivals": list(step.rivals)} if step.rivals else {}))
         self.steps.append(step)
+        if not self._writes:
+            return
         try:
             with self.path.open("ab") as file:
                 file.write(b"".join(_line(entry) for entry in entries))

@@ -15,11 +15,16 @@ from sleb_serve.checkpoint import Checkpoint, download_weights, open_checkpoint
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import check_writable
 from sleb_serve.manifest import Manifest, ModelBinding, Removal, Selection
+from sleb_serve.memory import parse_size
+from sleb_serve.ranks import launched
 from sleb_serve.search_log import SearchLog, log_path
-from sleb_serve.selection import Step, blocks_to_remove, greedy
+from sleb_serve.selection import Scores, Step, blocks_to_remove, greedy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What a model can be scored in; ``auto`` is the checkpoint's own."""
+
+SEARCHES = {"greedy": "sleb", "fast": "sleb-fast"}
+"""How to search, and what the manifest calls it."""
 
 OFFICIAL_SEQUENCE_LENGTH = 2048
 """The official code's window, where the model's context is not shorter."""
@@ -41,20 +46,22 @@ class SelectOptions:
     early_barrier: int = 1
     late_barrier: int = 1
     dtype: str = "auto"
+    search: str = "greedy"
+    memory_budget: str | None = None
     resume: bool = False
 
 
 class Progress(Protocol):
     """Told how the search goes."""
 
-    def loaded(self, windows: Windows, resumed: Sequence[Step]) -> None:
+    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there; these steps need not be computed again."""
 
-    def step_begins(self, number: int, candidates: int, windows: int) -> None:
-        """A step begins: so many candidates, each scored on so many windows."""
+    def step_begins(self, number: int, candidates: int, layers: int) -> None:
+        """A step begins: so many candidates, in so many runs of a layer on a window's states."""
 
-    def window_done(self) -> None:
-        """All candidates of the step were scored on one more window."""
+    def layer_done(self) -> None:
+        """A layer has been run on the states of one window."""
 
     def step_ended(self, number: int, step: Step) -> None:
         """A step is finished and logged."""
@@ -67,14 +74,17 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
         SlebError: what was asked for cannot be done; nothing was written, or nothing more than the
             log of the steps that were finished.
     """
-    from sleb_serve.scoring import LayerSweep, check_causal_lm, load_model, model_dtype
+    from sleb_serve.causal_lm import check_causal_lm
+    from sleb_serve.scorer import Scorer
 
+    ranks = launched()
     checkpoint = open_checkpoint(options.model, options.revision)
     check_causal_lm(checkpoint)
     count = blocks_to_remove(
         options.remove, checkpoint.num_blocks, options.early_barrier, options.late_barrier
     )
     check_writable(options.output)
+    budget = parse_size(options.memory_budget) if options.memory_budget else None
     download_weights(options.model, options.revision)
 
     windows = make_windows(
@@ -87,20 +97,22 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
         rows=options.rows,
     )
     _check_context(checkpoint, windows.calibration.sequence_length)
-    model = load_model(checkpoint, options.dtype)
+    scorer = Scorer(
+        checkpoint,
+        windows,
+        ranks,
+        dtype=options.dtype,
+        budget=budget,
+        steps=count,
+        fast=options.search == "fast",
+    )
     binding = bind(options.model, checkpoint)
     selection = Selection(
-        method="sleb",
+        method=SEARCHES[options.search],
         early_barrier=options.early_barrier,
         late_barrier=options.late_barrier,
-        dtype=model_dtype(model),
+        dtype=scorer.dtype,
     )
-    sweep = LayerSweep(model, windows.tokens)
-    if len(sweep.layers) != checkpoint.num_blocks:
-        raise SlebError(
-            f"{options.model}: config.json counts {checkpoint.num_blocks} blocks, the model has "
-            f"{len(sweep.layers)}; this architecture is not supported"
-        )
 
     log = SearchLog(
         log_path(options.output),
@@ -109,28 +121,30 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
             "calibration": asdict(windows.calibration),
             "selection": asdict(selection),
         },
+        writes=ranks.index == 0,
     )
     if options.resume:
         log.resume()
     else:
         log.start()
-    progress.loaded(windows, log.steps)
+    progress.loaded(windows, log.steps, scorer.how)
 
     dense_loss = log.dense_loss
 
-    def score(removed: Sequence[int], candidates: Sequence[int]) -> Sequence[float]:
+    def score(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
         nonlocal dense_loss
-        progress.step_begins(len(removed) + 1, len(candidates), len(windows.tokens))
-        base = dense_loss is None
-        losses = sweep.score(removed, candidates, base=base, on_window=progress.window_done)
-        if base:
-            dense_loss, *losses = losses
-            if not math.isfinite(dense_loss):
+        layers = scorer.sweep.layer_count(removed)
+        progress.step_begins(len(removed) + 1, len(candidates), layers)
+        base = log.steps[-1].loss if log.steps else None
+        scores = scorer.score(removed, candidates, base, progress.layer_done)
+        if not removed:
+            dense_loss = scores.base
+            if dense_loss is None or not math.isfinite(dense_loss):
                 raise SlebError(
                     f"the dense model's loss is {dense_loss}: the weights hold NaN or overflow in "
                     f"{selection.dtype}; try --dtype float32 or check the model"
                 )
-        return losses
+        return scores
 
     def on_step(step: Step) -> None:
         log.append(step, dense_loss if not log.steps else None)
@@ -157,7 +171,8 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
             "transformers": version("transformers"),
         },
     )
-    manifest.write(options.output)
+    if ranks.index == 0:
+        manifest.write(options.output)
     return manifest
 
 

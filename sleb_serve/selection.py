@@ -14,12 +14,14 @@ from sleb_serve.errors import SlebError
 class Scores:
     """The losses of a step's candidates, in their order, and maybe that of `removed` alone.
 
-    Those marked exact are; another is at least what it says, and more than the least of the exact.
+    The least is exact. One that is not marked exact is a lower bound, or in a fast search an
+    estimate, above the least. ``rivals`` are blocks that the text does not tell from the best.
     """
 
     losses: tuple[float, ...]
     exact: tuple[bool, ...]
     base: float | None = None
+    rivals: tuple[int, ...] = ()
 
 
 Score = Callable[[Sequence[int], Sequence[int]], Scores]
@@ -30,12 +32,13 @@ Score = Callable[[Sequence[int], Sequence[int]], Scores]
 class Step:
     """One greedy step: the loss of every candidate, in block order, and the block that won.
 
-    A loss that is not marked exact is a lower bound, above the loss of the block that won.
+    ``exact`` and ``rivals`` are those of `Scores`.
     """
 
     candidates: tuple[int, ...]
     losses: tuple[float, ...]
     exact: tuple[bool, ...]
+    rivals: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.candidates) == len(self.losses) == len(self.exact) > 0:
@@ -136,6 +139,6 @@ def greedy(
                     f"step {len(steps) + 1}: the loss without block {block} is {loss}; the weights "
                     f"hold NaN or overflow in this dtype: try --dtype float32 or check the model"
                 )
-        steps.append(Step(eligible, scores.losses, scores.exact))
+        steps.append(Step(eligible, scores.losses, scores.exact, scores.rivals))
         on_step(steps[-1])
     return tuple(steps[:remove])

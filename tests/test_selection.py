@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sleb_serve.errors import SlebError
-from sleb_serve.selection import Step, blocks_to_remove, candidates, greedy
+from sleb_serve.selection import Scores, Step, blocks_to_remove, candidates, greedy
 
 
 def table_loss(removed: Sequence[int], num_blocks: int, seed: int) -> float:
@@ -34,8 +34,8 @@ def test_greedy_is_the_plain_greedy(
         return
     remove = data.draw(st.integers(1, most))
 
-    def score(removed: Sequence[int], eligible: Sequence[int]) -> list[float]:
-        return [table_loss([*removed, block], num_blocks, seed) for block in eligible]
+    def score(removed: Sequence[int], eligible: Sequence[int]) -> Scores:
+        return exactly(table_loss([*removed, block], num_blocks, seed) for block in eligible)
 
     steps = greedy(
         score, num_blocks=num_blocks, remove=remove, early_barrier=early, late_barrier=late
@@ -55,6 +55,11 @@ def test_greedy_is_the_plain_greedy(
     assert len(steps) == remove
 
 
+def exactly(losses: Iterable[float]) -> Scores:
+    found = tuple(losses)
+    return Scores(found, (True,) * len(found))
+
+
 def test_barriers_count_alive_blocks() -> None:
     assert candidates(6, [], 1, 1) == (1, 2, 3, 4)
     assert candidates(6, [1, 4], 1, 1) == (2, 3)
@@ -63,9 +68,9 @@ def test_barriers_count_alive_blocks() -> None:
 
 
 def test_finished_steps_are_not_scored_again() -> None:
-    def score(removed: Sequence[int], eligible: Sequence[int]) -> list[float]:
+    def score(removed: Sequence[int], eligible: Sequence[int]) -> Scores:
         scored.append(len(removed))
-        return [float(-block) for block in eligible]
+        return exactly(float(-block) for block in eligible)
 
     scored: list[int] = []
     whole = greedy(score, num_blocks=9, remove=5)
@@ -77,15 +82,15 @@ def test_finished_steps_are_not_scored_again() -> None:
 
 
 def test_steps_of_another_search_are_refused() -> None:
-    step = Step((1, 2, 3), (0.1, 0.2, 0.3))
+    step = Step((1, 2, 3), (0.1, 0.2, 0.3), (True, True, True))
     with pytest.raises(SlebError, match="step 1 of the interrupted search does not fit"):
-        greedy(lambda removed, eligible: [0.0] * 9, num_blocks=9, remove=2, done=[step])
+        greedy(lambda removed, eligible: exactly([0.0] * 9), num_blocks=9, remove=2, done=[step])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_the_search(bad: float) -> None:
-    def score(removed: Sequence[int], eligible: Sequence[int]) -> list[float]:
-        return [bad if block == 3 else 1.0 for block in eligible]
+    def score(removed: Sequence[int], eligible: Sequence[int]) -> Scores:
+        return exactly(bad if block == 3 else 1.0 for block in eligible)
 
     with pytest.raises(SlebError, match=r"step 1: the loss without block 3 is (nan|inf)"):
         greedy(score, num_blocks=6, remove=1)
@@ -124,7 +129,7 @@ def test_without_barriers_all_but_one_can_go() -> None:
 def test_the_greedy_search_need_not_be_the_best_but_never_worse_than_any_first_step() -> None:
     losses = {frozenset(c): table_loss(c, 6, 3) for n in (1, 2) for c in _pairs(n)}
     steps = greedy(
-        lambda removed, eligible: [losses[frozenset({*removed, b})] for b in eligible],
+        lambda removed, eligible: exactly(losses[frozenset({*removed, b})] for b in eligible),
         num_blocks=6,
         remove=1,
     )

@@ -205,4 +205,4 @@ def _head_share(checkpoint: Checkpoint) -> float | None:
     if not isinstance(hidden, int):
         return None
     head = hidden * _vocabulary(checkpoint)
-    return head / (head + sum(counts))
+    return head / (head + sum(counts[1]))

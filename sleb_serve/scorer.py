@@ -1,0 +1,148 @@
+"""The scorer that a search was asked for: its model loaded as memory and processes allow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sleb_serve.calibration import Windows
+from sleb_serve.causal_lm import CausalLM, load_model, model_dtype
+from sleb_serve.checkpoint import Checkpoint
+from sleb_serve.errors import SlebError
+from sleb_serve.memory import default_budget, format_size
+from sleb_serve.racing import FastSearch
+from sleb_serve.ranks import Ranks
+from sleb_serve.scoring import LayerSweep
+from sleb_serve.selection import Scores
+
+FAST_ERROR = 0.05
+"""Probability that ``--search fast`` goes another way than the exact search, in any step."""
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Scorer:
+    """Scores candidates, by the exact sweep or a race.
+
+    Args:
+        checkpoint: the model.
+        windows: the calibration text, all processes' windows.
+        ranks: the processes that share them.
+        dtype: what to compute in; see `load_model`.
+        budget: bytes for this process; None for four fifths of what is free.
+        steps: how many steps the search has.
+        fast: whether to race.
+
+    Raises:
+        SlebError: the model cannot be loaded, or not within the budget.
+
+    Attributes:
+        how: a line for people.
+        dtype: what it computes in.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: Windows,
+        ranks: Ranks,
+        *,
+        dtype: str,
+        budget: int | None,
+        steps: int,
+        fast: bool,
+    ) -> None:
+        own = ranks.share(windows.tokens)
+        if budget is None:
+            # Processes on one machine share its memory; accelerators are theirs alone.
+            shared = 1 if torch.accelerator.is_available() else _processes_here()
+            budget = default_budget() // shared
+        resident, streamed = _weights(checkpoint, dtype)
+        states = (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), dtype)
+        streams = resident + states > 0.85 * budget and streamed is not None
+        model = load_model(checkpoint, dtype, streamed=streams, device=ranks.device)
+        self.dtype = model_dtype(model)
+        weights = streamed if streams and streamed is not None else resident
+
+        screen: LayerSweep | None = None
+        screens = fast and not streams and self.dtype == "float32" and _has_fast_bfloat16()
+        if screens and weights + weights // 2 + 2 * states < 0.85 * budget:
+            copy = load_model(checkpoint, "bfloat16", device=ranks.device)
+            part = (budget - weights - weights // 2) // 3 + weights // 2
+            budget -= part
+            screen = LayerSweep(
+                CausalLM(copy, own[0]),
+                own,
+                budget=part,
+                weights=weights // 2,
+                gather=ranks.gather,
+            )
+        self.sweep = LayerSweep(
+            CausalLM(model, own[0]),
+            own,
+            budget=budget,
+            weights=weights,
+            streamed=streams,
+            gather=ranks.gather,
+        )
+        found = len(self.sweep.model.layers)
+        if found != checkpoint.num_blocks:
+            raise SlebError(
+                f"{checkpoint.path}: config.json counts {checkpoint.num_blocks} blocks, the model "
+                f"has {found}; this architecture is not supported"
+            )
+        self._race = (
+            FastSearch(self.sweep, error=FAST_ERROR, steps=steps, screen=screen) if fast else None
+        )
+        place = "read from disk layer by layer" if streams else "in memory"
+        race = f", raced in {'bfloat16' if screen else self.dtype}" if fast else ""
+        shares = f", one of {ranks.count} processes" if ranks.count > 1 else ""
+        self.how = (
+            f"weights {place} ({format_size(resident)} in {self.dtype}){race}, within "
+            f"{format_size(budget)}{shares}"
+        )
+
+    def score(
+        self,
+        removed: Sequence[int],
+        candidates: Sequence[int],
+        base: float | None,
+        on_layer: Callable[[], None],
+    ) -> Scores:
+        """The losses of a step; `base` is that of `removed`, where it is known."""
+        if self._race is not None:
+            return self._race.score(removed, candidates, base, on_layer=on_layer)
+        return self.sweep.score(removed, candidates, on_layer=on_layer)
+
+
+def _processes_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _weights(checkpoint: Checkpoint, dtype: str) -> tuple[int, int | None]:
+    """Bytes of all weights, and of what is held at once where layers come from disk.
+
+    The latter is None for a checkpoint in PyTorch's own format, which cannot be read in parts.
+    """
+    counts, stored = checkpoint.parameter_counts(), checkpoint.tensor_bytes(frozenset())
+    if counts is None or stored is None:
+        return sum(file.stat().st_size for file in checkpoint.weight_files()), None
+    outside, blocks = counts
+    total = max(1, outside + sum(blocks))
+    item = stored[0] / total if dtype == "auto" else _ITEM_BYTES[dtype]
+    # The layer that is read lies in memory twice: in the file's pages, and as tensors.
+    return int(total * item), int((outside + 2 * max(blocks)) * item)
+
+
+def _state_bytes(checkpoint: Checkpoint, length: int, dtype: str) -> int:
+    hidden = checkpoint.config.get("hidden_size", checkpoint.config.get("n_embd", 0))
+    return length * hidden * _ITEM_BYTES.get(dtype, 2) if isinstance(hidden, int) else 0
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether matrices are multiplied faster in bfloat16 than in float32 here."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
