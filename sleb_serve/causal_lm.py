@@ -113,11 +113,6 @@ def _layers_outside(checkpoint: Checkpoint, device: Any) -> dict[str, Any]:
     return place
 
 
-def model_dtype(model: nn.Module) -> str:
-    """The dtype that the model computes in, by its torch name without the prefix."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers: the outermost ModuleList as long as the config's layer count.
 

@@ -80,6 +80,14 @@ class Checkpoint:
             f"{', '.join(_LAYER_COUNT_KEYS)}); only decoder-only text models are supported"
         )
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights, as config.json says; Transformers takes float32 without."""
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(name := self.config.get(key), str):
+                return name
+        return "float32"
+
     def config_sha256(self) -> str:
         """Digest of config.json without the keys that say how it was written or loaded."""
         kept = {key: value for key, value in self.config.items() if key not in _NOT_THE_MODEL}

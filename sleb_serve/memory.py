@@ -17,8 +17,12 @@ from sleb_serve.errors import SlebError
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\Z", re.IGNORECASE)
 _DEFAULT_SHARE = 0.8
-_USED_SHARE = 0.85
+USED_SHARE = 0.85
 """Of the budget; the rest is for what allocators hold back and libraries use inside."""
+
+
+class BudgetError(SlebError):
+    """A budget in which the work cannot be done."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +107,17 @@ def make_plan(
         streamed: whether layers' weights come from disk.
 
     Raises:
-        SlebError: the budget is less than what must fit; the message says how much that is.
+        BudgetError: the budget is less than what must fit; the message says how much that is.
     """
-    usable = int(_USED_SHARE * budget)
+    usable = int(USED_SHARE * budget)
     group = (forks + 2) * needs.state
     finals = 2 * windows * needs.state
     least = needs.weights + group + max(needs.layer, needs.head) + finals
     if least > usable:
-        raise SlebError(
+        raise BudgetError(
             f"--memory-budget {format_size(budget)} is too small: weights of "
             f"{format_size(needs.weights)} and one window's states with the work on them need "
-            f"{format_size(least / _USED_SHARE)}; give that, or a smaller --sequence-length"
+            f"{format_size(least / USED_SHARE)}; give that, or a smaller --sequence-length"
         )
     rest = usable - least
     at_once = 1

@@ -94,7 +94,7 @@ def racing(budget: Budget) -> Drop:
         chances = {}
         for block, losses in segments.items():
             mean, error = _paired(losses, segments[leader])
-            if block != leader and error > 0:
+            if block != leader and error > 0 and math.isfinite(mean):
                 chances[block] = _tail(mean / error / math.sqrt(1 - share), count - 1)
         return budget.spend(chances)
 
@@ -219,9 +219,10 @@ class FastSearch:
 def _paired(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the differences of two lists, over the shorter's length."""
     differences = [a - b for a, b in zip(one, two, strict=False)]
-    if len(differences) < 2:
-        return fmean(differences), math.inf
-    return fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    mean = fmean(differences)
+    if len(differences) < 2 or not math.isfinite(mean):
+        return mean, math.inf
+    return mean, stdev(differences) / math.sqrt(len(differences))
 
 
 def _tail(t: float, degrees: int) -> float:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sleb_serve.calibration import Windows
-from sleb_serve.causal_lm import CausalLM, load_model, model_dtype
+from sleb_serve.causal_lm import CausalLM, load_model
 from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.memory import default_budget, format_size
+from sleb_serve.memory import USED_SHARE, BudgetError, default_budget, format_size
 from sleb_serve.racing import FastSearch
 from sleb_serve.ranks import Ranks
 from sleb_serve.scoring import LayerSweep
@@ -59,34 +59,36 @@ class Scorer:
             # Processes on one machine share its memory; accelerators are theirs alone.
             shared = 1 if torch.accelerator.is_available() else _processes_here()
             budget = default_budget() // shared
-        resident, streamed = _weights(checkpoint, dtype)
+        resident, outside = _weights(checkpoint, dtype)
         states = (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), dtype)
-        streams = resident + states > 0.85 * budget and streamed is not None
-        model = load_model(checkpoint, dtype, streamed=streams, device=ranks.device)
-        self.dtype = model_dtype(model)
-        weights = streamed if streams and streamed is not None else resident
 
-        screen: LayerSweep | None = None
-        screens = fast and not streams and self.dtype == "float32" and _has_fast_bfloat16()
-        if screens and weights + weights // 2 + 2 * states < 0.85 * budget:
-            copy = load_model(checkpoint, "bfloat16", device=ranks.device)
-            part = (budget - weights - weights // 2) // 3 + weights // 2
-            budget -= part
-            screen = LayerSweep(
-                CausalLM(copy, own[0]),
+        def sweep(budget: int, dtype: str, weights: int, streamed: bool = False) -> LayerSweep:
+            model = load_model(checkpoint, dtype, streamed=streamed, device=ranks.device)
+            return LayerSweep(
+                CausalLM(model, own[0]),
                 own,
-                budget=part,
-                weights=weights // 2,
+                budget=budget,
+                weights=weights,
+                streamed=streamed,
                 gather=ranks.gather,
             )
-        self.sweep = LayerSweep(
-            CausalLM(model, own[0]),
-            own,
-            budget=budget,
-            weights=weights,
-            streamed=streams,
-            gather=ranks.gather,
-        )
+
+        screen: LayerSweep | None = None
+        half = resident // 2
+        wide = (checkpoint.dtype if dtype == "auto" else dtype) == "float32"
+        if fast and wide and _has_fast_bfloat16() and 2 * states + resident + half < budget // 2:
+            part = (budget - resident - half) // 3 + half
+            screen = sweep(part, "bfloat16", half)
+            budget -= part
+        streams = outside is not None and resident + states > USED_SHARE * budget
+        try:
+            self.sweep = sweep(budget, dtype, outside or 0 if streams else resident, streams)
+        except BudgetError:
+            if streams or outside is None:
+                raise
+            streams = True
+            self.sweep = sweep(budget, dtype, outside, streams)
+        self.dtype = str(self.sweep.model.dtype).removeprefix("torch.")
         found = len(self.sweep.model.layers)
         if found != checkpoint.num_blocks:
             raise SlebError(

@@ -35,8 +35,9 @@ _FIRST_SHARE = 12
 before it."""
 _LOGITS_BYTES = 64 << 20
 """float32 logits held at a time, at most."""
-_CHUNK_TOKENS = {"cpu": 512, "cuda": 1 << 15}
-"""Tokens that go through a layer at once: what caches hold; what fills a GPU."""
+_GPU_TOKENS = 1 << 15
+"""Tokens that go through a layer at once, to fill a GPU. A CPU takes state by state: it is as fast,
+and what a state becomes does not depend on its neighbours in a batch, not even in the last bit."""
 _SNAPSHOTS = 10
 """Blocks that have snapshots, at most: the one that goes is hardly ever another."""
 _ROUNDING = 1e-6
@@ -455,13 +456,13 @@ class LayerSweep:
             self.model.logits(normed, head).float().logsumexp(1)
 
         needs = Needs(weights, state.nbytes, peak_bytes(one_layer), peak_bytes(one_head))
-        tokens = _CHUNK_TOKENS.get(self.model.device.type, _CHUNK_TOKENS["cuda"])
+        on_cpu = self.model.device.type == "cpu"
         return make_plan(
             budget,
             needs,
             windows=len(self._windows),
             forks=layers,
-            best_chunk=max(1, tokens // state.shape[1]),
+            best_chunk=1 if on_cpu else max(1, _GPU_TOKENS // state.shape[1]),
             streamed=streamed,
         )
 

@@ -128,6 +128,9 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
     else:
         log.start()
     progress.loaded(windows, log.steps, scorer.how)
+    if log.steps:
+        # Losses are summed in the order of what the dense model thinks likely, to the same bits.
+        scorer.sweep.loss(())
 
     dense_loss = log.dense_loss
 

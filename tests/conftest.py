@@ -59,10 +59,10 @@ def save_model(name: str, path: Path) -> None:
                 # The usual 0.02 makes blocks whose absence nobody notices.
                 parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(path)
-    _tokenizer().save_pretrained(path)
+    tokenizer().save_pretrained(path)
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     """A byte-level tokenizer of 256 letters, so that any text has tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
