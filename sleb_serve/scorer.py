@@ -11,7 +11,7 @@ from sleb_serve.calibration import Windows
 from sleb_serve.causal_lm import CausalLM, load_model
 from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.memory import USED_SHARE, BudgetError, default_budget, format_size
+from sleb_serve.memory import USED_SHARE, BudgetError, default_budget, format_size, give_back_freed
 from sleb_serve.racing import FastSearch
 from sleb_serve.ranks import Ranks
 from sleb_serve.scoring import LayerSweep
@@ -59,6 +59,8 @@ class Scorer:
             # Processes on one machine share its memory; accelerators are theirs alone.
             shared = 1 if torch.accelerator.is_available() else _processes_here()
             budget = default_budget() // shared
+        else:
+            give_back_freed()
         resident, outside = _weights(checkpoint, dtype)
         states = (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), dtype)
 

@@ -17,6 +17,8 @@ from sleb_serve.cli import main
 
 Models = Callable[[str], Path]
 
+LARGE = ["--sequences", "2", "--sequence-length", "2048"]
+
 MEASURE = """
 import json, sys
 from pathlib import Path
@@ -56,21 +58,28 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def unlimited(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest that is selected where memory is plenty."""
+    output = tmp_path_factory.mktemp("unlimited") / "m.json"
+    assert main(select(wide, output, *LARGE)) == 0
+    return output
+
+
 def select(model: Path, output: Path, *more: str) -> list[str]:
     command = ["select", str(model), "-o", str(output), "--calibration", "python-docs"]
-    return [*command, "--remove", "3", *more]
+    return [*command, "--remove", "2", *more]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("budget", "way"), [("200M", "in memory"), ("155M", "from disk")])
+@pytest.mark.parametrize(("budget", "way"), [("240M", "in memory"), ("200M", "from disk")])
 def test_memory_stays_within_the_budget(
-    wide: Path, models: Models, tmp_path: Path, budget: str, way: str
+    wide: Path, unlimited: Path, models: Models, tmp_path: Path, budget: str, way: str
 ) -> None:
     small = ["--sequences", "2", "--sequence-length", "64"]
-    large = ["--sequences", "4", "--sequence-length", "2048"]
     commands = [
         select(models("llama"), tmp_path / "small.json", *small, "--memory-budget", "64M"),
-        select(wide, tmp_path / "m.json", *large, "--memory-budget", budget),
+        select(wide, tmp_path / "m.json", *LARGE, "--memory-budget", budget),
     ]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(commands)],
@@ -80,11 +89,9 @@ def test_memory_stays_within_the_budget(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert way in done.stderr
-    print("peak", json.loads(done.stdout.splitlines()[-1]) >> 20)
-    assert json.loads(done.stdout.splitlines()[-1]) <= int(budget[:-1]) << 20
-    # All there is to keep would be ten times that.
-    assert main(select(wide, tmp_path / "free.json", *large)) == 0
-    assert (tmp_path / "free.json").read_bytes() == (tmp_path / "m.json").read_bytes()
+    peak = json.loads(done.stdout.splitlines()[-1]) >> 20
+    assert peak <= int(budget[:-1])
+    assert (tmp_path / "m.json").read_bytes() == unlimited.read_bytes()
 
 
 def test_a_budget_that_cannot_do_is_refused(

@@ -1,0 +1,152 @@
+"""The selector against the official algorithm run plainly: CPU-seconds, in one process.
+
+Usage: speed.py OUTPUT.jsonl [--dtype float32 bfloat16] [--rounds N]. SmolLM2, 4 windows of 512
+tokens, 6 blocks removed. Plainly means as the authors' sleb.py does it: for each candidate the
+block is taken out of the model's list of layers, each window goes through the whole model, and the
+loss is the cross-entropy of its float32 logits. Every step's CPU-seconds are a line of OUTPUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sleb_bench.demo_model import demo_model
+from sleb_serve.calibration import Windows, make_windows
+from sleb_serve.causal_lm import load_model
+from sleb_serve.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.ranks import Ranks
+from sleb_serve.scorer import Scorer
+from sleb_serve.select import load_tokenizer
+from sleb_serve.selection import Scores, greedy
+
+REMOVE, SEQUENCES, LENGTH = 6, 4, 512
+
+Record = Callable[..., None]
+
+
+def main() -> None:
+    """Run the three searches by turns and append a line a step."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--text", default="wikitext2")
+    options = parser.parse_args()
+    checkpoint = open_checkpoint(str(demo_model(Path(".cache/demo").resolve())))
+    windows = make_windows(
+        options.text, load_tokenizer(checkpoint), sequences=SEQUENCES, sequence_length=LENGTH
+    )
+    record = recorder(options.output)
+    record(
+        machine=platform.processor() or platform.machine(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        torch=version("torch"),
+        transformers=version("transformers"),
+        text=options.text,
+        windows=SEQUENCES,
+        tokens=LENGTH,
+    )
+    for number in range(options.rounds):
+        for dtype in options.dtype:
+            for name in ("naive", "greedy", "fast"):
+                tell = functools.partial(record, round=number, dtype=dtype, search=name)
+                if name == "naive":
+                    naive(checkpoint, windows, dtype, tell)
+                else:
+                    ours(checkpoint, windows, dtype, name == "fast", tell)
+
+
+def naive(checkpoint: Checkpoint, windows: Windows, dtype: str, record: Record) -> None:
+    """The official algorithm, in its own words: one model pass a candidate and window."""
+    model: Any = load_model(checkpoint, dtype)
+    layers = list(model.model.layers)
+
+    @torch.no_grad()
+    def loss(removed: Sequence[int]) -> float:
+        model.model.layers = nn.ModuleList(
+            layer for i, layer in enumerate(layers) if i not in removed
+        )
+        total = 0.0
+        for window in windows.tokens:
+            ids = torch.tensor([window])
+            logits = model(ids, use_cache=False).logits.float()
+            total += float(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
+        return total / len(windows.tokens)
+
+    def score(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
+        losses = tuple(loss([*removed, block]) for block in candidates)
+        return Scores(losses, (True,) * len(losses))
+
+    loss([])  # warm-up
+    search(score, len(layers), record)
+
+
+def ours(checkpoint: Checkpoint, windows: Windows, dtype: str, fast: bool, record: Record) -> None:
+    """The selector, as `sleb-serve select` sets it up."""
+    scorer = Scorer(checkpoint, windows, Ranks(), dtype=dtype, budget=None, steps=REMOVE, fast=fast)
+    base: list[float] = []
+
+    def score(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
+        scores = scorer.score(removed, candidates, base[-1] if base else None, lambda: None)
+        base.append(min(scores.losses))
+        return scores
+
+    search(score, checkpoint.num_blocks, record)
+
+
+def search(
+    score: Callable[[Sequence[int], Sequence[int]], Scores], num_blocks: int, record: Record
+) -> None:
+    """A greedy search; tells what each step cost."""
+
+    def timed(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
+        before, begin = cpu_seconds(), time.perf_counter()
+        scores = score(removed, candidates)
+        best = candidates[scores.losses.index(min(scores.losses))]
+        record(
+            step=len(removed) + 1,
+            block=best,
+            loss=min(scores.losses),
+            exact=sum(scores.exact),
+            cpu_s=round(cpu_seconds() - before, 3),
+            wall_s=round(time.perf_counter() - begin, 3),
+        )
+        return scores
+
+    greedy(timed, num_blocks=num_blocks, remove=REMOVE)
+
+
+def recorder(path: Path) -> Record:
+    """Appends what it is given to `path`, a line each, and prints it."""
+
+    def record(**entry: Any) -> None:
+        line = json.dumps(entry)
+        print(line, flush=True)
+        with path.open("a") as file:
+            file.write(line + "\n")
+
+    return record
+
+
+def cpu_seconds() -> float:
+    """What this process has used, of all cores, in user and system mode."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main()
