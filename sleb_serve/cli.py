@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from sleb_serve import __version__
 from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, Windows
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import read_manifest
+from sleb_serve.pruning import REPAIRS
 from sleb_serve.ranks import is_first
 from sleb_serve.search_log import log_path
 from sleb_serve.select import DTYPES, SEARCHES, SelectOptions, select
@@ -25,6 +26,9 @@ from sleb_serve.selection import Step
 from sleb_serve.serve import check_plugin, draft_command, serve_command
 from sleb_serve.show import describe
 from sleb_serve.support import support, support_markdown, support_text
+
+if TYPE_CHECKING:
+    from sleb_serve.repair import Gap
 
 _SELECT_EXAMPLES = """\
 examples:
@@ -222,6 +226,14 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         "of 95 %%, candidates leave once they are unlikely to win (default: greedy)",
     )
     parser.add_argument(
+        "--repair",
+        choices=("none", *REPAIRS),
+        default="none",
+        help="fit, in closed form, what stands in for the removed blocks: fold changes weights of "
+        "the blocks before them and costs nothing to serve; map adds a matrix at each gap; scale a "
+        "factor (default: none)",
+    )
+    parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
         help="memory for weights, states and work, as 16GiB; a model that is larger is read layer "
@@ -307,6 +319,14 @@ class _SearchBars:
         close = ", ".join(map(str, step.rivals))
         note = f"; this text does not tell it from {close}" if close else ""
         self._say(f"step {number}: block {step.block}, loss {step.loss:.4f}{note}")
+
+    def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
+        for gap in gaps:
+            self._say(
+                f"gap {gap.first} to {gap.last}: {1 - gap.missing:.0%} of what is missing repaired "
+                f"on held-out windows (ridge {gap.ridge:g})"
+            )
+        self._say(f"repaired: loss {loss:.4f}")
 
     def _say(self, text: str) -> None:
         if not self._silent:

@@ -20,7 +20,7 @@ from typing import Any
 from sleb_serve import strict_json
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import write_atomically
-from sleb_serve.pruning import Pruning, block_count, check_blocks
+from sleb_serve.pruning import Pruning, RepairFile, block_count, check_blocks, repair_kind
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 20
@@ -90,6 +90,19 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Repair:
+    """How the gaps are repaired: the kind, the sidecar's name beside the manifest, its digest.
+
+    ``loss`` is the calibration loss with the repair.
+    """
+
+    kind: str
+    file: str
+    sha256: str
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A removal manifest; see the module's docstring.
 
@@ -103,6 +116,9 @@ class Manifest:
     selection: Selection | None = None
     evaluation: Mapping[str, Any] = field(default_factory=_nothing)
     created_by: Mapping[str, str] = field(default_factory=_nothing)
+    repair: Repair | None = None
+    folder: Path | None = field(default=None, compare=False)
+    """Where the manifest was read from, and its sidecar lies; not part of the file."""
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -122,6 +138,12 @@ class Manifest:
                 f"--blocks {blocks}: this manifest removes {len(self.removed)} blocks, so K must "
                 f"be between 1 and {len(self.removed)}; for more, select with a larger --remove"
             )
+        if self.repair is not None and blocks < len(self.removed):
+            raise SlebError(
+                f"--blocks {blocks}: this manifest is repaired for {len(self.removed)} blocks, and "
+                f"fewer need another repair; select with --remove {blocks} --repair "
+                f"{self.repair.kind} for a manifest of its own"
+            )
         return replace(self, removed=self.removed[:blocks])
 
     def pruning(self) -> Pruning:
@@ -135,7 +157,12 @@ class Manifest:
             weights_sha256=self.model.weights_sha256,
             removed=removed,
             removed_sha256=() if digests is None else tuple(digests[block] for block in removed),
+            repair=None if self.repair is None else self._repair_file(self.repair),
         )
+
+    def _repair_file(self, repair: Repair) -> RepairFile:
+        path = (self.folder or Path()).resolve() / repair.file
+        return RepairFile(repair.kind, repair.sha256, str(path))
 
     def to_json(self) -> bytes:
         """The manifest as the bytes of its file; equal manifests give equal bytes."""
@@ -159,6 +186,8 @@ class Manifest:
             value["calibration"] = dict(vars(self.calibration))
         if self.selection is not None:
             value["selection"] = dict(vars(self.selection))
+        if self.repair is not None:
+            value["repair"] = dict(vars(self.repair))
         value["evaluation"] = _thaw(self.evaluation)
         value["created_by"] = dict(self.created_by)
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
@@ -194,7 +223,7 @@ def read_manifest(path: Path) -> Manifest:
             f"`sleb-serve select` writes manifests"
         ) from error
     try:
-        return parse_manifest(data)
+        return replace(parse_manifest(data), folder=path.parent)
     except SlebError as error:
         raise SlebError(f"{path}: {error}") from None
 
@@ -213,7 +242,7 @@ def parse_manifest(data: bytes) -> Manifest:
         strict_json.load(data),
         "manifest",
         required=("schema_version", "model", "removed"),
-        optional=("dense", "calibration", "selection", "evaluation", "created_by"),
+        optional=("dense", "calibration", "selection", "repair", "evaluation", "created_by"),
     )
     version = strict_json.integer(fields["schema_version"], "schema_version", 0, 1 << 31)
     if version != SCHEMA_VERSION:
@@ -232,9 +261,11 @@ def parse_manifest(data: bytes) -> Manifest:
     selection = fields.get("selection")
     evaluation = strict_json.any_object(fields.get("evaluation", {}), "evaluation")
     created_by = strict_json.any_object(fields.get("created_by", {}), "created_by")
+    repair = fields.get("repair")
     return Manifest(
         model=model,
         removed=removed,
+        repair=None if repair is None else _parse_repair(repair),
         dense_loss=None if dense is None else _parse_loss(dense, "dense"),
         calibration=None if calibration is None else _parse_calibration(calibration),
         selection=None if selection is None else _parse_selection(selection, model.num_blocks),
@@ -339,6 +370,25 @@ def _parse_selection(value: object, num_blocks: int) -> Selection:
             fields["late_barrier"], "selection.late_barrier", 0, num_blocks
         ),
         dtype=strict_json.line(fields["dtype"], "selection.dtype"),
+    )
+
+
+def _parse_repair(value: object) -> Repair:
+    fields = strict_json.object_(
+        value, "repair", required=("kind", "file", "sha256"), optional=("loss",)
+    )
+    name = strict_json.line(fields["file"], "repair.file")
+    if Path(name).name != name or name in (".", ".."):
+        raise SlebError(
+            f"repair.file must be a file's name beside the manifest, found "
+            f"{strict_json.short(name)}; select anew"
+        )
+    loss = fields.get("loss")
+    return Repair(
+        kind=repair_kind(fields["kind"], "repair.kind"),
+        file=name,
+        sha256=strict_json.sha256(fields["sha256"], "repair.sha256"),
+        loss=None if loss is None else strict_json.number(loss, "repair.loss"),
     )
 
 

@@ -133,7 +133,8 @@ def make_plan(
         raise BudgetError(
             f"--memory-budget {format_size(budget)} is too small: weights of "
             f"{format_size(needs.weights)} and one window's states with the work on them need "
-            f"{format_size((least + _LIBRARIES) / USED_SHARE)}; give that, or a smaller --sequence-length"
+            f"{format_size((least + _LIBRARIES) / USED_SHARE)}; give that, or a smaller "
+            f"--sequence-length"
         )
     rest = usable - least
     at_once = 1

@@ -14,6 +14,19 @@ MAX_BLOCKS = 100_000
 """More blocks than any model has; keeps a hostile block count from costing memory."""
 
 
+REPAIRS = ("scale", "fold", "map")
+"""What can be done at the gaps that removed blocks leave; see `sleb_serve.repair`."""
+
+
+@dataclass(frozen=True)
+class RepairFile:
+    """The sidecar with a repair's weights: its kind, digest, and where it lies on this machine."""
+
+    kind: str
+    sha256: str
+    path: str
+
+
 @dataclass(frozen=True)
 class Pruning:
     """What a server needs of a manifest: the blocks to leave out and the model they belong to.
@@ -28,6 +41,12 @@ class Pruning:
     weights_sha256: str
     removed: tuple[int, ...]
     removed_sha256: tuple[str, ...] = ()
+    repair: RepairFile | None = None
+
+    @property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Runs of consecutive removed blocks, as (first, last)."""
+        return gaps(self.removed)
 
     @property
     def known_sha256(self) -> dict[int, str]:
@@ -45,6 +64,9 @@ class Pruning:
         content = self.to_dict()
         # Says nothing that weights_sha256 does not.
         content.pop("removed_sha256", None)
+        if self.repair is not None:
+            # What the file holds, not where it lies.
+            content["repair"] = {"kind": self.repair.kind, "sha256": self.repair.sha256}
         return hashlib.sha256(strict_json.canonical(content)).hexdigest()
 
     @property
@@ -63,6 +85,8 @@ class Pruning:
         }
         if self.removed_sha256:
             content["removed_sha256"] = list(self.removed_sha256)
+        if self.repair is not None:
+            content["repair"] = dict(vars(self.repair))
         return content
 
     @classmethod
@@ -73,7 +97,9 @@ class Pruning:
             SlebError: anything else; nothing is guessed or repaired.
         """
         keys = ("architecture", "num_blocks", "config_sha256", "weights_sha256", "removed")
-        fields = strict_json.object_(value, "pruning", required=keys, optional=("removed_sha256",))
+        fields = strict_json.object_(
+            value, "pruning", required=keys, optional=("removed_sha256", "repair")
+        )
         num_blocks = block_count(fields["num_blocks"], "pruning.num_blocks")
         removed = [
             strict_json.integer(block, f"pruning.removed[{i}]", 0, num_blocks - 1)
@@ -100,6 +126,7 @@ class Pruning:
             weights_sha256=strict_json.sha256(fields["weights_sha256"], "pruning.weights_sha256"),
             removed=tuple(removed),
             removed_sha256=removed_sha256,
+            repair=_parse_repair(fields["repair"]) if "repair" in fields else None,
         )
 
     def check_binding(
@@ -130,6 +157,37 @@ class Pruning:
                     f"the manifest is for another model than {found}: {what} expected {expected}, "
                     f"found {actual}; select anew for this model, or give the manifest's own"
                 )
+
+
+def gaps(removed: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Runs of consecutive blocks among `removed`, as (first, last), ascending."""
+    runs: list[tuple[int, int]] = []
+    for block in sorted(removed):
+        if runs and runs[-1][1] == block - 1:
+            runs[-1] = (runs[-1][0], block)
+        else:
+            runs.append((block, block))
+    return tuple(runs)
+
+
+def repair_kind(value: object, where: str) -> str:
+    """The kind of a repair, read strictly."""
+    kind = strict_json.line(value, where)
+    if kind not in REPAIRS:
+        raise SlebError(
+            f"{where} is {strict_json.short(kind)}, this sleb-serve knows {', '.join(REPAIRS)}; "
+            f"upgrade sleb-serve or select anew"
+        )
+    return kind
+
+
+def _parse_repair(value: object) -> RepairFile:
+    fields = strict_json.object_(value, "pruning.repair", required=("kind", "sha256", "path"))
+    return RepairFile(
+        kind=repair_kind(fields["kind"], "pruning.repair.kind"),
+        sha256=strict_json.sha256(fields["sha256"], "pruning.repair.sha256"),
+        path=strict_json.line(fields["path"], "pruning.repair.path"),
+    )
 
 
 def block_count(value: object, where: str) -> int:

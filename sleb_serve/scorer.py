@@ -14,6 +14,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.memory import USED_SHARE, BudgetError, default_budget, format_size, give_back_freed
 from sleb_serve.racing import FastSearch
 from sleb_serve.ranks import Ranks
+from sleb_serve.repair import Gap, fit
 from sleb_serve.scoring import LayerSweep
 from sleb_serve.selection import Scores
 
@@ -119,6 +120,12 @@ class Scorer:
         if self._race is not None:
             return self._race.score(removed, candidates, base, on_layer=on_layer)
         return self.sweep.score(removed, candidates, on_layer=on_layer)
+
+    def repair(
+        self, kind: str, windows: Sequence[Sequence[int]], removed: Sequence[int]
+    ) -> tuple[list[Gap], float]:
+        """Fit a repair on all processes' windows: see `sleb_serve.repair.fit`."""
+        return fit(self.sweep.model, windows, removed, kind)
 
 
 def _processes_here() -> int:

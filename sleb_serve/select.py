@@ -7,18 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sleb_serve import __version__
 from sleb_serve.calibration import Windows, make_windows
 from sleb_serve.checkpoint import Checkpoint, download_weights, open_checkpoint
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import check_writable
-from sleb_serve.manifest import Manifest, ModelBinding, Removal, Selection
+from sleb_serve.manifest import Manifest, ModelBinding, Removal, Repair, Selection
 from sleb_serve.memory import parse_size
 from sleb_serve.ranks import launched
 from sleb_serve.search_log import SearchLog, log_path
 from sleb_serve.selection import Scores, Step, blocks_to_remove, greedy
+from sleb_serve.sidecar import sidecar_path, write_sidecar
+
+if TYPE_CHECKING:
+    from sleb_serve.repair import Gap
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What a model can be scored in; ``auto`` is the checkpoint's own."""
@@ -47,6 +51,7 @@ class SelectOptions:
     late_barrier: int = 1
     dtype: str = "auto"
     search: str = "greedy"
+    repair: str = "none"
     memory_budget: str | None = None
     resume: bool = False
 
@@ -65,6 +70,9 @@ class Progress(Protocol):
 
     def step_ended(self, number: int, step: Step) -> None:
         """A step is finished and logged."""
+
+    def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
+        """The gaps were repaired, and this is the calibration loss with that."""
 
 
 def select(options: SelectOptions, progress: Progress) -> Manifest:
@@ -162,12 +170,22 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
         done=log.steps,
         on_step=on_step,
     )
+    repair = None
+    if options.repair != "none" and ranks.index == 0:
+        removed = [step.block for step in steps]
+        mended, loss = scorer.repair(options.repair, windows.tokens, removed)
+        progress.repaired(mended, loss)
+        sidecar = sidecar_path(options.output)
+        about = {"weights_sha256": binding.weights_sha256, "removed": sorted(removed)}
+        digest = write_sidecar(sidecar, {gap.tensor: gap.weight for gap in mended}, about)
+        repair = Repair(options.repair, sidecar.name, digest, loss)
     manifest = Manifest(
         model=binding,
         removed=tuple(Removal(step.block, step.loss) for step in steps),
         dense_loss=dense_loss,
         calibration=windows.calibration,
         selection=selection,
+        repair=repair,
         created_by={
             "sleb_serve": __version__,
             "torch": version("torch"),

@@ -19,6 +19,7 @@ from sleb_serve.draft import draft_options, value_of
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Manifest
 from sleb_serve.pruning import Pruning
+from sleb_serve.sidecar import check_sidecar
 from sleb_vllm.architectures import ARCHITECTURES, CONFIG_KEY, ENTRY_POINT, why_refused
 from sleb_vllm.compat import check_version, vllm_version
 
@@ -98,6 +99,8 @@ def check_model(model: str, pruning: Pruning, revision: str | None = None) -> Ch
         pruning.check_binding(model, weights_sha256=found)
     if pruning.architecture not in ARCHITECTURES:
         raise SlebError(why_refused(pruning.architecture))
+    if pruning.repair is not None:
+        check_sidecar(pruning.repair)
     return checkpoint
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from sleb_serve.checkpoint import Checkpoint, fetch_index, open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
+from sleb_serve.sidecar import check_sidecar
 from sleb_vllm.architectures import CONFIG_KEY, pruned_name
 from sleb_vllm.compat import check_version, vllm_version
 from sleb_vllm.features import check_features
@@ -39,6 +40,8 @@ def check_engine(vllm_config: Any) -> Pruning:
         )
     check_version(vllm_version())
     check_features(vllm_config)
+    if pruning.repair is not None:
+        check_sidecar(pruning.repair)
     # A model from the hub may be downloading at this moment, in another rank: see check_weights.
     if vllm_config.load_config.load_format != "dummy" and Path(model_config.model).is_dir():
         check_weights(vllm_config, pruning)

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from vllm import envs
 from vllm.distributed import utils as distributed
@@ -29,6 +30,7 @@ class RemovedLayer(PPMissingLayer):
     """
 
     carried: tuple[Carried, ...] = ()
+    repair: torch.Tensor | None = None
 
     def stand_for(self, carried: tuple[Carried, ...], sibling: nn.Module) -> None:
         """Take on what the model's loop carries, and a kept layer's plain attributes.
@@ -40,10 +42,25 @@ class RemovedLayer(PPMissingLayer):
             if isinstance(value, bool | int | float | str) and not hasattr(self, name):
                 setattr(self, name, value)
 
+    def mend(self, shape: tuple[int, ...]) -> None:
+        """Make room for what repairs the gap that begins here: a map [d, d] or a scale [1]."""
+        # Not a parameter: those must come from the checkpoint. Zero repairs nothing.
+        self.register_buffer("repair", torch.zeros(shape), persistent=False)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The inputs that the model's loop carries from layer to layer, in the order it wants."""
-        values = tuple(value.of(args, kwargs) for value in self.carried)
-        return values[0] if len(values) == 1 else values
+        """The inputs that the model's loop carries from layer to layer, in the order it wants.
+
+        With a repair R, x R is added to the stream x. A loop that carries a residual has the stream
+        in two parts, and all that the next layer reads is their sum.
+        """
+        values = [value.of(args, kwargs) for value in self.carried]
+        if self.repair is not None:
+            stream = values[0]
+            if len(values) > 1 and values[1] is not None:
+                stream = stream + values[1]
+            change = stream @ self.repair if self.repair.ndim == 2 else stream * self.repair
+            values[0] = values[0] + change
+        return values[0] if len(values) == 1 else tuple(values)
 
 
 @dataclass(frozen=True)
@@ -63,8 +80,11 @@ class BuiltLayers:
 class Removal:
     """The removal under way while one model is built."""
 
-    def __init__(self, pruning: Pruning, divide: Callable[..., tuple[int, int]]) -> None:
+    def __init__(
+        self, pruning: Pruning, hidden_size: int, divide: Callable[..., tuple[int, int]]
+    ) -> None:
         self.pruning = pruning
+        self.hidden_size = hidden_size
         self._divide = divide
         self._made: list[BuiltLayers] = []
         self._only: int | None = None
@@ -114,9 +134,14 @@ class Removal:
             )
         sibling = built.layers[kept[0]]
         carried = carried_by(decoder, type(sibling))
-        for layer in built.layers:
+        repair = self.pruning.repair
+        firsts = {first for first, _ in self.pruning.gaps}
+        for index, layer in enumerate(built.layers):
             if isinstance(layer, RemovedLayer):
                 layer.stand_for(carried, sibling)
+                if repair is not None and repair.kind != "fold" and index in firsts:
+                    width = self.hidden_size
+                    layer.mend((width, width) if repair.kind == "map" else (1,))
         self._made.append(built)
 
     @property
@@ -144,7 +169,7 @@ def removing() -> Removal:
 
 
 @contextmanager
-def layers_removed(pruning: Pruning) -> Iterator[Removal]:
+def layers_removed(pruning: Pruning, hidden_size: int) -> Iterator[Removal]:
     """While this is open, vLLM's `make_layers` leaves out the removed layers of one decoder.
 
     Other models of the process never see this one.
@@ -154,7 +179,7 @@ def layers_removed(pruning: Pruning) -> Iterator[Removal]:
     """
     original = utils.make_layers
     divide: Callable[..., tuple[int, int]] = distributed.get_pp_indices
-    removal = Removal(pruning, divide)
+    removal = Removal(pruning, hidden_size, divide)
 
     def make_layers(num_hidden_layers: int, layer_fn: Callable[..., Any], prefix: str) -> Any:
         if num_hidden_layers != pruning.num_blocks:

@@ -13,11 +13,12 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
+from sleb_serve.sidecar import read_sidecar
 from sleb_vllm.architectures import EXPECTED, pruned_name
 from sleb_vllm.binding import check_engine, check_weights, checkpoint_of
 from sleb_vllm.layers import BuiltLayers, layers_removed
 from sleb_vllm.transformers_backend import PrunedBackend, is_backend
-from sleb_vllm.weights import removed_weights_skipped
+from sleb_vllm.weights import fill_gaps, folded, removed_weights_skipped
 
 # A child of vLLM's own logger, so that the lines appear where vLLM's do.
 logger = init_logger("vllm.plugins.sleb")
@@ -52,12 +53,14 @@ def pruned_class(stock: Any) -> Any:
     class Pruned(*bases):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             pruning = check_engine(vllm_config)
-            with layers_removed(pruning) as removal:
+            hidden_size = vllm_config.model_config.get_hidden_size()
+            with layers_removed(pruning, hidden_size) as removal:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
             built = removal.result
             _check_built(pruning, built, vllm_config)
             self.sleb = Built(pruning, tuple(built.kept()), _count_parameters(self))
             self._sleb_config = vllm_config
+            self._sleb_layers = built.layers
             logger.info(
                 "Pruned by manifest %s: %d of %d decoder layers built, removed %s",
                 pruning.tag,
@@ -79,8 +82,12 @@ def pruned_class(stock: Any) -> Any:
 
         def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
             checkpoint, pruning = checkpoint_of(self._sleb_config), self.sleb.pruning
+            repair = read_sidecar(pruning)
+            if pruning.repair is not None and pruning.repair.kind == "fold":
+                weights = folded(weights, repair, pruning.repair.path)
             with removed_weights_skipped(checkpoint, pruning):
                 loaded = super().load_weights(weights, *args, **kwargs)
+            fill_gaps(self._sleb_layers, pruning, repair)
             # Again, since a model from the hub may have been downloaded only now.
             check_weights(self._sleb_config, pruning)
             read, skipped = checkpoint.tensor_bytes(frozenset(pruning.removed)) or (None, None)

@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from vllm.model_executor.model_loader import weight_utils
 
 from sleb_serve.checkpoint import Checkpoint
+from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
+from sleb_serve.sidecar import gap_name
 from sleb_vllm.patching import replaced
+
+
+def folded(
+    weights: Iterable[tuple[str, Any]], repair: Mapping[str, Any], path: str
+) -> Iterator[tuple[str, Any]]:
+    """A checkpoint's weights, with those of a folded repair in the place of its own.
+
+    Whatever the model does with a weight then (renaming, fusing, splitting over ranks), it does
+    with the repaired one.
+
+    Raises:
+        SlebError: a repaired weight is not in the checkpoint in that shape and dtype.
+    """
+    left = set(repair)
+    for name, tensor in weights:
+        mended = repair.get(name)
+        if mended is not None:
+            if mended.shape != tensor.shape or mended.dtype != tensor.dtype:
+                raise SlebError(
+                    f"the repair {path} has {name} as {mended.dtype} {list(mended.shape)}, the "
+                    f"checkpoint as {tensor.dtype} {list(tensor.shape)}; select with --repair anew"
+                )
+            left.discard(name)
+        yield name, tensor if mended is None else mended
+    if left:
+        raise SlebError(
+            f"the repair {path} has weights that the checkpoint did not give: "
+            f"{', '.join(sorted(left))}; select with --repair anew"
+        )
+
+
+def fill_gaps(layers: nn.ModuleList, pruning: Pruning, repair: Mapping[str, Any]) -> None:
+    """Give the gaps of this rank what repairs them, once the model is loaded."""
+    for first, _ in pruning.gaps:
+        buffer = getattr(layers[first], "repair", None)
+        if buffer is not None:
+            value = repair[gap_name(first)]
+            buffer.copy_(value if buffer.ndim == 2 else value - 1)
 
 
 @contextmanager

@@ -1,0 +1,255 @@
+"""Repair of a pruned model in closed form: what the removed blocks did, as far as it is linear.
+
+A run of removed blocks leaves a gap. The dense model says which states should leave it; the pruned
+model, repaired at the gaps before, says which enter it. A ridge regression from what there is to
+what is missing is fitted gap by gap in one pass over the layers, and nothing is trained:
+
+- *scale*: one factor on the stream (Prune&Comp, arXiv 2507.18212).
+- *fold*: a change to the last projection of the block before the gap, from its own inputs to what
+  is missing. It is put into that weight, so serving costs nothing (as in ReplaceMe, arXiv
+  2505.02819, which folds a map of the projection's output).
+- *map*: a d x d matrix added to the stream at the gap.
+
+Tokens count by the inverse of their squared norm. What comes after normalises each token, so errors
+matter relative to its size; and the first tokens of a text, whose norm is a thousand times the
+others', would be all that is fitted otherwise (massive activations, arXiv 2402.17762).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb_serve.causal_lm import Call, CausalLM
+from sleb_serve.errors import SlebError
+from sleb_serve.pruning import gaps
+from sleb_serve.sidecar import gap_name
+
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""Strengths that are tried, in units of the inputs' mean square."""
+_ROWS = 8192
+"""Rows of the head at a time."""
+_HELD_OUT = 4
+"""One window in so many judges the strengths."""
+_PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.dense_4h_to_h")
+"""The last projection of a block, by its name there; `_projection` checks that it is one."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The repair of one run of removed blocks.
+
+    Attributes:
+        first: the first removed block of the run.
+        last: the last one.
+        name: of the weight in the checkpoint that is replaced; None for a map or scale.
+        weight: the new weight [d, inputs], or the map [d, d]; for a scale [1].
+        ridge: the strength that was chosen.
+        missing: the share of the missing part's (weighted) square that held-out windows still miss.
+    """
+
+    first: int
+    last: int
+    name: str | None
+    weight: Tensor
+    ridge: float
+    missing: float
+
+    @property
+    def tensor(self) -> str:
+        """The name of the weight in the sidecar."""
+        return self.name or gap_name(self.first)
+
+
+@torch.inference_mode()
+def fit(
+    model: CausalLM, windows: Sequence[Sequence[int]], removed: Sequence[int], kind: str
+) -> tuple[list[Gap], float]:
+    """Fit a repair for every gap, from the first to the last.
+
+    Args:
+        model: the dense model.
+        windows: token ids; at least four windows, of which every fourth chooses the strength.
+        removed: the blocks that are gone.
+        kind: one of `REPAIRS`.
+
+    Returns:
+        The repairs, and the loss on the same windows with them, in nats per predicted token.
+
+    Raises:
+        SlebError: there is too little text, or the model's blocks do not end as a fold needs.
+    """
+    if len(windows) < _HELD_OUT:
+        raise SlebError(
+            f"--repair needs at least {_HELD_OUT} windows, one of them to choose the strength of "
+            f"the regression; ask for more --sequences"
+        )
+    runs = gaps(removed)
+    ends = {last: first for first, last in runs}
+    before = {first - 1 for first, _ in runs}
+    if kind == "fold" and -1 in before:
+        raise SlebError(
+            "--repair fold changes the block before each gap, and block 0 is removed; keep it "
+            "(--early-barrier 1) or use --repair map"
+        )
+    begun = [model.begin(window) for window in windows]
+    dense, calls = [state for state, _ in begun], [calls for _, calls in begun]
+    pruned = list(dense)
+    folded = _Folded("", torch.empty(0), [])
+    found: list[Gap] = []
+    for index in range(len(model.layers)):
+        with model.loaded(index) as layer:
+            dense = [model.run(layer, [s], c[index])[0] for s, c in zip(dense, calls, strict=True)]
+            if index not in set(removed):
+                work = [(layer, s, c[index]) for s, c in zip(pruned, calls, strict=True)]
+                if kind == "fold" and index in before:
+                    pruned, folded = _run_and_watch(model, index, work)
+                else:
+                    pruned = [model.run(layer, [s], c)[0] for layer, s, c in work]
+        if index in ends:
+            gap, pruned = _mend(kind, (ends[index], index), pruned, dense, folded)
+            found.append(gap)
+    losses = [_loss(model, state, window) for state, window in zip(pruned, windows, strict=True)]
+    return found, sum(losses) / len(losses)
+
+
+def _loss(model: CausalLM, state: Tensor, window: Sequence[int]) -> float:
+    """Mean nats per predicted token of a state behind the last layer."""
+    normed = model.normed(state)[:-1]
+    rows = _ROWS if model.row_wise else model.vocabulary
+    sums, targets = [], torch.tensor(window[1:], device=normed.device)
+    found = torch.zeros(len(normed), device=normed.device)
+    for first in range(0, model.vocabulary, rows):
+        head = model.head_rows(slice(first, first + rows)) if model.row_wise else None
+        logits = model.logits(normed, head).float()
+        inside = (targets >= first) & (targets < first + rows)
+        found[inside] = logits[inside, targets[inside] - first]
+        sums.append(logits.logsumexp(1))
+    return float((torch.stack(sums).logsumexp(0) - found).double().mean())
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """The last projection of the block before a gap, and what went into it, [L, p] a window."""
+
+    name: str
+    weight: Tensor
+    inputs: list[Tensor]
+
+
+def _mend(
+    kind: str, run: tuple[int, int], pruned: list[Tensor], dense: list[Tensor], folded: _Folded
+) -> tuple[Gap, list[Tensor]]:
+    """Fit one gap's repair, and the states behind it."""
+    states = [state[0].double() for state in pruned]
+    wanted = [state[0].double() for state in dense]
+    missing = [goal - state for goal, state in zip(wanted, states, strict=True)]
+    given = [x.double() for x in folded.inputs] if kind == "fold" else states
+    weights = [goal.square().sum(1).clamp(min=1e-12).reciprocal() for goal in wanted]
+    if kind == "scale":
+        top = sum(float((w * (x * y).sum(1)).sum()) for x, y, w in _zip(given, missing, weights))
+        below = sum(float((w * (x * x).sum(1)).sum()) for x, _, w in _zip(given, missing, weights))
+        change = torch.full((1,), top / below, dtype=torch.float64, device=states[0].device)
+        gap = Gap(
+            *run, None, (1 + change).float(), 0.0, 1 - top * top / below / _size(missing, weights)
+        )
+        moved = [state * (1 + change) for state in states]
+    else:
+        change, ridge, left = _ridge(given, missing, weights)
+        name, weight = None, change
+        if kind == "fold":
+            name, old = folded.name, folded.weight
+            weight = (old.double() + change.T).to(old.dtype)
+            change = (weight.double() - old.double()).T
+        gap = Gap(*run, name, weight.contiguous(), ridge, left)
+        moved = [s + x @ change for s, x in zip(states, given, strict=True)]
+    return gap, [m[None].to(p.dtype) for m, p in zip(moved, pruned, strict=True)]
+
+
+def _ridge(
+    given: list[Tensor], missing: list[Tensor], weights: list[Tensor]
+) -> tuple[Tensor, float, float]:
+    """The weighted ridge regression from `given` [L, p] to `missing` [L, d], over all windows.
+
+    Returns:
+        The map [p, d]; the strength that did best on the held-out windows; what it left there.
+    """
+    size, wide = given[0].shape[1], missing[0].shape[1]
+    device = given[0].device
+    squares = torch.zeros((2, size, size), dtype=torch.float64, device=device)
+    products = torch.zeros((2, size, wide), dtype=torch.float64, device=device)
+    for number, (x, y, w) in enumerate(_zip(given, missing, weights)):
+        part = int(number % _HELD_OUT == _HELD_OUT - 1)
+        weighted = (x * w[:, None]).T
+        squares[part] += weighted @ x
+        products[part] += weighted @ y
+    held = [i for i in range(len(given)) if i % _HELD_OUT == _HELD_OUT - 1]
+    whole = _size([missing[i] for i in held], [weights[i] for i in held])
+    unit = torch.eye(size, dtype=torch.float64, device=device)
+    tried: dict[float, float] = {}
+    for ridge in RIDGES:
+        scale = ridge * float(squares[0].diagonal().mean())
+        change = torch.linalg.solve(squares[0] + scale * unit, products[0])
+        explained = 2 * (change * products[1]).sum() - (change * (squares[1] @ change)).sum()
+        tried[ridge] = 1 - float(explained) / whole
+    best = min(tried, key=lambda ridge: tried[ridge])
+    if tried[best] >= 1:
+        # Nothing of it carries over to other text: leave the gap as it is.
+        return torch.zeros_like(products[0]), best, 1.0
+    every, product = squares.sum(0), products.sum(0)
+    scale = best * float(every.diagonal().mean())
+    return torch.linalg.solve(every + scale * unit, product), best, tried[best]
+
+
+def _size(missing: list[Tensor], weights: list[Tensor]) -> float:
+    return sum(float((w * (y * y).sum(1)).sum()) for y, w in zip(missing, weights, strict=True))
+
+
+def _zip(
+    given: list[Tensor], missing: list[Tensor], weights: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return zip(given, missing, weights, strict=True)
+
+
+def _run_and_watch(
+    model: CausalLM, index: int, work: list[tuple[Any, Tensor, Call]]
+) -> tuple[list[Tensor], _Folded]:
+    """Run a layer on states, and keep what goes into its last projection.
+
+    Raises:
+        SlebError: the layer does not end in a projection that is added to the stream as it is.
+    """
+    block = model.layers[index]
+    projection = next(
+        (m for n, m in block.named_modules() if n in _PROJECTIONS and isinstance(m, nn.Linear)),
+        None,
+    )
+    names = [n for n, p in model.model.named_parameters() if projection and p is projection.weight]
+    if projection is None or not names or not _is_last(model, projection, *work[0]):
+        raise SlebError(
+            f"--repair fold: {type(block).__name__} does not end in a projection whose output is "
+            f"added to the stream as it is; use --repair map"
+        )
+    inputs: list[Tensor] = []
+    hook = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0].clone()))
+    try:
+        moved = [model.run(layer, [state], call)[0] for layer, state, call in work]
+    finally:
+        hook.remove()
+    return moved, _Folded(names[0], projection.weight.detach().clone(), inputs)
+
+
+def _is_last(model: CausalLM, projection: nn.Module, layer: Any, state: Tensor, call: Call) -> bool:
+    """Whether what is added to the projection's output is added to the layer's, and no more."""
+    before = model.run(layer, [state], call)[0]
+    step = before.abs().mean()
+    hook = projection.register_forward_hook(lambda _, args, output: output + step)
+    try:
+        after = model.run(layer, [state], call)[0]
+    finally:
+        hook.remove()
+    return bool(((after - before - step).abs().mean() < 0.02 * step).item())

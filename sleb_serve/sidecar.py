@@ -1,0 +1,119 @@
+"""The sidecar of a repaired manifest: a safetensors file with the weights that repair its gaps.
+
+A fold's tensors have the names and shapes of the checkpoint's, in whose place they are loaded; a
+map's or a scale's are named ``gap.N`` after the first block of the gap. The manifest names the file
+and its SHA-256, and lies beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.pruning import Pruning, RepairFile
+
+_CHUNK = 1 << 24
+
+
+def sidecar_path(output: Path) -> Path:
+    """Where the sidecar of the manifest `output` lies."""
+    return output.with_name(f"{output.name}.repair.safetensors")
+
+
+def gap_name(first: int) -> str:
+    """The name of the tensor that repairs the gap whose first removed block is `first`."""
+    return f"gap.{first}"
+
+
+def write_sidecar(path: Path, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Write a sidecar, whole or not at all.
+
+    Args:
+        path: where.
+        tensors: torch tensors by name.
+        about: what they belong to, for people who find the file alone.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        SlebError: it cannot be written; what was there before still is.
+    """
+    from safetensors.torch import save_file
+
+    temporary: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        temporary = Path(name)
+        # One entry of metadata: several would be written in no fixed order.
+        save_file(dict(tensors), temporary, metadata={"sleb_serve": json.dumps(about)})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        digest = _sha256(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except Exception as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise SlebError(
+            f"cannot write {path}: {first_line(error)}; nothing was changed there"
+        ) from error
+    return digest
+
+
+def check_sidecar(repair: RepairFile) -> None:
+    """Refuse a sidecar that is not the one that the manifest names.
+
+    Raises:
+        SlebError: it is missing, cut short, or another's.
+    """
+    path = Path(repair.path)
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise SlebError(
+            f"cannot read the repair {path}: {first_line(error)}; it belongs beside its manifest "
+            f"on every machine that serves it: copy it there, or select without --repair"
+        ) from error
+    if found != repair.sha256:
+        raise SlebError(
+            f"the repair {path} is not the manifest's: sha256 expected {repair.sha256[:16]}…, "
+            f"found {found[:16]}…; it was cut short or is another manifest's: copy it again"
+        )
+
+
+def read_sidecar(pruning: Pruning) -> dict[str, Any]:
+    """The tensors that repair a pruning, on the CPU; none if it is not repaired.
+
+    Raises:
+        SlebError: as `check_sidecar`, or a gap has no tensor.
+    """
+    if pruning.repair is None:
+        return {}
+    from safetensors.torch import load_file
+
+    check_sidecar(pruning.repair)
+    tensors: dict[str, Any] = load_file(pruning.repair.path)
+    if pruning.repair.kind != "fold":
+        wanted = {gap_name(first) for first, _ in pruning.gaps}
+        if tensors.keys() != wanted:
+            raise SlebError(
+                f"the repair {pruning.repair.path} holds {', '.join(sorted(tensors))}, the removed "
+                f"blocks leave the gaps {', '.join(sorted(wanted))}; select with --repair anew"
+            )
+    return tensors
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
