@@ -29,7 +29,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.pruning import gaps
 from sleb_serve.sidecar import gap_name
 
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Strengths that are tried, in units of the inputs' mean square."""
 _ROWS = 8192
 """Rows of the head at a time."""
@@ -160,11 +160,13 @@ def _mend(
         moved = [state * (1 + change) for state in states]
     else:
         change, ridge, left = _ridge(given, missing, weights)
-        name, weight = None, change
         if kind == "fold":
             name, old = folded.name, folded.weight
             weight = (old.double() + change.T).to(old.dtype)
             change = (weight.double() - old.double()).T
+        else:
+            name, weight = None, change.float()
+            change = weight.double()
         gap = Gap(*run, name, weight.contiguous(), ridge, left)
         moved = [s + x @ change for s, x in zip(states, given, strict=True)]
     return gap, [m[None].to(p.dtype) for m, p in zip(moved, pruned, strict=True)]

@@ -125,7 +125,8 @@ class Scorer:
         self, kind: str, windows: Sequence[Sequence[int]], removed: Sequence[int]
     ) -> tuple[list[Gap], float]:
         """Fit a repair on all processes' windows: see `sleb_serve.repair.fit`."""
-        return fit(self.sweep.model, windows, removed, kind)
+        result: tuple[list[Gap], float] = fit(self.sweep.model, windows, removed, kind)
+        return result
 
 
 def _processes_here() -> int:

@@ -1,0 +1,225 @@
+"""What selection and repair are worth: perplexity and zero-shot accuracy of SmolLM2.
+
+Usage: quality.py FOLDER [--zero-shot N]. Calibrated on WikiText-2's train split, judged on its test
+split and on Python's help topics. Every result is a line of FOLDER/quality.jsonl; what is there is
+not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb_bench.demo_model import demo_model
+from sleb_serve.calibration import held_out_windows, make_windows
+from sleb_serve.causal_lm import CausalLM, load_model
+from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.ranks import Ranks
+from sleb_serve.repair import Gap, fit
+from sleb_serve.scorer import Scorer
+from sleb_serve.select import load_tokenizer
+from sleb_serve.selection import greedy
+
+COUNTS = (3, 6, 9)
+SEARCH = {"sequences": 16, "sequence_length": 512}
+REPAIR = {"sequences": 96, "sequence_length": 512}
+JUDGED_WINDOWS, JUDGED_LENGTH = 32, 1024
+TASKS = ("piqa", "arc_easy", "winogrande")
+
+
+def main() -> None:
+    """Select, repair, judge; a line a model."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--zero-shot", type=int, default=0, metavar="ROWS")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    study = Study(options.folder / "quality.jsonl", options.zero_shot)
+    study.judge("dense", 0, [], [])
+    for name, choose in (("sleb", study.sleb), ("shortgpt", study.shortgpt), ("last", last)):
+        for count in options.counts:
+            removed = choose(count)
+            study.judge(name, count, removed, [])
+            if name == "sleb":
+                for kind in ("scale", "fold", "map"):
+                    study.judge(f"sleb+{kind}", count, removed, study.repair(kind, removed))
+
+
+def last(count: int) -> list[int]:
+    """The last blocks but the very last."""
+    return list(range(29 - count, 29))
+
+
+class Study:
+    """Judges prunings of one model, and remembers what it has found."""
+
+    def __init__(self, path: Path, rows: int) -> None:
+        self.path, self.rows = path, rows
+        self.folder = demo_model(Path(".cache/demo").resolve())
+        self.checkpoint = open_checkpoint(str(self.folder))
+        self.tokenize = load_tokenizer(self.checkpoint)
+        self.known = {}
+        if path.exists():
+            entries = [json.loads(line) for line in path.read_text().splitlines()]
+            self.known = {(e["model"], e["removed_count"], e["rows"]): e for e in entries}
+        test = self._wikitext("test")
+        self.texts = {
+            "wikitext2": [
+                test[i * JUDGED_LENGTH : (i + 1) * JUDGED_LENGTH] for i in range(JUDGED_WINDOWS)
+            ],
+            "python-docs": held_out_windows(self.tokenize, JUDGED_WINDOWS, JUDGED_LENGTH, None),
+        }
+        self._order: list[int] = []
+
+    def _wikitext(self, split: str) -> Sequence[int]:
+        from datasets import load_dataset
+
+        data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        return self.tokenize("\n\n".join(data["text"]))
+
+    def sleb(self, count: int) -> list[int]:
+        """SLEB's greedy choice, in order."""
+        if not self._order:
+            windows = make_windows("wikitext2", self.tokenize, **SEARCH)
+            scorer = Scorer(
+                self.checkpoint,
+                windows,
+                Ranks(),
+                dtype="auto",
+                budget=None,
+                steps=max(COUNTS),
+                fast=False,
+            )
+            steps = greedy(
+                lambda r, c: scorer.score(r, c, None, lambda: None),
+                num_blocks=self.checkpoint.num_blocks,
+                remove=max(COUNTS),
+                on_step=lambda step: print("step", step.block, step.loss, flush=True),
+            )
+            self._order = [step.block for step in steps]
+        return self._order[:count]
+
+    def shortgpt(self, count: int) -> list[int]:
+        """The blocks that turn the stream least: cosine of what enters and leaves (ShortGPT)."""
+        windows = make_windows("wikitext2", self.tokenize, **SEARCH).tokens
+        model = CausalLM(load_model(self.checkpoint, "auto"), windows[0])
+        turn = [0.0] * len(model.layers)
+        for window in windows:
+            state, calls = model.begin(window)
+            for index in range(len(model.layers)):
+                with model.loaded(index) as layer:
+                    (moved,) = model.run(layer, [state], calls[index])
+                cosine = nn.functional.cosine_similarity(state.float(), moved.float(), dim=-1)
+                turn[index] += 1 - float(cosine.mean())
+                state = moved
+        return sorted(range(len(turn)), key=lambda index: turn[index])[:count]
+
+    def repair(self, kind: str, removed: Sequence[int]) -> Callable[[], list[Gap]]:
+        """Fits a repair when it is called."""
+
+        def work() -> list[Gap]:
+            windows = make_windows("wikitext2", self.tokenize, **REPAIR).tokens
+            model = CausalLM(load_model(self.checkpoint, "float32"), windows[0])
+            begin = time.time()
+            found, loss = fit(model, windows, removed, kind)
+            left = [(gap.first, gap.last, gap.ridge, round(gap.missing, 3)) for gap in found]
+            print(kind, "fitted in", round(time.time() - begin), "s, loss", loss, left, flush=True)
+            return list(found)
+
+        return work
+
+    def judge(self, name: str, count: int, removed: Sequence[int], repair: Any) -> None:
+        """Perplexity and accuracy of one model, as a line of the record."""
+        if (name, count, self.rows) in self.known:
+            return
+        gaps = repair() if callable(repair) else repair
+        model = apply(load_model(self.checkpoint, "bfloat16"), removed, gaps)
+        entry: dict[str, Any] = {
+            "model": name,
+            "removed_count": count,
+            "removed": list(removed),
+            "rows": self.rows,
+            "perplexity": {text: perplexity(model, w) for text, w in self.texts.items()},
+            "ridges": [gap.ridge for gap in gaps],
+            "missing": [gap.missing for gap in gaps],
+            "torch": version("torch"),
+        }
+        if self.rows:
+            entry["accuracy"] = self._zero_shot(model)
+        print(json.dumps(entry), flush=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _zero_shot(self, model: Any) -> dict[str, float]:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(self.folder))
+        results = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+            tasks=list(TASKS),
+            limit=self.rows,
+            bootstrap_iters=0,
+        )
+        return {task: results["results"][task]["acc,none"] for task in TASKS}
+
+
+class Mended(nn.Module):
+    """Stands at a gap: adds a map of the stream to it, or scales it."""
+
+    def __init__(self, gap: Gap) -> None:
+        super().__init__()
+        self.register_buffer("weight", gap.weight.float())
+
+    def forward(self, states: Tensor, **_: Any) -> Tensor:
+        """The stream behind the gap."""
+        weight = self.weight.to(states.dtype)
+        return states + states @ weight if weight.ndim == 2 else states * weight
+
+
+def apply(model: Any, removed: Sequence[int], gaps: Sequence[Gap]) -> Any:
+    """The blocks deleted and the gaps repaired, in Transformers."""
+    own = dict(model.named_parameters())
+    maps = {}
+    for gap in gaps:
+        if gap.name is None:
+            maps[gap.first] = Mended(gap)
+        else:
+            own[gap.name].data.copy_(gap.weight)
+    layers: list[nn.Module] = []
+    for index, layer in enumerate(model.model.layers):
+        if index in maps:
+            layers.append(maps[index])
+        if index not in removed:
+            layers.append(layer)
+    model.model.layers = nn.ModuleList(layers)
+    model.config.num_hidden_layers = len(layers)
+    model.config.use_cache = False
+    return model
+
+
+@torch.inference_mode()
+def perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
+    """The exponential of the mean loss of the predicted tokens."""
+    total = 0.0
+    for window in windows:
+        ids = torch.tensor([list(window)])
+        logits = model(ids, use_cache=False).logits.float()
+        total += float(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
+    return float(torch.tensor(total / len(windows)).exp())
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

@@ -1,0 +1,290 @@
+"""Repair: the fit against least squares on Transformers' own states, and vLLM serving it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from engines import Case, differences, greedy_equal, run_jobs
+from sleb_serve.causal_lm import CausalLM, load_model
+from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.cli import main
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest import Manifest, Removal, Repair, read_manifest
+from sleb_serve.pruning import gaps
+from sleb_serve.repair import Gap, fit
+from sleb_serve.select import bind
+from sleb_serve.serve import pruned_overrides
+from sleb_serve.sidecar import read_sidecar, sidecar_path, write_sidecar
+from test_scoring import random_windows
+
+Models = Callable[[str], Path]
+REMOVED = (2, 3, 6)
+
+
+def fitted(path: Path, removed: Sequence[int], kind: str) -> list[Gap]:
+    windows = random_windows(16, 240)
+    model = CausalLM(load_model(open_checkpoint(str(path)), "float32"), windows[0])
+    found: list[Gap] = fit(model, windows, removed, kind)[0]
+    return found
+
+
+def repaired(path: Path, removed: Sequence[int], tensors: dict[str, torch.Tensor]) -> Any:
+    """Transformers with the blocks deleted and a repair's weights put where they belong."""
+    model = oracle.load(path)
+    own = dict(model.named_parameters())
+    layers = next(
+        m
+        for m in model.modules()
+        if isinstance(m, torch.nn.ModuleList) and len(m) == model.config.num_hidden_layers
+    )
+
+    def mend(weight: torch.Tensor) -> Callable[..., Any]:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            stream = output[0] if isinstance(output, tuple) else output
+            change = stream @ weight if weight.ndim == 2 else stream * (weight - 1)
+            return (stream + change, *output[1:]) if isinstance(output, tuple) else stream + change
+
+        return hook
+
+    for name, tensor in tensors.items():
+        if name.startswith("gap."):
+            layers[int(name[4:]) - 1].register_forward_hook(mend(tensor))
+        else:
+            own[name].data.copy_(tensor)
+    return oracle.delete_blocks(model, removed)
+
+
+def manifest_of(path: Path, removed: Sequence[int], kind: str, output: Path) -> Manifest:
+    found = fitted(path, removed, kind)
+    digest = write_sidecar(sidecar_path(output), {gap.tensor: gap.weight for gap in found}, {})
+    manifest = Manifest(
+        bind(str(path), open_checkpoint(str(path))),
+        tuple(Removal(block) for block in removed),
+        repair=Repair(kind, sidecar_path(output).name, digest),
+    )
+    manifest.write(output)
+    return read_manifest(output)
+
+
+def test_gaps_are_runs_of_removed_blocks() -> None:
+    assert gaps([6, 3, 2]) == ((2, 3), (6, 6))
+    assert gaps([0]) == ((0, 0),)
+
+
+@pytest.mark.parametrize("kind", ["scale", "fold", "map"])
+def test_the_first_gap_is_weighted_ridge_regression_on_the_dense_models_states(
+    models: Models, kind: str
+) -> None:
+    """Held against numpy's least squares on states that Transformers gives out."""
+    path = models("llama")
+    gap = fitted(path, REMOVED, kind)[0]
+    assert (gap.first, gap.last) == (2, 3)
+    model = oracle.load(path)
+    inputs: list[torch.Tensor] = []
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0][0])
+    )
+    before, after = [], []
+    with torch.no_grad():
+        for window in random_windows(16, 240):
+            states = model.model(torch.tensor([window]), output_hidden_states=True).hidden_states
+            before.append(states[2][0])
+            after.append(states[4][0])
+    entering, leaving = (torch.cat(part).double().numpy() for part in (before, after))
+    given = torch.cat(inputs).double().numpy() if kind == "fold" else entering
+    root = 1 / np.linalg.norm(leaving, axis=1, keepdims=True)
+    if kind == "scale":
+        x, y = (given * root).ravel(), ((leaving - entering) * root).ravel()
+        assert float(gap.weight) == pytest.approx(1 + x @ y / (x @ x), rel=1e-4)
+        return
+    strength = gap.ridge * np.mean(np.square(given * root).sum(0))
+    penalty = np.sqrt(strength) * np.eye(given.shape[1])
+    zeros = np.zeros((given.shape[1], entering.shape[1]))
+    expected = np.linalg.lstsq(
+        np.vstack([given * root, penalty]),
+        np.vstack([(leaving - entering) * root, zeros]),
+        rcond=None,
+    )[0]
+    found = gap.weight.double().numpy()
+    if kind == "fold":
+        assert gap.name == "model.layers.1.mlp.down_proj.weight"
+        found = (found - model.model.layers[1].mlp.down_proj.weight.double().detach().numpy()).T
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max() + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["fold", "map"])
+def test_a_repair_brings_the_states_closer_to_the_dense_ones(models: Models, kind: str) -> None:
+    """On text that nothing was fitted to, behind the last gap."""
+    path = models("llama")
+    tensors = {gap.tensor: gap.weight for gap in fitted(path, REMOVED, kind)}
+    window = torch.tensor(random_windows(1, 48, seed=9))
+    with torch.no_grad():
+        goal = oracle.load(path).model(window, use_cache=False).last_hidden_state
+        plain = oracle.pruned(path, REMOVED).model(window, use_cache=False).last_hidden_state
+        mended = repaired(path, REMOVED, tensors).model(window, use_cache=False).last_hidden_state
+    assert (mended - goal).norm() < (plain - goal).norm()
+
+
+def test_what_cannot_be_folded_is_refused(models: Models) -> None:
+    with pytest.raises(SlebError, match="does not end in a projection whose output is added"):
+        fitted(models("gemma3"), (2,), "fold")  # a norm stands behind its projection
+    with pytest.raises(SlebError, match="block 0 is removed"):
+        fitted(models("llama"), (0, 4), "fold")
+    windows = random_windows(3, 48)
+    model = CausalLM(load_model(open_checkpoint(str(models("llama"))), "float32"), windows[0])
+    with pytest.raises(SlebError, match="at least 4 windows"):
+        fit(model, windows, [2], "map")
+
+
+@pytest.fixture
+def select_repaired(models: Models, tmp_path: Path) -> Callable[..., list[str]]:
+    def arguments(name: str, *more: str) -> list[str]:
+        command = ["select", str(models("llama")), "-o", str(tmp_path / name), "--remove", "2"]
+        command += ["--calibration", "python-docs", "--sequences", "4", "--sequence-length", "48"]
+        return [*command, "--repair", "fold", *more]
+
+    return arguments
+
+
+def test_select_writes_the_sidecar_and_a_resumed_search_the_same_bytes(
+    select_repaired: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert main(select_repaired("m.json")) == 0
+    manifest = read_manifest(tmp_path / "m.json")
+    assert manifest.repair is not None
+    assert manifest.repair.loss is not None
+    tensors = read_sidecar(manifest.pruning())
+    assert set(tensors) == {
+        f"model.layers.{first - 1}.mlp.down_proj.weight" for first, _ in gaps(manifest.blocks)
+    }
+    before = {name: (tmp_path / name).read_bytes() for name in ("m.json", manifest.repair.file)}
+    for steps in (1, 2):
+        log = tmp_path / "m.json.search.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        ends = [i for i, line in enumerate(lines) if '"removed":' in line and '"step"' in line]
+        log.write_text("".join(lines[: ends[steps - 1] + 1]))  # as a kill after that step leaves it
+        for name in before:
+            (tmp_path / name).unlink()
+        assert main(select_repaired("m.json", "--resume")) == 0
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_sidecar_that_is_not_the_manifests_is_refused_in_one_line(
+    select_repaired: Callable[..., list[str]],
+    models: Models,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(select_repaired("m.json")) == 0
+    assert main([*select_repaired("other.json"), "--early-barrier", "3"]) == 0
+    sidecar, other = (sidecar_path(tmp_path / name) for name in ("m.json", "other.json"))
+    good = sidecar.read_bytes()
+    serve = ["serve", str(models("llama")), "-m", str(tmp_path / "m.json"), "--dry-run"]
+
+    def refusal(*more: str) -> str:
+        capsys.readouterr()
+        assert main([*serve, *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert main(serve) == 0
+    assert "fold" in capsys.readouterr().out
+    sidecar.write_bytes(good[:-1])
+    assert "is not the manifest's: sha256 expected" in refusal()
+    shutil.copy(other, sidecar)
+    assert "is not the manifest's: sha256 expected" in refusal()
+    sidecar.unlink()
+    assert "cannot read the repair" in refusal()
+    sidecar.write_bytes(good)
+    assert "is repaired for 2 blocks, and fewer need another repair" in refusal("--blocks", "1")
+    text = json.loads((tmp_path / "m.json").read_text())
+    text["repair"]["file"] = "../elsewhere.safetensors"
+    (tmp_path / "m.json").write_text(json.dumps(text))
+    assert "must be a file's name beside the manifest" in refusal()
+
+
+SERVED = [
+    ("llama", REMOVED, "fold"),
+    ("llama", REMOVED, "map"),
+    ("llama", (3, 7), "map"),
+    ("llama", REMOVED, "scale"),
+    ("opt", (1, 3), "fold"),
+    ("opt", (1, 3), "map"),
+    ("gemma3", (1, 2), "map"),
+    ("gpt2", (2, 3), "map"),
+    ("qwen2", (1, 3), "fold"),
+]
+
+
+@pytest.fixture
+def jobs(models: Models, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    def make(cases: Sequence[tuple[str, tuple[int, ...], str]], **engine: Any) -> Any:
+        made = []
+        for number, (name, removed, kind) in enumerate(cases):
+            path = models(name)
+            manifest = manifest_of(path, removed, kind, tmp_path / f"{number}.json")
+            job = Case(name, removed).job(path, **engine)
+            checkpoint = open_checkpoint(str(path))
+            made.append({**job, "overrides": pruned_overrides(manifest.pruning(), checkpoint)})
+        return made
+
+    return make
+
+
+def check(
+    results: list[dict[str, Any]],
+    cases: Sequence[tuple[str, tuple[int, ...], str]],
+    models: Models,
+    folder: Path,
+) -> None:
+    for number, (result, (name, removed, _)) in enumerate(zip(results, cases, strict=True)):
+        manifest = read_manifest(folder / f"{number}.json")
+        model = repaired(models(name), removed, read_sidecar(manifest.pruning()))
+        assert max(differences(result, model)) < 1e-3
+        assert greedy_equal(result, model)
+        # The repair is not so small that its absence would pass.
+        assert max(differences(result, oracle.pruned(models(name), removed))) > 1e-2
+
+
+def test_vllm_serves_repaired_models_as_transformers_computes_them(
+    models: Models, jobs: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm")
+    check(run_jobs(jobs(SERVED), tmp_path), SERVED, models, tmp_path)
+
+
+@pytest.mark.parametrize("engine", [{"tensor_parallel_size": 2}, {"enforce_eager": False}], ids=str)
+def test_repaired_models_on_two_ranks_and_compiled(
+    models: Models,
+    jobs: Callable[..., list[dict[str, Any]]],
+    tmp_path: Path,
+    engine: dict[str, Any],
+) -> None:
+    pytest.importorskip("vllm")
+    cases = SERVED[:2]
+    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    if "tensor_parallel_size" in engine:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    check(run_jobs(jobs(cases, **engine), tmp_path, **environment), cases, models, tmp_path)
+
+
+def test_an_engine_refuses_a_sidecar_that_changed(
+    models: Models, jobs: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm")
+    good, bad = jobs([SERVED[0], SERVED[1]])
+    Path(bad["overrides"]["sleb"]["repair"]["path"]).write_bytes(b"")
+    for job in (good, bad):
+        job["only_configure"] = True
+    results = run_jobs([good, bad], tmp_path)
+    assert "hash" in results[0]
+    assert "is not the manifest's: sha256 expected" in results[1]["error"]
