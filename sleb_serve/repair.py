@@ -237,7 +237,10 @@ def _run_and_watch(
             f"added to the stream as it is; use --repair map"
         )
     inputs: list[Tensor] = []
-    hook = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0].clone()))
+    hook = projection.register_forward_pre_hook(
+        # Some models flatten the tokens for it.
+        lambda _, args: inputs.append(args[0].flatten(0, -2).clone())
+    )
     try:
         moved = [model.run(layer, [state], call)[0] for layer, state, call in work]
     finally:

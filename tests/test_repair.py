@@ -31,7 +31,7 @@ REMOVED = (2, 3, 6)
 
 
 def fitted(path: Path, removed: Sequence[int], kind: str) -> list[Gap]:
-    windows = random_windows(16, 240)
+    windows = random_windows(12, 200)
     model = CausalLM(load_model(open_checkpoint(str(path)), "float32"), windows[0])
     found: list[Gap] = fit(model, windows, removed, kind)[0]
     return found
@@ -95,7 +95,7 @@ def test_the_first_gap_is_weighted_ridge_regression_on_the_dense_models_states(
     )
     before, after = [], []
     with torch.no_grad():
-        for window in random_windows(16, 240):
+        for window in random_windows(12, 200):
             states = model.model(torch.tensor([window]), output_hidden_states=True).hidden_states
             before.append(states[2][0])
             after.append(states[4][0])

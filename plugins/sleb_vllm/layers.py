@@ -30,7 +30,12 @@ class RemovedLayer(PPMissingLayer):
     """
 
     carried: tuple[Carried, ...] = ()
-    repair: torch.Tensor | None = None
+    repair: torch.Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not a parameter: those must come from the checkpoint.
+        self.register_buffer("repair", None, persistent=False)
 
     def stand_for(self, carried: tuple[Carried, ...], sibling: nn.Module) -> None:
         """Take on what the model's loop carries, and a kept layer's plain attributes.
@@ -44,8 +49,7 @@ class RemovedLayer(PPMissingLayer):
 
     def mend(self, shape: tuple[int, ...]) -> None:
         """Make room for what repairs the gap that begins here: a map [d, d] or a scale [1]."""
-        # Not a parameter: those must come from the checkpoint. Zero repairs nothing.
-        self.register_buffer("repair", torch.zeros(shape), persistent=False)
+        self.repair = torch.zeros(shape)  # repairs nothing until it is loaded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inputs that the model's loop carries from layer to layer, in the order it wants.
