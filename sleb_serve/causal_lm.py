@@ -366,3 +366,16 @@ def _restore(module: nn.Module, forward: Any) -> None:
 def _tensor(result: Any) -> Tensor:
     tensor: Tensor = result[0] if isinstance(result, tuple) else result
     return tensor
+
+
+def same(one: object, two: object) -> bool:
+    """Whether two layers' calls, or what is in them, are equal."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one is two or (one.shape == two.shape and torch.equal(one, two))
+    if isinstance(one, Call) and isinstance(two, Call):
+        return same([one.args, one.kwargs], [two.args, two.kwargs])
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return bool(one is two or one == two)

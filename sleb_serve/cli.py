@@ -1,4 +1,4 @@
-"""The command line of sleb-serve: the only place that prints."""
+"""The command line of sleb-serve: with its progress bars, the only place that prints."""
 
 from __future__ import annotations
 
@@ -10,25 +10,20 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
-
-from tqdm import tqdm
+from typing import NoReturn
 
 from sleb_serve import __version__
-from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, Windows
+from sleb_serve.bars import SearchBars, say
+from sleb_serve.calibration import EMBEDDED, HUB_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import read_manifest
 from sleb_serve.pruning import REPAIRS
 from sleb_serve.ranks import is_first
 from sleb_serve.search_log import log_path
 from sleb_serve.select import DTYPES, SEARCHES, SelectOptions, select
-from sleb_serve.selection import Step
 from sleb_serve.serve import check_plugin, draft_command, serve_command
 from sleb_serve.show import describe
 from sleb_serve.support import support, support_markdown, support_text
-
-if TYPE_CHECKING:
-    from sleb_serve.repair import Gap
 
 _SELECT_EXAMPLES = """\
 examples:
@@ -234,6 +229,13 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         "factor (default: none)",
     )
     parser.add_argument(
+        "--repair-sequences",
+        metavar="N",
+        type=int,
+        help="windows of text to fit the repair on, which is cheap beside the search: the more the "
+        "better (default: those of the search)",
+    )
+    parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
         help="memory for weights, states and work, as 16GiB; a model that is larger is read layer "
@@ -278,64 +280,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _SearchBars:
-    """Progress of a search on standard error, of the first process only."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[NoReturn] | None = None
-        self._silent = not is_first()
-
-    def __enter__(self) -> _SearchBars:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        # An error message must not stand behind half a progress bar.
-        if self._bar is not None:
-            self._bar.close()
-
-    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
-        text = windows.calibration
-        self._say(f"calibration: {text.sequences} windows of {text.sequence_length} tokens")
-        self._say(f"scoring: {how}")
-        for number, step in enumerate(resumed, 1):
-            self._say(f"step {number}: block {step.block}, loss {step.loss:.4f} (resumed)")
-
-    def step_begins(self, number: int, candidates: int, layers: int) -> None:
-        self._bar = tqdm(
-            total=layers,
-            desc=f"step {number}: {candidates} candidates",
-            unit="layer",
-            leave=False,
-            disable=self._silent,
-        )
-
-    def layer_done(self) -> None:
-        assert self._bar is not None
-        self._bar.update()
-
-    def step_ended(self, number: int, step: Step) -> None:
-        assert self._bar is not None
-        self._bar.close()
-        close = ", ".join(map(str, step.rivals))
-        note = f"; this text does not tell it from {close}" if close else ""
-        self._say(f"step {number}: block {step.block}, loss {step.loss:.4f}{note}")
-
-    def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
-        for gap in gaps:
-            self._say(
-                f"gap {gap.first} to {gap.last}: {1 - gap.missing:.0%} of what is missing repaired "
-                f"on held-out windows (ridge {gap.ridge:g})"
-            )
-        self._say(f"repaired: loss {loss:.4f}")
-
-    def _say(self, text: str) -> None:
-        if not self._silent:
-            _say(text)
-
-
 def _select(options: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(options).items() if name != "command"}
-    with _SearchBars() as bars:
+    with SearchBars() as bars:
         manifest = select(SelectOptions(**values), bars)
     if is_first():
         print(describe(manifest))
@@ -365,7 +312,7 @@ def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         check_plugin()
     pruning = manifest.pruning()
     role = "draft for the whole model" if options.as_draft else "served"
-    _say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}, {role}")
+    say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}, {role}")
     print(shlex.join(command), flush=True)
     if options.dry_run:
         return 0
@@ -387,12 +334,8 @@ def _bench(options: argparse.Namespace) -> int:
         for name, value in vars(options).items()
         if name not in {"command", "manifest", "blocks"}
     }
-    print(bench(BenchOptions(**values), manifest, _say))
+    print(bench(BenchOptions(**values), manifest, say))
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -93,12 +93,13 @@ class Selection:
 class Repair:
     """How the gaps are repaired: the kind, the sidecar's name beside the manifest, its digest.
 
-    ``loss`` is the calibration loss with the repair.
+    Fitted on ``sequences`` windows of the calibration text; ``loss`` is that on them, repaired.
     """
 
     kind: str
     file: str
     sha256: str
+    sequences: int
     loss: float | None = None
 
 
@@ -161,8 +162,8 @@ class Manifest:
         )
 
     def _repair_file(self, repair: Repair) -> RepairFile:
-        path = (self.folder or Path()).resolve() / repair.file
-        return RepairFile(repair.kind, repair.sha256, str(path))
+        folder = (self.folder or Path()).resolve()
+        return RepairFile(repair.kind, repair.sha256, str(folder / repair.file))
 
     def to_json(self) -> bytes:
         """The manifest as the bytes of its file; equal manifests give equal bytes."""
@@ -187,7 +188,7 @@ class Manifest:
         if self.selection is not None:
             value["selection"] = dict(vars(self.selection))
         if self.repair is not None:
-            value["repair"] = dict(vars(self.repair))
+            value["repair"] = {k: v for k, v in vars(self.repair).items() if v is not None}
         value["evaluation"] = _thaw(self.evaluation)
         value["created_by"] = dict(self.created_by)
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
@@ -375,7 +376,7 @@ def _parse_selection(value: object, num_blocks: int) -> Selection:
 
 def _parse_repair(value: object) -> Repair:
     fields = strict_json.object_(
-        value, "repair", required=("kind", "file", "sha256"), optional=("loss",)
+        value, "repair", required=("kind", "file", "sha256", "sequences"), optional=("loss",)
     )
     name = strict_json.line(fields["file"], "repair.file")
     if Path(name).name != name or name in (".", ".."):
@@ -383,12 +384,12 @@ def _parse_repair(value: object) -> Repair:
             f"repair.file must be a file's name beside the manifest, found "
             f"{strict_json.short(name)}; select anew"
         )
-    loss = fields.get("loss")
     return Repair(
         kind=repair_kind(fields["kind"], "repair.kind"),
         file=name,
         sha256=strict_json.sha256(fields["sha256"], "repair.sha256"),
-        loss=None if loss is None else strict_json.number(loss, "repair.loss"),
+        sequences=strict_json.integer(fields["sequences"], "repair.sequences", 1, 1 << 31),
+        loss=strict_json.number(fields["loss"], "repair.loss") if "loss" in fields else None,
     )
 
 

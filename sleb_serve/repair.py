@@ -17,7 +17,7 @@ others', would be all that is fitted otherwise (massive activations, arXiv 2402.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,10 @@ from sleb_serve.causal_lm import Call, CausalLM
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import gaps
 from sleb_serve.sidecar import gap_name
+from sleb_serve.vocabulary import Vocabulary
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Strengths that are tried, in units of the inputs' mean square."""
-_ROWS = 8192
-"""Rows of the head at a time."""
 _HELD_OUT = 4
 """One window in so many judges the strengths."""
 _PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.dense_4h_to_h")
@@ -113,23 +112,12 @@ def fit(
         if index in ends:
             gap, pruned = _mend(kind, (ends[index], index), pruned, dense, folded)
             found.append(gap)
-    losses = [_loss(model, state, window) for state, window in zip(pruned, windows, strict=True)]
+    vocabulary = Vocabulary(model)
+    losses = []
+    for state, window in zip(pruned, windows, strict=True):
+        normed = model.normed(state)[:-1]
+        losses.append(vocabulary.loss(normed, torch.tensor(window[1:], device=normed.device)))
     return found, sum(losses) / len(losses)
-
-
-def _loss(model: CausalLM, state: Tensor, window: Sequence[int]) -> float:
-    """Mean nats per predicted token of a state behind the last layer."""
-    normed = model.normed(state)[:-1]
-    rows = _ROWS if model.row_wise else model.vocabulary
-    sums, targets = [], torch.tensor(window[1:], device=normed.device)
-    found = torch.zeros(len(normed), device=normed.device)
-    for first in range(0, model.vocabulary, rows):
-        head = model.head_rows(slice(first, first + rows)) if model.row_wise else None
-        logits = model.logits(normed, head).float()
-        inside = (targets >= first) & (targets < first + rows)
-        found[inside] = logits[inside, targets[inside] - first]
-        sums.append(logits.logsumexp(1))
-    return float((torch.stack(sums).logsumexp(0) - found).double().mean())
 
 
 @dataclass(frozen=True)
@@ -145,21 +133,18 @@ def _mend(
     kind: str, run: tuple[int, int], pruned: list[Tensor], dense: list[Tensor], folded: _Folded
 ) -> tuple[Gap, list[Tensor]]:
     """Fit one gap's repair, and the states behind it."""
-    states = [state[0].double() for state in pruned]
-    wanted = [state[0].double() for state in dense]
-    missing = [goal - state for goal, state in zip(wanted, states, strict=True)]
-    given = [x.double() for x in folded.inputs] if kind == "fold" else states
-    weights = [goal.square().sum(1).clamp(min=1e-12).reciprocal() for goal in wanted]
+
+    def piece(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one window: what is given [L, p], what is missing [L, d], how tokens count [L, 1]."""
+        state, goal = pruned[number][0].double(), dense[number][0].double()
+        given = folded.inputs[number].double() if kind == "fold" else state
+        weight = goal.square().sum(1, keepdim=True).clamp(min=1e-12).reciprocal()
+        return given, goal - state, weight
+
     if kind == "scale":
-        top = sum(float((w * (x * y).sum(1)).sum()) for x, y, w in _zip(given, missing, weights))
-        below = sum(float((w * (x * x).sum(1)).sum()) for x, _, w in _zip(given, missing, weights))
-        change = torch.full((1,), top / below, dtype=torch.float64, device=states[0].device)
-        gap = Gap(
-            *run, None, (1 + change).float(), 0.0, 1 - top * top / below / _size(missing, weights)
-        )
-        moved = [state * (1 + change) for state in states]
+        gap, change = _scale(run, piece, len(pruned))
     else:
-        change, ridge, left = _ridge(given, missing, weights)
+        change, ridge, left = _ridge(piece, len(pruned))
         if kind == "fold":
             name, old = folded.name, folded.weight
             weight = (old.double() + change.T).to(old.dtype)
@@ -168,53 +153,62 @@ def _mend(
             name, weight = None, change.float()
             change = weight.double()
         gap = Gap(*run, name, weight.contiguous(), ridge, left)
-        moved = [s + x @ change for s, x in zip(states, given, strict=True)]
-    return gap, [m[None].to(p.dtype) for m, p in zip(moved, pruned, strict=True)]
+    moved = []
+    for number, state in enumerate(pruned):
+        given = piece(number)[0]
+        moved_by = given @ change if change.ndim == 2 else given * change
+        moved.append((state.double() + moved_by).to(state.dtype))
+    return gap, moved
 
 
-def _ridge(
-    given: list[Tensor], missing: list[Tensor], weights: list[Tensor]
-) -> tuple[Tensor, float, float]:
-    """The weighted ridge regression from `given` [L, p] to `missing` [L, d], over all windows.
+Piece = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+
+
+def _scale(run: tuple[int, int], piece: Piece, count: int) -> tuple[Gap, Tensor]:
+    along = square = whole = 0.0
+    for number in range(count):
+        x, y, w = piece(number)
+        along += float((w * x * y).sum())
+        square += float((w * x * x).sum())
+        whole += float((w * y * y).sum())
+    change = torch.full((1,), along / square, dtype=torch.float64, device=piece(0)[0].device)
+    return Gap(*run, None, (1 + change).float(), 0.0, 1 - along**2 / square / whole), change
+
+
+def _ridge(piece: Piece, count: int) -> tuple[Tensor, float, float]:
+    """The weighted ridge regression from what is given to what is missing, over all windows.
 
     Returns:
         The map [p, d]; the strength that did best on the held-out windows; what it left there.
     """
-    size, wide = given[0].shape[1], missing[0].shape[1]
-    device = given[0].device
-    squares = torch.zeros((2, size, size), dtype=torch.float64, device=device)
-    products = torch.zeros((2, size, wide), dtype=torch.float64, device=device)
-    for number, (x, y, w) in enumerate(_zip(given, missing, weights)):
-        part = int(number % _HELD_OUT == _HELD_OUT - 1)
-        weighted = (x * w[:, None]).T
-        squares[part] += weighted @ x
-        products[part] += weighted @ y
-    held = [i for i in range(len(given)) if i % _HELD_OUT == _HELD_OUT - 1]
-    whole = _size([missing[i] for i in held], [weights[i] for i in held])
-    unit = torch.eye(size, dtype=torch.float64, device=device)
+    squares: list[Tensor | float] = [0.0, 0.0]
+    products: list[Tensor | float] = [0.0, 0.0]
+    whole = 0.0
+    for number in range(count):
+        x, y, w = piece(number)
+        held_out = number % _HELD_OUT == _HELD_OUT - 1
+        weighted = (x * w).T
+        squares[held_out] = squares[held_out] + weighted @ x
+        products[held_out] = products[held_out] + weighted @ y
+        whole += float((w * y * y).sum()) if held_out else 0.0
+    (square, other_square), (product, other_product) = squares, products
+
+    def solve(square: Any, product: Any, ridge: float) -> Any:
+        strength = ridge * float(square.diagonal().mean())
+        unit = torch.eye(len(square), dtype=square.dtype, device=square.device)
+        return torch.linalg.solve(square + strength * unit, product)
+
     tried: dict[float, float] = {}
     for ridge in RIDGES:
-        scale = ridge * float(squares[0].diagonal().mean())
-        change = torch.linalg.solve(squares[0] + scale * unit, products[0])
-        explained = 2 * (change * products[1]).sum() - (change * (squares[1] @ change)).sum()
+        change = solve(square, product, ridge)
+        explained = 2 * (change * other_product).sum() - (change * (other_square @ change)).sum()
         tried[ridge] = 1 - float(explained) / whole
     best = min(tried, key=lambda ridge: tried[ridge])
     if tried[best] >= 1:
         # Nothing of it carries over to other text: leave the gap as it is.
-        return torch.zeros_like(products[0]), best, 1.0
-    every, product = squares.sum(0), products.sum(0)
-    scale = best * float(every.diagonal().mean())
-    return torch.linalg.solve(every + scale * unit, product), best, tried[best]
-
-
-def _size(missing: list[Tensor], weights: list[Tensor]) -> float:
-    return sum(float((w * (y * y).sum(1)).sum()) for y, w in zip(missing, weights, strict=True))
-
-
-def _zip(
-    given: list[Tensor], missing: list[Tensor], weights: list[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    return zip(given, missing, weights, strict=True)
+        return torch.zeros_like(product), best, 1.0
+    result: Tensor = solve(square + other_square, product + other_product, best)
+    return result, best, tried[best]
 
 
 def _run_and_watch(

@@ -21,20 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_serve.causal_lm import Call, CausalLM
+from sleb_serve.causal_lm import Call, CausalLM, same
 from sleb_serve.errors import SlebError
 from sleb_serve.memory import Needs, Plan, make_plan, peak_bytes
-from sleb_serve.racing import SEGMENT_TOKENS, Drop, rivals
+from sleb_serve.racing import Drop, rivals
 from sleb_serve.selection import Scores
+from sleb_serve.vocabulary import LOGITS_BYTES, Tally, Vocabulary
 
 BASE = -1
 """Stands among the candidates for the model with none of them removed."""
 
-_FIRST_SHARE = 12
-"""The first part of the vocabulary is one in so many rows; each further part is as large as all
-before it."""
-_LOGITS_BYTES = 64 << 20
-"""float32 logits held at a time, at most."""
 _GPU_TOKENS = 1 << 15
 """Tokens that go through a layer at once, to fill a GPU. A CPU takes state by state: it is as fast,
 and what a state becomes does not depend on its neighbours in a batch, not even in the last bit."""
@@ -42,28 +38,6 @@ _SNAPSHOTS = 10
 """Blocks that have snapshots, at most: the one that goes is hardly ever another."""
 _ROUNDING = 1e-6
 """Of a bound, for the order in which logits are summed."""
-
-
-@dataclass
-class _Tally:
-    """The loss of one state on one window, over the vocabulary's rows seen so far.
-
-    Attributes:
-        normed: what enters the head, [T, h]; None once memory was short.
-        sums: log of the sum of the exponentials of the logits seen so far, [T].
-        target: the logit of the token to predict, [T].
-        parts: how many parts of the window's rows were seen.
-    """
-
-    normed: Tensor | None
-    sums: Tensor
-    target: Tensor
-    parts: int
-
-    @property
-    def mean(self) -> float:
-        """Mean nats per predicted token, or less while rows are missing."""
-        return float((self.sums - self.target).double().mean())
 
 
 @dataclass
@@ -81,7 +55,7 @@ class _Window:
     parts: list[Tensor] = field(default_factory=list)
     snapshots: dict[tuple[int, frozenset[int]], dict[int, Tensor]] = field(default_factory=dict)
     bases: dict[tuple[int, frozenset[int]], Tensor] = field(default_factory=dict)
-    tallies: dict[int, _Tally] = field(default_factory=dict)
+    tallies: dict[int, Tally] = field(default_factory=dict)
 
     @property
     def targets(self) -> Tensor:
@@ -141,7 +115,7 @@ class LayerSweep:
         ]
         for window in self._windows[1:]:
             own = model.begin(window.tokens.tolist())[1]
-            if not _same(own, calls):
+            if not same(own, calls):
                 window.calls = own
         self.plan = self._make_plan(budget, weights, streamed)
         self._losses: dict[int, float] = {}
@@ -184,7 +158,7 @@ class LayerSweep:
             keep = self._snapshot_positions(removed, active, known)
             self._sweep(group, removed, active, base, keep, on_layer)
             for block in active:
-                own = [_segments(window.tallies[block]) for window in group]
+                own = [window.tallies[block].segments() for window in group]
                 segments[block] += [loss for part in self._gather(own) for loss in part]
             share = (number + 1) / self._rounds
             gone = drop({block: segments[block] for block in active}, share)
@@ -224,7 +198,7 @@ class LayerSweep:
             self._sweep([window], removed, (), True, frozenset(), lambda: None)
             tally = window.tallies[BASE]
             while tally.parts < len(window.parts):
-                self._add_part(window, tally)
+                self._head.add(tally, window.parts, window.targets)
         result = self._mean(BASE)
         for window in self._windows:
             window.tallies = {}
@@ -312,12 +286,12 @@ class LayerSweep:
             fork = min(states)
             normed = self.model.normed(states.pop(fork))[:-1]
             if fork == BASE and not window.parts:
-                window.parts = self._rows(window, normed)
-            tally = _Tally(normed, torch.tensor(-torch.inf), torch.tensor(0.0), 0)
+                window.parts = self._head.parts(normed, window.targets)
+            tally = Tally(normed)
             window.tallies[fork] = tally
-            self._add_part(window, tally)
+            self._head.add(tally, window.parts, window.targets)
             while fork == BASE and tally.parts < len(window.parts):
-                self._add_part(window, tally)
+                self._head.add(tally, window.parts, window.targets)
 
     def _start(self, window: _Window, gone: frozenset[int], forks: frozenset[int]) -> _Work:
         """Where there is something new, and what enters there."""
@@ -388,62 +362,17 @@ class LayerSweep:
                 self._sweep([window], removed, (block,), False, frozenset(), lambda: None)
                 tally.normed = window.tallies[block].normed
                 window.tallies = before
-            self._add_part(window, tally)
+            self._head.add(tally, window.parts, window.targets)
         return self._windows[0].tallies[block].parts == self._parts
-
-    def _add_part(self, window: _Window, tally: _Tally) -> None:
-        """Add the next part of the vocabulary to a tally."""
-        rows, normed = window.parts[tally.parts], tally.normed
-        assert normed is not None
-        sums = []
-        for piece in rows.split(self._rows_at_once(len(normed))):
-            head = None if len(rows) == 0 else self.model.head_rows(piece)
-            logits = self.model.logits(normed, head).float()
-            if tally.parts == 0:
-                found = _positions(piece, window.targets)
-                inside = found >= 0
-                values = logits.gather(1, found.clamp(min=0)[:, None])[:, 0]
-                tally.target = torch.where(inside, values, tally.target.to(values.device))
-            sums.append(logits.logsumexp(1))
-        total = torch.stack(sums).logsumexp(0)
-        tally.sums = total if tally.parts == 0 else torch.logaddexp(tally.sums, total)
-        tally.parts += 1
-
-    def _rows(self, window: _Window, normed: Tensor) -> list[Tensor]:
-        """The head's rows in parts, the likely ones first; `normed` is the base's, [T, h]."""
-        everything = torch.arange(self.model.vocabulary, device=window.tokens.device)
-        if not self.model.row_wise:
-            return [everything]
-        pieces = everything.split(self._rows_at_once(len(normed)))
-        heads = [self.model.head_rows(slice(int(p[0]), int(p[-1]) + 1)) for p in pieces]
-        logs = [self.model.logits(normed, head).float().logsumexp(1) for head in heads]
-        total = torch.stack(logs).logsumexp(0)[:, None]
-        mass = torch.cat(
-            [(self.model.logits(normed, head).float() - total).exp_().sum(0) for head in heads]
-        )
-        mass[window.targets] = torch.inf
-        order = mass.argsort(descending=True)
-        size = -(-self.model.vocabulary // _FIRST_SHARE)
-        size = max(size, len(window.targets.unique()))
-        parts = [order[:size]]
-        while size < len(order):
-            parts.append(order[size : 2 * size])
-            size *= 2
-        return parts
-
-    def _rows_at_once(self, tokens: int) -> int:
-        if not self.model.row_wise:
-            return self.model.vocabulary
-        return max(64, min(self._logits_bytes // (4 * tokens), self.model.vocabulary))
 
     def _make_plan(self, budget: int | None, weights: int, streamed: bool) -> Plan:
         """Measure the work on one state, and divide the budget."""
         state, window = self._first_state, self._windows[0]
         layers = len(self.model.layers)
-        self._logits_bytes = _LOGITS_BYTES
+        self._head = Vocabulary(self.model)
         if budget is None:
             return Plan(1, 1, len(self._windows) * layers * layers, layers)
-        self._logits_bytes = min(_LOGITS_BYTES, budget // 32)
+        self._head = Vocabulary(self.model, min(LOGITS_BYTES, budget // 32))
 
         def one_layer() -> None:
             with self.model.loaded(0) as layer:
@@ -451,7 +380,7 @@ class LayerSweep:
 
         def one_head() -> None:
             normed = self.model.normed(state)[:-1]
-            rows = torch.arange(self._rows_at_once(len(normed)), device=normed.device)
+            rows = torch.arange(self._head.rows_at_once(len(normed)), device=normed.device)
             head = self.model.head_rows(rows) if self.model.row_wise else None
             self.model.logits(normed, head).float().logsumexp(1)
 
@@ -469,29 +398,3 @@ class LayerSweep:
 
 def _key(index: int, gone: frozenset[int]) -> tuple[int, frozenset[int]]:
     return index, frozenset(block for block in gone if block < index)
-
-
-def _segments(tally: _Tally) -> list[float]:
-    """Mean nats per token of each stretch of text."""
-    nats = tally.sums - tally.target
-    return [float(part.double().mean()) for part in nats.split(SEGMENT_TOKENS)]
-
-
-def _positions(rows: Tensor, wanted: Tensor) -> Tensor:
-    """Where each of `wanted` stands in `rows`; -1 where it does not."""
-    found = torch.full((int(torch.maximum(rows.max(), wanted.max())) + 1,), -1, device=rows.device)
-    found[rows] = torch.arange(len(rows), device=rows.device)
-    return found[wanted]
-
-
-def _same(one: object, two: object) -> bool:
-    """Whether two layers' calls, or what is in them, are equal."""
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return one is two or (one.shape == two.shape and torch.equal(one, two))
-    if isinstance(one, Call) and isinstance(two, Call):
-        return _same([one.args, one.kwargs], [two.args, two.kwargs])
-    if isinstance(one, dict) and isinstance(two, dict):
-        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
-        return len(one) == len(two) and all(map(_same, one, two))
-    return bool(one is two or one == two)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,6 +53,7 @@ class SelectOptions:
     dtype: str = "auto"
     search: str = "greedy"
     repair: str = "none"
+    repair_sequences: int | None = None
     memory_budget: str | None = None
     resume: bool = False
 
@@ -95,15 +97,18 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
     budget = parse_size(options.memory_budget) if options.memory_budget else None
     download_weights(options.model, options.revision)
 
-    windows = make_windows(
+    cut = partial(
+        make_windows,
         options.calibration,
         load_tokenizer(checkpoint),
-        sequences=options.sequences,
         sequence_length=options.sequence_length
         or min(OFFICIAL_SEQUENCE_LENGTH, _context_length(checkpoint)),
         seed=options.seed,
-        rows=options.rows,
     )
+    windows = cut(sequences=options.sequences, rows=options.rows)
+    more_windows = windows
+    if options.repair_sequences is not None:
+        more_windows = cut(sequences=options.repair_sequences)
     _check_context(checkpoint, windows.calibration.sequence_length)
     scorer = Scorer(
         checkpoint,
@@ -173,12 +178,14 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
     repair = None
     if options.repair != "none" and ranks.index == 0:
         removed = [step.block for step in steps]
-        mended, loss = scorer.repair(options.repair, windows.tokens, removed)
+        mended, loss = scorer.repair(options.repair, more_windows.tokens, removed)
         progress.repaired(mended, loss)
         sidecar = sidecar_path(options.output)
         about = {"weights_sha256": binding.weights_sha256, "removed": sorted(removed)}
         digest = write_sidecar(sidecar, {gap.tensor: gap.weight for gap in mended}, about)
-        repair = Repair(options.repair, sidecar.name, digest, loss)
+        repair = Repair(
+            options.repair, sidecar.name, digest, more_windows.calibration.sequences, loss
+        )
     manifest = Manifest(
         model=binding,
         removed=tuple(Removal(step.block, step.loss) for step in steps),

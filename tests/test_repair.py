@@ -69,7 +69,7 @@ def manifest_of(path: Path, removed: Sequence[int], kind: str, output: Path) -> 
     manifest = Manifest(
         bind(str(path), open_checkpoint(str(path))),
         tuple(Removal(block) for block in removed),
-        repair=Repair(kind, sidecar_path(output).name, digest),
+        repair=Repair(kind, sidecar_path(output).name, digest, 12),
     )
     manifest.write(output)
     return read_manifest(output)

@@ -1,0 +1,81 @@
+"""What the command line shows on standard error while it works."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from tqdm import tqdm
+
+from sleb_serve.calibration import Windows
+from sleb_serve.ranks import is_first
+from sleb_serve.selection import Step
+
+if TYPE_CHECKING:
+    from sleb_serve.repair import Gap
+
+
+class SearchBars:
+    """Progress of a search on standard error, of the first process only."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[NoReturn] | None = None
+        self._silent = not is_first()
+
+    def __enter__(self) -> SearchBars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # An error message must not stand behind half a progress bar.
+        if self._bar is not None:
+            self._bar.close()
+
+    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
+        """The model and the text are there."""
+        text = windows.calibration
+        self._say(f"calibration: {text.sequences} windows of {text.sequence_length} tokens")
+        self._say(f"scoring: {how}")
+        for number, step in enumerate(resumed, 1):
+            self._say(f"step {number}: block {step.block}, loss {step.loss:.4f} (resumed)")
+
+    def step_begins(self, number: int, candidates: int, layers: int) -> None:
+        """A bar for the step."""
+        self._bar = tqdm(
+            total=layers,
+            desc=f"step {number}: {candidates} candidates",
+            unit="layer",
+            leave=False,
+            disable=self._silent,
+        )
+
+    def layer_done(self) -> None:
+        """The bar moves on."""
+        assert self._bar is not None
+        self._bar.update()
+
+    def step_ended(self, number: int, step: Step) -> None:
+        """A line for the step, in place of its bar."""
+        assert self._bar is not None
+        self._bar.close()
+        close = ", ".join(map(str, step.rivals))
+        note = f"; this text does not tell it from {close}" if close else ""
+        self._say(f"step {number}: block {step.block}, loss {step.loss:.4f}{note}")
+
+    def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
+        """A line for each gap."""
+        for gap in gaps:
+            self._say(
+                f"gap {gap.first} to {gap.last}: {1 - gap.missing:.0%} of what is missing repaired "
+                f"on held-out windows (ridge {gap.ridge:g})"
+            )
+        self._say(f"repaired: loss {loss:.4f}")
+
+    def _say(self, text: str) -> None:
+        if not self._silent:
+            say(text)
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
