@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import oracle
-from engines import Case, differences, greedy_equal, run_jobs
+from engines import Case, check_size, differences, greedy_equal, run_jobs
 from sleb_serve.causal_lm import CausalLM, load_model
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.cli import main
@@ -31,7 +31,7 @@ REMOVED = (2, 3, 6)
 
 
 def fitted(path: Path, removed: Sequence[int], kind: str) -> list[Gap]:
-    windows = random_windows(12, 200)
+    windows = random_windows(20, 240)
     model = CausalLM(load_model(open_checkpoint(str(path)), "float32"), windows[0])
     found: list[Gap] = fit(model, windows, removed, kind)[0]
     return found
@@ -95,7 +95,7 @@ def test_the_first_gap_is_weighted_ridge_regression_on_the_dense_models_states(
     )
     before, after = [], []
     with torch.no_grad():
-        for window in random_windows(12, 200):
+        for window in random_windows(20, 240):
             states = model.model(torch.tensor([window]), output_hidden_states=True).hidden_states
             before.append(states[2][0])
             after.append(states[4][0])
@@ -251,6 +251,7 @@ def check(
         model = repaired(models(name), removed, read_sidecar(manifest.pruning()))
         assert max(differences(result, model)) < 1e-3
         assert greedy_equal(result, model)
+        check_size(result, models(name), Case(name, removed))
         # The repair is not so small that its absence would pass.
         assert max(differences(result, oracle.pruned(models(name), removed))) > 1e-2
 

@@ -31,8 +31,8 @@ from sleb_serve.selection import greedy
 
 COUNTS = (3, 6, 9)
 SEARCH = {"sequences": 16, "sequence_length": 512}
-REPAIR = {"sequences": 96, "sequence_length": 512}
-JUDGED_WINDOWS, JUDGED_LENGTH = 32, 1024
+REPAIR = {"sequences": 64, "sequence_length": 512}
+JUDGED_WINDOWS, JUDGED_LENGTH = 24, 1024
 TASKS = ("piqa", "arc_easy", "winogrande")
 
 
@@ -89,6 +89,9 @@ class Study:
 
     def sleb(self, count: int) -> list[int]:
         """SLEB's greedy choice, in order."""
+        order = self.path.with_name("order.json")
+        if order.exists():
+            self._order = json.loads(order.read_text())
         if not self._order:
             windows = make_windows("wikitext2", self.tokenize, **SEARCH)
             scorer = Scorer(
@@ -107,6 +110,7 @@ class Study:
                 on_step=lambda step: print("step", step.block, step.loss, flush=True),
             )
             self._order = [step.block for step in steps]
+            order.write_text(json.dumps(self._order) + "\n")
         return self._order[:count]
 
     def shortgpt(self, count: int) -> list[int]:
