@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sleb_serve.errors import SlebError, first_line
@@ -30,7 +32,18 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all: temporary file, fsync, rename.
+    """Write `data` to `path` whole or not at all.
+
+    Raises:
+        SlebError: the file could not be written; whatever was at `path` before is still there.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that becomes `path` at the end, or is never seen: fsync, then rename.
 
     Raises:
         SlebError: the file could not be written; whatever was at `path` before is still there.
@@ -40,10 +53,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         # mkstemp makes the file readable by its owner alone; other users of a shared model
         # store need to read manifests, so it gets the mode that open() would have given it.
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
         temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -53,11 +66,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise SlebError(
             f"cannot write {path}: {first_line(error)}; nothing was changed there"
         ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

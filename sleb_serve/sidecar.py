@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.files import whole_file
 from sleb_serve.pruning import Pruning, RepairFile
 
 _CHUNK = 1 << 24
@@ -45,27 +44,16 @@ def write_sidecar(path: Path, tensors: Mapping[str, Any], about: Mapping[str, An
     Raises:
         SlebError: it cannot be written; what was there before still is.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary: Path | None = None
-    try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        temporary = Path(name)
-        # One entry of metadata: several would be written in no fixed order.
-        save_file(dict(tensors), temporary, metadata={"sleb_serve": json.dumps(about)})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        digest = _sha256(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except Exception as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise SlebError(
-            f"cannot write {path}: {first_line(error)}; nothing was changed there"
-        ) from error
-    return digest
+    with whole_file(path) as temporary:
+        try:
+            # One entry of metadata: several would be written in no fixed order.
+            save_file(dict(tensors), temporary, metadata={"sleb_serve": json.dumps(about)})
+        except SafetensorError as error:
+            raise OSError(first_line(error)) from error
+        return _sha256(temporary)
 
 
 def check_sidecar(repair: RepairFile) -> None:
