@@ -33,6 +33,12 @@ def describe(manifest: Manifest) -> str:
             f"selection    {how.method}, the first {how.early_barrier} and last {how.late_barrier} "
             f"kept, {how.dtype}"
         )
+    if manifest.repair is not None:
+        mended = manifest.repair
+        loss = "" if mended.loss is None else f", loss {mended.loss:.4f} on them"
+        lines.append(
+            f"repair       {mended.kind}, fitted on {mended.sequences} windows{loss}: {mended.file}"
+        )
     if manifest.created_by:
         made = ", ".join(f"{name} {number}" for name, number in manifest.created_by.items())
         lines.append(f"created by   {made}")

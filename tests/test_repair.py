@@ -156,9 +156,13 @@ def select_repaired(models: Models, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def test_select_writes_the_sidecar_and_a_resumed_search_the_same_bytes(
-    select_repaired: Callable[..., list[str]], tmp_path: Path
+    select_repaired: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(select_repaired("m.json")) == 0
+    shown = capsys.readouterr().out
+    assert "repair       fold, fitted on 4 windows" in shown
     manifest = read_manifest(tmp_path / "m.json")
     assert manifest.repair is not None
     assert manifest.repair.loss is not None
@@ -222,6 +226,7 @@ SERVED = [
     ("gemma3", (1, 2), "map"),
     ("gpt2", (2, 3), "map"),
     ("qwen2", (1, 3), "fold"),
+    ("olmo2", (1, 3), "map"),  # in vLLM's Transformers backend
 ]
 
 
