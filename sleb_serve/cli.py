@@ -31,11 +31,13 @@ examples:
   sleb-serve select facebook/opt-6.7b -o opt.json --remove 7 --calibration c4 --rows 128
   sleb-serve select ./my-model -o m.json --remove 6 --calibration chats.jsonl \\
       --sequences 16 --sequence-length 1024
+  sleb-serve select ./my-model -o m.json --remove 6 --repair fold --repair-sequences 64
   sleb-serve select ./huge-model -o m.json --remove 0.2 --memory-budget 16GiB
   accelerate launch --num_processes 2 -m sleb_serve.cli select ./my-model -o m.json --remove 6
   sleb-serve select ./my-model -o m.json --remove 6 --resume    # after an interruption
 
-Beside M.json, M.json.search.jsonl records the loss of every candidate of every step.
+Beside M.json, M.json.search.jsonl records every candidate of every step, and a repair's weights are
+in M.json.repair.safetensors, which must lie beside M.json wherever it is served.
 """
 _SERVE_EXAMPLES = """\
 examples:
