@@ -98,19 +98,18 @@ def _layers_outside(checkpoint: Checkpoint, device: Any) -> dict[str, Any]:
         device = torch.accelerator.current_device_index()
     if device != "cpu" and size < 0.8 * psutil.virtual_memory().available:
         where = "cpu"
-    inside = {id(module) for module in layers.modules()}
-    around = {
-        id(module)
-        for module in shell.modules()
-        if any(id(part) in inside for part in module.modules())
-    }
+    path = next(name for name, module in shell.named_modules() if module is layers)
     place: dict[str, Any] = {}
-    for name, module in shell.named_modules():
-        if module is layers:
+    for name, _ in shell.named_modules():
+        if name == path:
             place[name] = where
-        elif id(module) not in around and not any(name.startswith(f"{n}.") for n in place):
+        elif name and not path.startswith(f"{name}.") and not _covered(name, place):
             place[name] = device
     return place
+
+
+def _covered(name: str, place: dict[str, Any]) -> bool:
+    return any(name.startswith(f"{above}.") for above in place)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -162,8 +162,8 @@ class Manifest:
         )
 
     def _repair_file(self, repair: Repair) -> RepairFile:
-        folder = (self.folder or Path()).resolve()
-        return RepairFile(repair.kind, repair.sha256, str(folder / repair.file))
+        path = (self.folder or Path()).resolve() / repair.file
+        return RepairFile(repair.kind, repair.sha256, str(path))
 
     def to_json(self) -> bytes:
         """The manifest as the bytes of its file; equal manifests give equal bytes."""

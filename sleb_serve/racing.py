@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from statistics import NormalDist, fmean, stdev
 from typing import Protocol
 
@@ -137,12 +136,11 @@ class FastSearch:
             base: the loss with `removed` gone, None if not known yet.
             on_layer: see `LayerSweep.score`.
         """
-        drop, lazy = racing(Budget(self._error)), Budget(self._error)
+        drop = racing(Budget(self._error))
         best = min((self._costs[c][0] for c in candidates if c in self._costs), default=math.inf)
         found: dict[int, tuple[float, bool]] = {}
         close: tuple[int, ...] = ()
-        passed = lazy.spend({c: self._chance(c, best) for c in candidates})
-        while ask := [c for c in candidates if c not in found and c not in passed]:
+        while ask := self._worth_a_look([c for c in candidates if c not in found], best):
             scores = self._race(removed, ask, on_layer, drop)
             base = scores.base if base is None else base
             found |= dict(zip(ask, zip(scores.losses, scores.exact, strict=True), strict=True))
@@ -152,8 +150,6 @@ class FastSearch:
                 close = scores.rivals
             # The best may cost more than was thought, and others have a chance after all.
             best = max(best, least - base)
-            lazy = Budget(self._error)
-            passed = lazy.spend({c: self._chance(c, best) for c in candidates if c not in found})
         assert base is not None
         self._learn({block: loss - base for block, (loss, _) in found.items()})
         for block in candidates:
@@ -161,7 +157,7 @@ class FastSearch:
                 # It was passed over because it costs more than the best by all that is known.
                 found[block] = (base + max(self._costs[block][0], least - base + 1e-9), False)
         losses, exact = zip(*(found[block] for block in candidates), strict=True)
-        return replace(scores, losses=losses, exact=exact, base=base, rivals=close)
+        return Scores(losses, exact, base, close)
 
     def _race(
         self,
@@ -197,6 +193,11 @@ class FastSearch:
         ]
         losses, exact = zip(*results, strict=True)
         return Scores(losses, exact, fine.base, rough.rivals)
+
+    def _worth_a_look(self, candidates: Sequence[int], best: float) -> list[int]:
+        """Those that cannot be passed over within the error."""
+        passed = Budget(self._error).spend({c: self._chance(c, best) for c in candidates})
+        return [c for c in candidates if c not in passed]
 
     def _chance(self, block: int, best: float) -> float:
         """The probability that a block's absence costs less than `best` now."""

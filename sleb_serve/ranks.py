@@ -1,4 +1,4 @@
-"""Several processes that share a selection: ``accelerate launch --num_processes N``."""
+"""Several processes that share a selection, as ``accelerate launch`` or ``torchrun`` starts them."""
 
 from __future__ import annotations
 
@@ -52,8 +52,13 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def processes_here() -> int:
+    """How many processes of the launch run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def launched() -> Ranks:
-    """The processes that accelerate launched, as its environment says; joins them."""
+    """The processes that were launched together, as the environment says; joins them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     import torch

@@ -35,7 +35,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 _HELD_OUT = 4
 """One window in so many judges the strengths."""
 _PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.dense_4h_to_h")
-"""The last projection of a block, by its name there; `_projection` checks that it is one."""
+"""The last projection of a block, by its name there; `_is_last` checks that it is."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.memory import USED_SHARE, BudgetError, default_budget, format_size, give_back_freed
 from sleb_serve.racing import FastSearch
-from sleb_serve.ranks import Ranks
+from sleb_serve.ranks import Ranks, processes_here
 from sleb_serve.repair import Gap, fit
 from sleb_serve.scoring import LayerSweep
 from sleb_serve.selection import Scores
@@ -58,12 +57,13 @@ class Scorer:
         own = ranks.share(windows.tokens)
         if budget is None:
             # Processes on one machine share its memory; accelerators are theirs alone.
-            shared = 1 if torch.accelerator.is_available() else _processes_here()
+            shared = 1 if torch.accelerator.is_available() else processes_here()
             budget = default_budget() // shared
         else:
             give_back_freed()
         resident, outside = _weights(checkpoint, dtype)
-        states = (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), dtype)
+        computed = checkpoint.dtype if dtype == "auto" else dtype
+        states = (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), computed)
 
         def sweep(budget: int, dtype: str, weights: int, streamed: bool = False) -> LayerSweep:
             model = load_model(checkpoint, dtype, streamed=streamed, device=ranks.device)
@@ -78,7 +78,7 @@ class Scorer:
 
         screen: LayerSweep | None = None
         half = resident // 2
-        wide = (checkpoint.dtype if dtype == "auto" else dtype) == "float32"
+        wide = computed == "float32"
         if fast and wide and _has_fast_bfloat16() and 2 * states + resident + half < budget // 2:
             part = (budget - resident - half) // 3 + half
             screen = sweep(part, "bfloat16", half)
@@ -127,10 +127,6 @@ class Scorer:
         """Fit a repair on all processes' windows: see `sleb_serve.repair.fit`."""
         result: tuple[list[Gap], float] = fit(self.sweep.model, windows, removed, kind)
         return result
-
-
-def _processes_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _weights(checkpoint: Checkpoint, dtype: str) -> tuple[int, int | None]:

@@ -109,7 +109,7 @@ class LayerSweep:
                 "the tokenizer makes token ids beyond the model's vocabulary; the tokenizer files "
                 "are not this model's"
             )
-        self._first_state, calls = model.begin(windows[0])
+        state, calls = model.begin(windows[0])
         self._windows = [
             _Window(torch.tensor(window, device=model.device), calls) for window in windows
         ]
@@ -117,7 +117,7 @@ class LayerSweep:
             own = model.begin(window.tokens.tolist())[1]
             if not same(own, calls):
                 window.calls = own
-        self.plan = self._make_plan(budget, weights, streamed)
+        self.plan = self._make_plan(state, budget, weights, streamed)
         self._losses: dict[int, float] = {}
         self._keeps_bases = False
         # Processes may have one window more or less each; all take part in all rounds.
@@ -194,11 +194,7 @@ class LayerSweep:
     def loss(self, removed: Sequence[int]) -> float:
         """Mean nats per predicted token with `removed` skipped."""
         for window in self._windows:
-            window.tallies = {}
             self._sweep([window], removed, (), True, frozenset(), lambda: None)
-            tally = window.tallies[BASE]
-            while tally.parts < len(window.parts):
-                self._head.add(tally, window.parts, window.targets)
         result = self._mean(BASE)
         for window in self._windows:
             window.tallies = {}
@@ -305,8 +301,6 @@ class LayerSweep:
                 there = {fork: states[fork] for fork in states if fork in wanted}
                 alive = (i for i in range(index, len(self.model.layers)) if i not in gone)
                 return _Work(next(alive, len(self.model.layers)), there, frozenset(late))
-        if window is self._windows[0]:
-            return _Work(0, {BASE: self._first_state}, frozenset())
         return _Work(0, {BASE: self.model.begin(window.tokens.tolist())[0]}, frozenset())
 
     def _snapshot_positions(
@@ -365,9 +359,9 @@ class LayerSweep:
             self._head.add(tally, window.parts, window.targets)
         return self._windows[0].tallies[block].parts == self._parts
 
-    def _make_plan(self, budget: int | None, weights: int, streamed: bool) -> Plan:
-        """Measure the work on one state, and divide the budget."""
-        state, window = self._first_state, self._windows[0]
+    def _make_plan(self, state: Tensor, budget: int | None, weights: int, streamed: bool) -> Plan:
+        """Measure the work on the first window's state, and divide the budget."""
+        window = self._windows[0]
         layers = len(self.model.layers)
         self._head = Vocabulary(self.model)
         if budget is None:
@@ -381,8 +375,7 @@ class LayerSweep:
         def one_head() -> None:
             normed = self.model.normed(state)[:-1]
             rows = torch.arange(self._head.rows_at_once(len(normed)), device=normed.device)
-            head = self.model.head_rows(rows) if self.model.row_wise else None
-            self.model.logits(normed, head).float().logsumexp(1)
+            self._head.add(Tally(normed), [rows], window.targets)
 
         needs = Needs(weights, state.nbytes, peak_bytes(one_layer), peak_bytes(one_head))
         on_cpu = self.model.device.type == "cpu"

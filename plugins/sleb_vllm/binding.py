@@ -40,8 +40,6 @@ def check_engine(vllm_config: Any) -> Pruning:
         )
     check_version(vllm_version())
     check_features(vllm_config)
-    if pruning.repair is not None:
-        check_sidecar(pruning.repair)
     # A model from the hub may be downloading at this moment, in another rank: see check_weights.
     if vllm_config.load_config.load_format != "dummy" and Path(model_config.model).is_dir():
         check_weights(vllm_config, pruning)
@@ -52,7 +50,13 @@ def prepare_loading(vllm_config: Any, pruning: Pruning) -> None:
     """Make vLLM fetch and load the files that the manifest's digest covers, and no others.
 
     Called in the first process, before the configuration goes to the workers.
+
+    Raises:
+        SlebError: the manifest's repair is not there, or not its own.
     """
+    if pruning.repair is not None:
+        # The ranks look at it when they load it.
+        check_sidecar(pruning.repair)
     model_config, load_config = vllm_config.model_config, vllm_config.load_config
     if load_config.load_format == "auto":
         # "auto" prefers Mistral's own files, where a folder holds both kinds.

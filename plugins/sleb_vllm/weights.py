@@ -1,4 +1,4 @@
-"""Loading a checkpoint without reading what belongs to its removed layers."""
+"""Loading a checkpoint: removed layers are not read, a repair's weights take their places."""
 
 from __future__ import annotations
 
