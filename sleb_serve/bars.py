@@ -22,6 +22,7 @@ class SearchBars:
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
         self._silent = not is_first()
+        self._chain: list[int] = []
 
     def __enter__(self) -> SearchBars:
         return self
@@ -34,22 +35,23 @@ class SearchBars:
     def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there."""
         text = windows.calibration
+        self._chain = []
         self._say(f"calibration: {text.sequences} windows of {text.sequence_length} tokens")
         self._say(f"scoring: {how}")
         for number, step in enumerate(resumed, 1):
-            self._say(f"step {number}: block {step.block}, loss {step.loss:.4f} (resumed)")
+            self._say(f"{self._line(number, step)} (resumed)")
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
         """A bar for the step."""
-        self._bar = tqdm(
-            total=layers,
-            desc=f"step {number}: {candidates} candidates",
-            unit="layer",
-            leave=False,
-            disable=self._silent,
-        )
+        self._begin(f"step {number}: {candidates} candidates", layers, "layer")
 
-    def layer_done(self) -> None:
+    def repairs_begin(self, number: int, candidates: int) -> None:
+        """Another bar for the step."""
+        assert self._bar is not None
+        self._bar.close()
+        self._begin(f"step {number}: the best repaired", candidates, "candidate")
+
+    def advance(self) -> None:
         """The bar moves on."""
         assert self._bar is not None
         self._bar.update()
@@ -60,7 +62,7 @@ class SearchBars:
         self._bar.close()
         close = ", ".join(map(str, step.rivals))
         note = f"; this text does not tell it from {close}" if close else ""
-        self._say(f"step {number}: block {step.block}, loss {step.loss:.4f}{note}")
+        self._say(f"{self._line(number, step)}{note}")
 
     def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
         """A line for each gap."""
@@ -70,6 +72,16 @@ class SearchBars:
                 f"on held-out windows (ridge {gap.ridge:g})"
             )
         self._say(f"repaired: loss {loss:.4f}")
+
+    def _line(self, number: int, step: Step) -> str:
+        gone = ", ".join(map(str, step.removed)) or "none"
+        # Where searches go back, the step's number does not say what was gone.
+        after = "" if list(step.removed) == self._chain else f" after {gone}"
+        self._chain = [*step.removed, step.block]
+        return f"step {number}: block {step.block}{after}, loss {step.loss:.4f}"
+
+    def _begin(self, text: str, total: int, unit: str) -> None:
+        self._bar = tqdm(total=total, desc=text, unit=unit, leave=False, disable=self._silent)
 
     def _say(self, text: str) -> None:
         if not self._silent:

@@ -64,6 +64,7 @@ def make_windows(
     sequence_length: int,
     seed: int = 0,
     rows: int | None = None,
+    sample: int = 0,
 ) -> Windows:
     """Cut `source` into consecutive windows of token ids.
 
@@ -77,6 +78,8 @@ def make_windows(
         seed: shuffles the rows of ``wikitext2`` and ``c4``.
         rows: how many rows of ``wikitext2`` and ``c4``; None for 128, and as many more as it
             takes to fill `sequences` windows.
+        sample: which sample of the source, each as large: other rows by the seeds after `seed`,
+            or of other sources, the windows that follow.
 
     Raises:
         SlebError: the source is unknown, unreadable, empty, or shorter than was asked for.
@@ -89,7 +92,9 @@ def make_windows(
     if sequences is not None and sequences < 1:
         raise SlebError(f"--sequences {sequences}: at least one window is needed")
     split: str | None = None
+    first = 0
     if source in HUB_TEXTS:
+        seed += sample
         split = HUB_TEXTS[source].split
         ids, rows = _hub_tokens(source, tokenize, sequences, sequence_length, seed, rows)
     else:
@@ -97,21 +102,23 @@ def make_windows(
             raise SlebError(f"--rows is for {' and '.join(HUB_TEXTS)}; {source} has no rows")
         text = _python_docs() if source == EMBEDDED else _file_text(source)
         sequences = sequences or 8
-        ids = _tokens(tokenize, text, source, sequences * sequence_length)
+        first = sample * sequences
+        ids = _tokens(tokenize, text, source, (first + sequences) * sequence_length)
     available = len(ids) // sequence_length
     if available == 0:
         raise SlebError(
             f"calibration text {source} has {len(ids)} tokens, less than one window of "
             f"{sequence_length}; give more text or a smaller --sequence-length"
         )
-    if sequences is not None and available < sequences:
+    if sequences is not None and available < first + sequences:
         raise SlebError(
             f"calibration text {source} gives {available} windows of {sequence_length} tokens, "
-            f"{sequences} were asked for; give more text or smaller --sequences"
+            f"{first + sequences} were asked for; give more text or smaller --sequences"
         )
     count = sequences or available
     tokens = tuple(
-        tuple(ids[i * sequence_length : (i + 1) * sequence_length]) for i in range(count)
+        tuple(ids[i * sequence_length : (i + 1) * sequence_length])
+        for i in range(first, first + count)
     )
     return Windows(
         tokens,

@@ -16,7 +16,7 @@ from sleb_serve import __version__
 from sleb_serve.bars import SearchBars, say
 from sleb_serve.calibration import EMBEDDED, HUB_TEXTS
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import read_manifest
+from sleb_serve.manifest import OBJECTIVES, read_manifest
 from sleb_serve.pruning import REPAIRS
 from sleb_serve.ranks import is_first
 from sleb_serve.search_log import log_path
@@ -32,6 +32,7 @@ examples:
   sleb-serve select ./my-model -o m.json --remove 6 --calibration chats.jsonl \\
       --sequences 16 --sequence-length 1024
   sleb-serve select ./my-model -o m.json --remove 6 --repair fold --repair-sequences 64
+  sleb-serve select ./my-model -o m.json --remove 6 --search beam:4 --seeds 3
   sleb-serve select ./huge-model -o m.json --remove 0.2 --memory-budget 16GiB
   accelerate launch --num_processes 2 -m sleb_serve.cli select ./my-model -o m.json --remove 6
   sleb-serve select ./my-model -o m.json --remove 6 --resume    # after an interruption
@@ -217,10 +218,27 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--search",
-        choices=SEARCHES,
+        metavar="|".join(SEARCHES),
         default="greedy",
         help="greedy: the official algorithm's result, exactly; fast: the same with a probability "
-        "of 95 %%, candidates leave once they are unlikely to win (default: greedy)",
+        "of 95 %%, candidates leave once they are unlikely to win; beam:W follows the W best sets "
+        "of each size; swap exchanges blocks of the greedy choice while that lowers the loss "
+        "(default: greedy)",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="nll",
+        help="what to keep low: nll, the loss on the text, as the paper does; kl, the divergence "
+        "from the dense model's predictions (default: nll)",
+    )
+    parser.add_argument(
+        "--seeds",
+        metavar="S",
+        type=int,
+        default=1,
+        help="search on S samples of the text, and state in the manifest how stable the list is; "
+        "the blocks removed are the first sample's (default: 1)",
     )
     parser.add_argument(
         "--repair",
@@ -236,6 +254,14 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="windows of text to fit the repair on, which is cheap beside the search: the more the "
         "better (default: those of the search)",
+    )
+    parser.add_argument(
+        "--repair-search",
+        metavar="N",
+        type=int,
+        default=0,
+        help="choose each block among the N best by their loss once repaired (default: 0, by the "
+        "loss as they are)",
     )
     parser.add_argument(
         "--memory-budget",

@@ -23,6 +23,8 @@ from sleb_serve.files import write_atomically
 from sleb_serve.pruning import Pruning, RepairFile, block_count, check_blocks, repair_kind
 
 SCHEMA_VERSION = 1
+OBJECTIVES = ("nll", "kl")
+"""What losses are: nats per predicted token of the text, or of divergence from the dense model."""
 MAX_BYTES = 1 << 20
 
 
@@ -55,11 +57,6 @@ class Removal:
     block: int
     loss: float | None = None
 
-    @property
-    def perplexity(self) -> float | None:
-        """exp(loss); None where the loss is unknown or its exponential is not finite."""
-        return perplexity_of(self.loss)
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -81,12 +78,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Selection:
-    """How the blocks were searched for: SLEB's greedy search, its barriers, the model's dtype."""
+    """How the blocks were searched for: SLEB's greedy search, its barriers, the model's dtype.
+
+    Losses are those of the ``objective``: ``nll`` on the text, or ``kl`` from the dense model.
+    ``samples`` are the blocks that the same search removes on other samples of the text.
+    """
 
     method: str
     early_barrier: int
     late_barrier: int
     dtype: str
+    objective: str = "nll"
+    samples: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,11 @@ class Manifest:
             repair=None if self.repair is None else self._repair_file(self.repair),
         )
 
+    def perplexity(self, loss: float | None) -> float | None:
+        """exp(loss); None where there is no such thing, as for a divergence."""
+        is_loss = self.selection is None or self.selection.objective == "nll"
+        return perplexity_of(loss) if is_loss else None
+
     def _repair_file(self, repair: Repair) -> RepairFile:
         path = (self.folder or Path()).resolve() / repair.file
         return RepairFile(repair.kind, repair.sha256, str(path))
@@ -175,18 +183,21 @@ class Manifest:
                 if name != "block_sha256" or entry is not None
             },
             "removed": [
-                {"block": r.block, "loss": r.loss, "perplexity": r.perplexity} for r in self.removed
+                {"block": r.block, "loss": r.loss, "perplexity": self.perplexity(r.loss)}
+                for r in self.removed
             ],
         }
         if self.dense_loss is not None:
             value["dense"] = {
                 "loss": self.dense_loss,
-                "perplexity": perplexity_of(self.dense_loss),
+                "perplexity": self.perplexity(self.dense_loss),
             }
         if self.calibration is not None:
             value["calibration"] = dict(vars(self.calibration))
         if self.selection is not None:
-            value["selection"] = dict(vars(self.selection))
+            value["selection"] = {
+                name: _thaw(entry) for name, entry in vars(self.selection).items() if entry != ()
+            }
         if self.repair is not None:
             value["repair"] = {k: v for k, v in vars(self.repair).items() if v is not None}
         value["evaluation"] = _thaw(self.evaluation)
@@ -360,8 +371,17 @@ def _parse_calibration(value: object) -> Calibration:
 
 def _parse_selection(value: object, num_blocks: int) -> Selection:
     fields = strict_json.object_(
-        value, "selection", required=("method", "early_barrier", "late_barrier", "dtype")
+        value,
+        "selection",
+        required=("method", "early_barrier", "late_barrier", "dtype"),
+        optional=("objective", "samples"),
     )
+    objective = strict_json.line(fields.get("objective", "nll"), "selection.objective")
+    if objective not in OBJECTIVES:
+        raise SlebError(
+            f"selection.objective must be one of {', '.join(OBJECTIVES)}, found "
+            f"{strict_json.short(objective)}; upgrade sleb-serve or select anew"
+        )
     return Selection(
         method=strict_json.line(fields["method"], "selection.method"),
         early_barrier=strict_json.integer(
@@ -371,7 +391,23 @@ def _parse_selection(value: object, num_blocks: int) -> Selection:
             fields["late_barrier"], "selection.late_barrier", 0, num_blocks
         ),
         dtype=strict_json.line(fields["dtype"], "selection.dtype"),
+        objective=objective,
+        samples=tuple(
+            _parse_sample(entry, f"selection.samples[{i}]", num_blocks)
+            for i, entry in enumerate(
+                strict_json.list_(fields.get("samples", []), "selection.samples")
+            )
+        ),
     )
+
+
+def _parse_sample(value: object, where: str, num_blocks: int) -> tuple[int, ...]:
+    blocks = tuple(
+        strict_json.integer(block, f"{where}[{i}]", 0, num_blocks - 1)
+        for i, block in enumerate(strict_json.list_(value, where))
+    )
+    check_blocks(blocks, num_blocks, where)
+    return blocks
 
 
 def _parse_repair(value: object) -> Repair:

@@ -105,7 +105,14 @@ def give_back_freed() -> None:
 
 
 def make_plan(
-    budget: int, needs: Needs, *, windows: int, forks: int, best_chunk: int, streamed: bool
+    budget: int,
+    needs: Needs,
+    *,
+    windows: int,
+    forks: int,
+    best_chunk: int,
+    streamed: bool,
+    extra: int = 0,
 ) -> Plan:
     """Divide a budget.
 
@@ -121,13 +128,14 @@ def make_plan(
         forks: candidates of the first step.
         best_chunk: states a chunk beyond which nothing is gained.
         streamed: whether layers' weights come from disk.
+        extra: states that are held besides.
 
     Raises:
         BudgetError: the budget is less than what must fit; the message says how much that is.
     """
     usable = int(USED_SHARE * budget) - _LIBRARIES
     group = (forks + 2) * needs.state
-    finals = 2 * windows * needs.state
+    finals = (2 * windows + extra) * needs.state
     least = needs.weights + group + max(needs.layer, needs.head) + finals
     if least > usable:
         raise BudgetError(

@@ -17,6 +17,9 @@ MAX_BLOCKS = 100_000
 REPAIRS = ("scale", "fold", "map")
 """What can be done at the gaps that removed blocks leave; see `sleb_serve.repair`."""
 
+MAP_EPSILON = 1e-6
+"""Added to the stream's mean square where a map takes it normalised."""
+
 
 @dataclass(frozen=True)
 class RepairFile:

@@ -8,7 +8,9 @@ what is missing is fitted gap by gap in one pass over the layers, and nothing is
 - *fold*: a change to the last projection of the block before the gap, from its own inputs to what
   is missing. It is put into that weight, so serving costs nothing (as in ReplaceMe, arXiv
   2505.02819, which folds a map of the projection's output).
-- *map*: a d x d matrix added to the stream at the gap.
+- *map*: a d x d matrix; the stream is normalised to a mean square of one, goes through it, and is
+  added to the stream. What blocks add depends on the normalised stream, too: without it, a map
+  leaves a fifth more perplexity behind at 9 of SmolLM2's 30 blocks, and harms on other text.
 
 Tokens count by the inverse of their squared norm. What comes after normalises each token, so errors
 matter relative to its size; and the first tokens of a text, whose norm is a thousand times the
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from sleb_serve.causal_lm import Call, CausalLM
 from sleb_serve.errors import SlebError
-from sleb_serve.pruning import gaps
+from sleb_serve.pruning import MAP_EPSILON, gaps
 from sleb_serve.sidecar import gap_name
 from sleb_serve.vocabulary import Vocabulary
 
@@ -138,6 +140,8 @@ def _mend(
         """Of one window: what is given [L, p], what is missing [L, d], how tokens count [L, 1]."""
         state, goal = pruned[number][0].double(), dense[number][0].double()
         given = folded.inputs[number].double() if kind == "fold" else state
+        if kind == "map":
+            given = nn.functional.rms_norm(given, given.shape[-1:], eps=MAP_EPSILON)
         weight = goal.square().sum(1, keepdim=True).clamp(min=1e-12).reciprocal()
         return given, goal - state, weight
 

@@ -34,6 +34,8 @@ class Scorer:
         budget: bytes for this process; None for four fifths of what is free.
         steps: how many steps the search has.
         fast: whether to race.
+        objective: see `LayerSweep`.
+        least: how many of a step's least losses must be exact.
 
     Raises:
         SlebError: the model cannot be loaded, or not within the budget.
@@ -53,6 +55,8 @@ class Scorer:
         budget: int | None,
         steps: int,
         fast: bool,
+        objective: str = "nll",
+        least: int = 1,
     ) -> None:
         own = ranks.share(windows.tokens)
         if budget is None:
@@ -74,6 +78,7 @@ class Scorer:
                 weights=weights,
                 streamed=streamed,
                 gather=ranks.gather,
+                objective=objective,
             )
 
         screen: LayerSweep | None = None
@@ -91,6 +96,7 @@ class Scorer:
                 raise
             streams = True
             self.sweep = sweep(budget, dtype, outside, streams)
+        self._least = least
         self.dtype = str(self.sweep.model.dtype).removeprefix("torch.")
         found = len(self.sweep.model.layers)
         if found != checkpoint.num_blocks:
@@ -119,7 +125,7 @@ class Scorer:
         """The losses of a step; `base` is that of `removed`, where it is known."""
         if self._race is not None:
             return self._race.score(removed, candidates, base, on_layer=on_layer)
-        return self.sweep.score(removed, candidates, on_layer=on_layer)
+        return self.sweep.score(removed, candidates, on_layer=on_layer, least=self._least)
 
     def repair(
         self, kind: str, windows: Sequence[Sequence[int]], removed: Sequence[int]

@@ -26,7 +26,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.memory import Needs, Plan, make_plan, peak_bytes
 from sleb_serve.racing import Drop, rivals
 from sleb_serve.selection import Scores
-from sleb_serve.vocabulary import LOGITS_BYTES, Tally, Vocabulary
+from sleb_serve.vocabulary import LOGITS_BYTES, Dense, Tally, Vocabulary
 
 BASE = -1
 """Stands among the candidates for the model with none of them removed."""
@@ -46,6 +46,7 @@ class _Window:
 
     Attributes:
         parts: rows of the head, [R] each; the first holds every token to predict.
+        dense: what the dense model predicts, where losses are taken against that.
         snapshots: states on entering a block with those below it gone: {(block, gone): states}.
         bases: the base's state on entering a block, the same way.
     """
@@ -53,6 +54,7 @@ class _Window:
     tokens: Tensor
     calls: list[Call]
     parts: list[Tensor] = field(default_factory=list)
+    dense: Dense | None = None
     snapshots: dict[tuple[int, frozenset[int]], dict[int, Tensor]] = field(default_factory=dict)
     bases: dict[tuple[int, frozenset[int]], Tensor] = field(default_factory=dict)
     tallies: dict[int, Tally] = field(default_factory=dict)
@@ -90,6 +92,8 @@ class LayerSweep:
         weights: bytes of the weights that are held, out of the budget.
         streamed: whether the layers' weights come from disk.
         gather: what each window of this process gave -> what each window of all processes gave.
+        objective: ``nll``, the loss on the text; or ``kl``, the Kullback-Leibler divergence of the
+            dense model's predictions from the pruned one's, in nats per predicted token.
     """
 
     def __init__(
@@ -101,8 +105,10 @@ class LayerSweep:
         weights: int = 0,
         streamed: bool = False,
         gather: Callable[[list[Any]], list[Any]] = lambda values: values,
+        objective: str = "nll",
     ) -> None:
         self.model = model
+        self._against_dense = objective == "kl"
         self._gather = gather
         if max(max(window) for window in windows) >= model.vocabulary:
             raise SlebError(
@@ -132,6 +138,7 @@ class LayerSweep:
         on_layer: Callable[[], None] = lambda: None,
         drop: Drop = lambda segments, share: frozenset(),
         slack: float = 0.0,
+        least: int = 1,
     ) -> Scores:
         """Mean nats per predicted token with `removed` and each of `candidates` in turn skipped.
 
@@ -144,11 +151,13 @@ class LayerSweep:
             on_layer: called for each window and alive block, `layer_count` times.
             drop: which candidates to give up, asked after each group of windows.
             slack: losses that are higher than the least by no more than this are exact, too.
+            least: how many of the least are exact at any rate.
 
         Returns:
-            One loss per candidate. The least is exact; one that is not is at least what it says,
-            or, if it was dropped, what it would be if it went on as on the windows seen.
+            One loss per candidate. The `least` least are exact; one that is not is at least what it
+            says, or, if it was dropped, what it would be if it went on as on the windows seen.
         """
+        self._meet_dense(removed)
         base = not self._windows[0].parts
         known, active = self._losses, list(candidates)
         segments: dict[int, list[float]] = {block: [] for block in candidates}
@@ -167,14 +176,15 @@ class LayerSweep:
         base_loss = self._mean(BASE) if base else None
         bounds = {block: self._mean(block) for block in active}
         exact = dict.fromkeys(active, self._parts == 1)
-        least = math.inf
-        while open_ := [c for c in active if not exact[c] and bounds[c] <= least + slack]:
+        limit = math.inf
+        while open_ := [c for c in active if not exact[c] and bounds[c] <= limit + slack]:
             # Always the lowest bound: what is above the least in the end is never scored whole.
             block = min(open_, key=lambda c: bounds[c])
             exact[block] = self._refine(removed, block)
             bounds[block] = self._mean(block)
-            if exact[block]:
-                least = min(least, bounds[block])
+            whole = sorted(bounds[c] for c in active if exact[c])
+            if len(whole) >= least:
+                limit = whole[least - 1]
         best = min((c for c in active if exact[c]), key=lambda c: bounds[c], default=BASE)
         close = () if best == BASE else rivals({c: segments[c] for c in active}, best)
         for block in set(candidates).difference(active):
@@ -193,6 +203,7 @@ class LayerSweep:
 
     def loss(self, removed: Sequence[int]) -> float:
         """Mean nats per predicted token with `removed` skipped."""
+        self._meet_dense(removed)
         for window in self._windows:
             self._sweep([window], removed, (), True, frozenset(), lambda: None)
         result = self._mean(BASE)
@@ -203,6 +214,11 @@ class LayerSweep:
     def layer_count(self, removed: Sequence[int]) -> int:
         """How often `score` calls `on_layer`."""
         return len(self._windows) * (len(self.model.layers) - len(removed))
+
+    def _meet_dense(self, removed: Sequence[int]) -> None:
+        """Where losses are taken against the dense model, it comes first."""
+        if self._against_dense and removed and self._windows[0].dense is None:
+            self.loss(())
 
     @property
     def _parts(self) -> int:
@@ -282,12 +298,20 @@ class LayerSweep:
             fork = min(states)
             normed = self.model.normed(states.pop(fork))[:-1]
             if fork == BASE and not window.parts:
-                window.parts = self._head.parts(normed, window.targets)
+                # A bound of the divergence would take the whole vocabulary, too.
+                everything = [torch.arange(self.model.vocabulary, device=normed.device)]
+                window.parts = (
+                    everything if self._against_dense else self._head.parts(normed, window.targets)
+                )
+                window.dense = self._head.dense(normed) if self._against_dense else None
             tally = Tally(normed)
             window.tallies[fork] = tally
-            self._head.add(tally, window.parts, window.targets)
+            self._add(window, tally)
             while fork == BASE and tally.parts < len(window.parts):
-                self._head.add(tally, window.parts, window.targets)
+                self._add(window, tally)
+
+    def _add(self, window: _Window, tally: Tally) -> None:
+        self._head.add(tally, window.parts, window.targets, window.dense)
 
     def _start(self, window: _Window, gone: frozenset[int], forks: frozenset[int]) -> _Work:
         """Where there is something new, and what enters there."""
@@ -356,7 +380,7 @@ class LayerSweep:
                 self._sweep([window], removed, (block,), False, frozenset(), lambda: None)
                 tally.normed = window.tallies[block].normed
                 window.tallies = before
-            self._head.add(tally, window.parts, window.targets)
+            self._add(window, tally)
         return self._windows[0].tallies[block].parts == self._parts
 
     def _make_plan(self, state: Tensor, budget: int | None, weights: int, streamed: bool) -> Plan:
@@ -375,7 +399,8 @@ class LayerSweep:
         def one_head() -> None:
             normed = self.model.normed(state)[:-1]
             rows = torch.arange(self._head.rows_at_once(len(normed)), device=normed.device)
-            self._head.add(Tally(normed), [rows], window.targets)
+            dense = Dense(normed, normed.float().sum(1)) if self._against_dense else None
+            self._head.add(Tally(normed), [rows], window.targets, dense)
 
         needs = Needs(weights, state.nbytes, peak_bytes(one_layer), peak_bytes(one_head))
         on_cpu = self.model.device.type == "cpu"
@@ -386,6 +411,7 @@ class LayerSweep:
             forks=layers,
             best_chunk=1 if on_cpu else max(1, _GPU_TOKENS // state.shape[1]),
             streamed=streamed,
+            extra=len(self._windows) if self._against_dense else 0,
         )
 
 

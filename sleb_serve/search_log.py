@@ -1,7 +1,8 @@
 """The record of a search, as JSON lines beside the manifest: every candidate's loss, and resuming.
 
 The first line says what is searched; then, for each step, one line per candidate and one for the
-block that went, with its rivals: those that the text does not tell from it. A loss with ``"exact":
+best of them: the blocks that were gone before, and its rivals, those that the text does not tell
+from it. In a greedy search, the best is the block that went. A loss with ``"exact":
 false`` is at least as high as it says, or in a fast search an estimate. A step is appended at once
 and synced, so a search that is killed loses at most the step it was in.
 """
@@ -72,10 +73,9 @@ class SearchLog:
                     continue
                 else:
                     strict_json.integer(entry["removed"], "removed", 0, 1 << 31)
+                    after, rivals = _blocks(entry, "after"), _blocks(entry, "rivals")
                     blocks, losses, exacts = zip(*pending, strict=True)
-                    close = strict_json.list_(entry.get("rivals", []), "rivals")
-                    rivals = [strict_json.integer(b, "rivals", 0, 1 << 31) for b in close]
-                    self.steps.append(Step(blocks, losses, exacts, tuple(rivals)))
+                    self.steps.append(Step(after, blocks, losses, exacts, rivals))
                     self.dense_loss, pending = dense, []
             except (SlebError, KeyError, ValueError) as error:
                 raise SlebError(
@@ -99,7 +99,8 @@ class SearchLog:
             | ({} if exact else {"exact": False})
             for block, loss, exact in zip(step.candidates, step.losses, step.exact, strict=True)
         ]
-        last = {"step": number, "removed": step.block, "loss": step.loss}
+        last: dict[str, Any] = {"step": number, "removed": step.block, "loss": step.loss}
+        last |= {"after": list(step.removed)} if step.removed else {}
         entries.append(last | ({"rivals": list(step.rivals)} if step.rivals else {}))
         self.steps.append(step)
         if not self._writes:
@@ -126,9 +127,14 @@ class SearchLog:
                 )
 
 
-def log_path(output: Path) -> Path:
-    """Where the log of the search for the manifest `output` lies."""
-    return output.with_name(f"{output.name}.search.jsonl")
+def _blocks(entry: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    blocks = strict_json.list_(entry.get(key, []), key)
+    return tuple(strict_json.integer(block, key, 0, 1 << 31) for block in blocks)
+
+
+def log_path(output: Path, sample: int = 0) -> Path:
+    """Where the log of the search for the manifest `output` lies, on one sample of the text."""
+    return output.with_name(f"{output.name}{f'.sample{sample}' if sample else ''}.search.jsonl")
 
 
 def _difference(found: Mapping[str, Any], subject: Mapping[str, Any], key: str) -> str:

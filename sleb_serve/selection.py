@@ -1,4 +1,7 @@
-"""SLEB's greedy search over a scorer: block numbers and losses, no torch and no model."""
+"""Searches for the blocks to remove, over a score: block numbers and losses, no torch, no model.
+
+SLEB's greedy search, a beam of several, and a local search that exchanges blocks.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
+from functools import partial
 
 from sleb_serve.errors import SlebError
 
@@ -14,8 +18,9 @@ from sleb_serve.errors import SlebError
 class Scores:
     """The losses of a step's candidates, in their order, and maybe that of `removed` alone.
 
-    The least is exact. One that is not marked exact is a lower bound, or in a fast search an
-    estimate, above the least. ``rivals`` are blocks that the text does not tell from the best.
+    The least is exact, or as many of the least as were asked for. One that is not marked exact is a
+    lower bound, or in a fast search an estimate, above the least. ``rivals`` are blocks that the
+    text does not tell from the best.
     """
 
     losses: tuple[float, ...]
@@ -30,11 +35,12 @@ Score = Callable[[Sequence[int], Sequence[int]], Scores]
 
 @dataclass(frozen=True)
 class Step:
-    """One greedy step: the loss of every candidate, in block order, and the block that won.
+    """What one call of a score said: with `removed` gone, the loss of every candidate, in order.
 
     ``exact`` and ``rivals`` are those of `Scores`.
     """
 
+    removed: tuple[int, ...]
     candidates: tuple[int, ...]
     losses: tuple[float, ...]
     exact: tuple[bool, ...]
@@ -53,6 +59,18 @@ class Step:
     def loss(self) -> float:
         """The least loss: that of the model with this step's block gone, too."""
         return min(self.losses)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A block that goes, and the loss once it and all before it are gone."""
+
+    block: int
+    loss: float
+
+
+Path = tuple[Choice, ...]
+"""Choices in the order of removal."""
 
 
 def blocks_to_remove(text: str, num_blocks: int, early_barrier: int, late_barrier: int) -> int:
@@ -96,6 +114,49 @@ def candidates(
     return tuple(alive[early_barrier : len(alive) - late_barrier])
 
 
+def recorded(
+    score: Score, done: Sequence[Step] = (), on_step: Callable[[Step], None] = lambda step: None
+) -> Score:
+    """A score that answers from an interrupted search first, and tells of what it computes.
+
+    A search is the same each time as long as its scores are, so it takes the same way again.
+
+    Args:
+        score: the loss of each candidate; see `Score`.
+        done: what the interrupted search had computed, in order.
+        on_step: called after each step that was computed.
+
+    Returns:
+        A score that raises SlebError where a loss is not a number (a NaN in the weights, an
+        overflow in the dtype), or where `done` is not the beginning of this search.
+    """
+    remembered = iter(done)
+    number = 0
+
+    def answer(removed: Sequence[int], eligible: Sequence[int]) -> Scores:
+        nonlocal number
+        number += 1
+        step = next(remembered, None)
+        if step is not None:
+            if (step.removed, step.candidates) != (tuple(removed), tuple(eligible)):
+                raise SlebError(
+                    f"step {number} of the interrupted search does not fit this one; start without "
+                    f"--resume"
+                )
+            return Scores(step.losses, step.exact, None, step.rivals)
+        scores = score(removed, eligible)
+        for block, loss in zip(eligible, scores.losses, strict=True):
+            if not math.isfinite(loss):
+                raise SlebError(
+                    f"step {number}: the loss without block {block} is {loss}; the weights hold "
+                    f"NaN or overflow in this dtype: try --dtype float32 or check the model"
+                )
+        on_step(Step(tuple(removed), tuple(eligible), scores.losses, scores.exact, scores.rivals))
+        return scores
+
+    return answer
+
+
 def greedy(
     score: Score,
     *,
@@ -103,9 +164,8 @@ def greedy(
     remove: int,
     early_barrier: int = 1,
     late_barrier: int = 1,
-    done: Sequence[Step] = (),
-    on_step: Callable[[Step], None] = lambda step: None,
-) -> tuple[Step, ...]:
+    among: Sequence[int] | None = None,
+) -> Path:
     """Remove blocks one by one, each time the one whose absence raises the loss least.
 
     Args:
@@ -114,31 +174,86 @@ def greedy(
         remove: how many to remove.
         early_barrier: alive blocks at the start that stay.
         late_barrier: alive blocks at the end that stay.
-        done: steps of an earlier, interrupted search; they are taken over, not computed again.
-        on_step: called after each step that was computed.
-
-    Raises:
-        SlebError: a loss is not a number (a NaN in the weights, an overflow in the dtype), or
-            `done` is not the beginning of this search.
+        among: the only blocks that may go.
     """
-    steps = list(done)
-    for number, step in enumerate(steps, 1):
-        before = [earlier.block for earlier in steps[: number - 1]]
-        if step.candidates != candidates(num_blocks, before, early_barrier, late_barrier):
-            raise SlebError(
-                f"step {number} of the interrupted search does not fit this one; start without "
-                f"--resume"
-            )
-    while len(steps) < remove:
-        removed = [step.block for step in steps]
+    path: Path = ()
+    while len(path) < remove:
+        removed = _blocks(path)
         eligible = candidates(num_blocks, removed, early_barrier, late_barrier)
-        scores = score(removed, eligible)
-        for block, loss in zip(eligible, scores.losses, strict=True):
-            if not math.isfinite(loss):
-                raise SlebError(
-                    f"step {len(steps) + 1}: the loss without block {block} is {loss}; the weights "
-                    f"hold NaN or overflow in this dtype: try --dtype float32 or check the model"
-                )
-        steps.append(Step(eligible, scores.losses, scores.exact, scores.rivals))
-        on_step(steps[-1])
-    return tuple(steps[:remove])
+        if among is not None:
+            eligible = tuple(block for block in eligible if block in set(among))
+        losses = score(removed, eligible).losses
+        best = losses.index(min(losses))
+        path += (Choice(eligible[best], losses[best]),)
+    return path
+
+
+def beam(
+    score: Score,
+    *,
+    width: int,
+    num_blocks: int,
+    remove: int,
+    early_barrier: int = 1,
+    late_barrier: int = 1,
+) -> Path:
+    """Follow the `width` best sets of removed blocks of each size, instead of one.
+
+    The arguments are those of `greedy`; `score` must be exact for the `width` least losses. What it
+    marks as inexact is not followed: it is at least as high as those.
+    """
+    paths: list[Path] = [()]
+    for _ in range(remove):
+        found: dict[frozenset[int], Path] = {}
+        for path in paths:
+            removed = _blocks(path)
+            eligible = candidates(num_blocks, removed, early_barrier, late_barrier)
+            scores = score(removed, eligible)
+            for block, loss, exact in zip(eligible, scores.losses, scores.exact, strict=True):
+                if exact:
+                    # The same blocks in another order are the same model.
+                    found.setdefault(frozenset({*removed, block}), (*path, Choice(block, loss)))
+        paths = sorted(found.values(), key=lambda path: path[-1].loss)[:width]
+    return paths[0]
+
+
+def swap(
+    score: Score,
+    *,
+    num_blocks: int,
+    remove: int,
+    early_barrier: int = 1,
+    late_barrier: int = 1,
+) -> Path:
+    """Improve the greedy choice by exchanging one block at a time, until no exchange lowers a loss.
+
+    The blocks of the last set are then put in order by a greedy search among themselves, so that
+    the first K of them are a good choice, too. The arguments are those of `greedy`.
+    """
+    search = partial(
+        greedy,
+        score,
+        num_blocks=num_blocks,
+        remove=remove,
+        early_barrier=early_barrier,
+        late_barrier=late_barrier,
+    )
+    start = search()
+    chosen, least = list(_blocks(start)), start[-1].loss
+    tried = 0  # blocks in a row that nothing better was found for
+    while tried < remove:
+        rest = tuple(chosen[1:])
+        eligible = candidates(num_blocks, rest, early_barrier, late_barrier)
+        losses = score(rest, eligible).losses
+        best = eligible[losses.index(min(losses))]
+        if best != chosen[0] and min(losses) < least:
+            least, tried = min(losses), 0
+            chosen = [*rest, best]
+        else:
+            tried += 1
+            chosen = [*rest, chosen[0]]
+    return start if set(chosen) == set(_blocks(start)) else search(among=chosen)
+
+
+def _blocks(path: Path) -> tuple[int, ...]:
+    return tuple(choice.block for choice in path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sleb_serve.manifest import Manifest, perplexity_of
+from collections.abc import Sequence
+
+from sleb_serve.manifest import Manifest
 
 _BAR = 40
 
@@ -29,10 +31,12 @@ def describe(manifest: Manifest) -> str:
         )
     if manifest.selection is not None:
         how = manifest.selection
+        against = ", divergence from the dense model" if how.objective == "kl" else ""
         lines.append(
             f"selection    {how.method}, the first {how.early_barrier} and last {how.late_barrier} "
-            f"kept, {how.dtype}"
+            f"kept, {how.dtype}{against}"
         )
+        lines += _stability(manifest, how.samples)
     if manifest.repair is not None:
         mended = manifest.repair
         loss = "" if mended.loss is None else f", loss {mended.loss:.4f} on them"
@@ -43,6 +47,23 @@ def describe(manifest: Manifest) -> str:
         made = ", ".join(f"{name} {number}" for name, number in manifest.created_by.items())
         lines.append(f"created by   {made}")
     return "\n".join([*lines, "", *_curve(manifest)])
+
+
+def _stability(manifest: Manifest, samples: Sequence[Sequence[int]]) -> list[str]:
+    """How many of the blocks other samples of the text agree on, and which all do."""
+    if not samples:
+        return []
+    own = set(manifest.blocks)
+    shared = [len(own & set(sample[: len(own)])) for sample in samples]
+    always = own.intersection(*(sample[: len(own)] for sample in samples))
+    return [
+        f"stability    {len(samples)} other samples of the text remove {_listed(shared)} of these "
+        f"{len(own)} blocks; all remove {_listed(sorted(always))}"
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
 
 
 def _block_map(manifest: Manifest) -> str:
@@ -60,7 +81,7 @@ def _curve(manifest: Manifest) -> list[str]:
         if loss is None:
             lines.append(f"{count:>7}  {block:>5}        -           -")
             continue
-        perplexity = perplexity_of(loss)
+        perplexity = manifest.perplexity(loss)
         shown = f"{perplexity:>10.2f}" if perplexity is not None else f"{'-':>10}"
         bar = "▪" * round(_BAR * (loss - low) / (high - low)) if high > low else ""
         lines.append(f"{count:>7}  {block:>5}  {loss:>7.4f}  {shown}  {bar}".rstrip())

@@ -18,6 +18,19 @@ _FIRST_SHARE = 12
 before it."""
 
 
+@dataclass(frozen=True)
+class Dense:
+    """What the dense model predicts on one window.
+
+    Attributes:
+        normed: what enters its head, [T, h].
+        sums: log of the sum of the exponentials of its logits, [T].
+    """
+
+    normed: Tensor
+    sums: Tensor
+
+
 @dataclass
 class Tally:
     """The loss of one state on one window, over the rows seen so far: at most the loss.
@@ -25,7 +38,8 @@ class Tally:
     Attributes:
         normed: what enters the head, [T, h]; None once memory was short.
         sums: log of the sum of the exponentials of the logits seen so far, [T].
-        target: the logit of the token to predict, [T].
+        target: the logit of the token to predict, [T]; against a dense model, the mean logit where
+            its predictions are the weights, and their entropy.
         parts: how many parts of the rows were seen.
     """
 
@@ -95,15 +109,33 @@ class Vocabulary:
             size *= 2
         return parts
 
-    def add(self, tally: Tally, parts: Sequence[Tensor], targets: Tensor) -> None:
-        """Add the next part of the rows to a tally."""
+    def dense(self, normed: Tensor) -> Dense:
+        """What a model predicts whose head is entered by `normed`, [T, h]."""
+        tally = Tally(normed)
+        everything = torch.arange(self.model.vocabulary, device=normed.device)
+        self.add(tally, [everything], torch.zeros_like(normed[:, 0], dtype=torch.long))
+        assert tally.sums is not None
+        return Dense(normed, tally.sums)
+
+    def add(
+        self,
+        tally: Tally,
+        parts: Sequence[Tensor],
+        targets: Tensor,
+        dense: Dense | None = None,
+    ) -> None:
+        """Add the next part of the rows to a tally, against the tokens or a dense model."""
         rows, normed = parts[tally.parts], tally.normed
         assert normed is not None
         sums = []
         for piece in rows.split(self.rows_at_once(len(normed))):
             head = self.model.head_rows(piece) if self.model.row_wise else None
             logits = self.model.logits(normed, head).float()
-            if tally.parts == 0:
+            if dense is not None:
+                logs = self.model.logits(dense.normed, head).float() - dense.sums[:, None]
+                part = (logs.exp() * (logits - logs)).sum(1)
+                tally.target = part if tally.target is None else tally.target + part
+            elif tally.parts == 0:
                 found = _positions(piece, targets)
                 values = logits.gather(1, found.clamp(min=0)[:, None])[:, 0]
                 before = torch.zeros_like(values) if tally.target is None else tally.target

@@ -61,6 +61,16 @@ def loss(model: Any, windows: Sequence[Sequence[int]]) -> float:
 
 
 @torch.no_grad()
+def divergence(dense: Any, model: Any, window: Sequence[int]) -> float:
+    """Of the model's predictions from the dense one's: nats per predicted token."""
+    of, to = (
+        m(torch.tensor([window]), use_cache=False).logits.float().log_softmax(-1)[0, :-1]
+        for m in (model, dense)
+    )
+    return float(nn.functional.kl_div(of, to, reduction="batchmean", log_target=True))
+
+
+@torch.no_grad()
 def prompt_logprobs(model: Any, prompt: Sequence[int]) -> list[float]:
     """Log-probability of each prompt token but the first."""
     ids = torch.tensor([prompt])

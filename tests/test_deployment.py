@@ -94,7 +94,7 @@ def jobs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     for name in ("int8", "fp8", "gptq", "awq"):
         quantised = getattr(checkpoints, name)(smollm2, folder / name)
         twin = checkpoints.compacted(quantised, folder / f"{name}-twin", REMOVED)
-        # Some kernels take 16-bit activations only, which ones depends on the CPU; and a CPU without
+        # Some kernels take 16-bit activations only, which ones depends on the CPU; and one without
         # FP8 spends half a second a token.
         form = {"prompts": PROMPTS[1:], "max_tokens": 4}
         found[name] = {**CASE.job(quantised, dtype="bfloat16"), **form}

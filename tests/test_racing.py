@@ -10,7 +10,7 @@ import pytest
 
 import oracle
 from sleb_serve.racing import Budget, Drop, FastSearch, _tail, racing, rivals
-from sleb_serve.selection import Scores, Step, greedy
+from sleb_serve.selection import Scores, Step, greedy, recorded
 from test_scoring import random_windows, sweep_of
 
 Models = Callable[[str], Path]
@@ -95,10 +95,10 @@ def test_what_cannot_win_is_not_looked_at() -> None:
             assert loss == table.loss([*removed, block]) or not exact
         return scores
 
-    greedy(score, num_blocks=24, remove=6, on_step=found.append)
+    greedy(recorded(score, (), found.append), num_blocks=24, remove=6)
     asked = list(table.asked)
     exact = greedy(table.score, num_blocks=24, remove=6)
-    assert [step.block for step in found] == [step.block for step in exact]
+    assert [step.block for step in found] == [choice.block for choice in exact]
     assert asked[:2] == [22, 21]
     assert max(asked[2:]) <= 12
 
@@ -110,14 +110,11 @@ def test_on_a_model_the_fast_order_is_the_naive_one(models: Models, screened: bo
     screen = sweep_of(models("llama"), windows) if screened else None
     fast = FastSearch(sweep, error=0.05, steps=4, screen=screen)
     found: list[Step] = []
-    greedy(
-        lambda removed, candidates: fast.score(
-            removed, candidates, found[-1].loss if found else None
-        ),
-        num_blocks=8,
-        remove=4,
-        on_step=found.append,
-    )
+
+    def score(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
+        return fast.score(removed, candidates, found[-1].loss if found else None)
+
+    greedy(recorded(score, (), found.append), num_blocks=8, remove=4)
     for step, (block, losses) in zip(
         found, oracle.naive_search(models("llama"), windows, 4), strict=True
     ):

@@ -50,7 +50,7 @@ def repaired(path: Path, removed: Sequence[int], tensors: dict[str, torch.Tensor
     def mend(weight: torch.Tensor) -> Callable[..., Any]:
         def hook(module: Any, args: Any, output: Any) -> Any:
             stream = output[0] if isinstance(output, tuple) else output
-            change = stream @ weight if weight.ndim == 2 else stream * (weight - 1)
+            change = unit(stream) @ weight if weight.ndim == 2 else stream * (weight - 1)
             return (stream + change, *output[1:]) if isinstance(output, tuple) else stream + change
 
         return hook
@@ -61,6 +61,10 @@ def repaired(path: Path, removed: Sequence[int], tensors: dict[str, torch.Tensor
         else:
             own[name].data.copy_(tensor)
     return oracle.delete_blocks(model, removed)
+
+
+def unit(states: torch.Tensor) -> torch.Tensor:
+    return states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def manifest_of(path: Path, removed: Sequence[int], kind: str, output: Path) -> Manifest:
@@ -100,7 +104,11 @@ def test_the_first_gap_is_weighted_ridge_regression_on_the_dense_models_states(
             before.append(states[2][0])
             after.append(states[4][0])
     entering, leaving = (torch.cat(part).double().numpy() for part in (before, after))
-    given = torch.cat(inputs).double().numpy() if kind == "fold" else entering
+    given = {
+        "fold": torch.cat(inputs).double().numpy(),
+        "map": unit(torch.from_numpy(entering)).numpy(),
+        "scale": entering,
+    }[kind]
     root = 1 / np.linalg.norm(leaving, axis=1, keepdims=True)
     if kind == "scale":
         x, y = (given * root).ravel(), ((leaving - entering) * root).ravel()

@@ -17,7 +17,7 @@ from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.memory import Needs, Plan, make_plan, parse_size, peak_bytes
 from sleb_serve.scoring import LayerSweep
-from sleb_serve.selection import Step, greedy
+from sleb_serve.selection import Score, Step, greedy, recorded
 from tiny import VOCABULARY
 
 Models = Callable[[str], Path]
@@ -34,9 +34,15 @@ def sweep_of(path: Path, windows: list[list[int]], **options: Any) -> LayerSweep
     return LayerSweep(CausalLM(model, windows[0]), windows, **options)
 
 
-def search(path: Path, windows: list[list[int]], remove: int, **barriers: int) -> tuple[Step, ...]:
+def greedy_steps(score: Score, **limits: Any) -> list[Step]:
+    found: list[Step] = []
+    greedy(recorded(score, (), found.append), **limits)
+    return found
+
+
+def search(path: Path, windows: list[list[int]], remove: int, **barriers: int) -> list[Step]:
     sweep = sweep_of(path, windows)
-    return greedy(sweep.score, num_blocks=len(sweep.model.layers), remove=remove, **barriers)
+    return greedy_steps(sweep.score, num_blocks=len(sweep.model.layers), remove=remove, **barriers)
 
 
 def check(steps: Sequence[Step], naive: Sequence[tuple[int, dict[int, float]]]) -> None:
@@ -95,7 +101,7 @@ def test_the_base_is_scored_with_the_candidates(models: Models, name: str) -> No
 def test_with_layers_on_disk_the_losses_are_the_same(models: Models, name: str) -> None:
     windows = random_windows(3, 40)
     resident, streamed = (
-        greedy(
+        greedy_steps(
             (sweep := sweep_of(models(name), windows, streamed=on_disk)).score,
             num_blocks=len(sweep.model.layers),
             remove=2,
@@ -116,7 +122,34 @@ def test_however_the_work_is_cut_the_result_is_the_same(
     sweep = sweep_of(models("llama"), windows)
     for at_once, finals in ((1, 2), (2, 3), (3, 8)):
         sweep.plan = Plan(at_once, chunk, snapshots, finals)
-        check(greedy(sweep.score, num_blocks=8, remove=5), naive)
+        check(greedy_steps(sweep.score, num_blocks=8, remove=5), naive)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
+def test_the_divergence_from_the_dense_model_is_torchs(models: Models, name: str) -> None:
+    """Every candidate's, against torch's own divergence of whole predictions."""
+    windows = random_windows(3, 40)
+    sweep = sweep_of(models(name), windows, objective="kl")
+    scores = sweep.score([1], [2, 3, 4])
+    dense = oracle.load(models(name))
+    for block, found in zip([2, 3, 4], scores.losses, strict=True):
+        model = oracle.pruned(models(name), [1, block])
+        divergences = [oracle.divergence(dense, model, window) for window in windows]
+        assert found == pytest.approx(sum(divergences) / 3, rel=1e-4)
+    assert scores.exact == (True,) * 3
+    assert sweep.loss(()) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("least", [2, 4])
+def test_as_many_of_the_least_as_are_asked_for_are_exact(models: Models, least: int) -> None:
+    windows = random_windows(3, 48)
+    sweep = sweep_of(models("llama"), windows)
+    scores = sweep.score([], range(1, 7), least=least)
+    (_, losses) = oracle.naive_search(models("llama"), windows, 1)[0]
+    best = sorted(losses, key=lambda block: losses[block])[:least]
+    assert [block for block in best if not scores.exact[block - 1]] == []
+    for block in best:
+        assert scores.losses[block - 1] == pytest.approx(losses[block], rel=1e-5)
 
 
 def test_the_model_is_left_as_it_was(models: Models) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -11,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleb_serve.errors import SlebError
-from sleb_serve.selection import Scores, Step, blocks_to_remove, candidates, greedy
+from sleb_serve.selection import (
+    Score,
+    Scores,
+    Step,
+    beam,
+    blocks_to_remove,
+    candidates,
+    greedy,
+    recorded,
+    swap,
+)
 
 
 def table_loss(removed: Sequence[int], num_blocks: int, seed: int) -> float:
@@ -37,12 +48,12 @@ def test_greedy_is_the_plain_greedy(
     def score(removed: Sequence[int], eligible: Sequence[int]) -> Scores:
         return exactly(table_loss([*removed, block], num_blocks, seed) for block in eligible)
 
-    steps = greedy(
+    choices = greedy(
         score, num_blocks=num_blocks, remove=remove, early_barrier=early, late_barrier=late
     )
 
     gone: list[int] = []
-    for step in steps:
+    for choice in choices:
         alive = [block for block in range(num_blocks) if block not in gone]
         best, best_loss = None, math.inf
         for position, block in enumerate(alive):
@@ -50,9 +61,65 @@ def test_greedy_is_the_plain_greedy(
                 loss = table_loss([*gone, block], num_blocks, seed)
                 if loss < best_loss:
                     best, best_loss = block, loss
-        assert (step.block, step.loss) == (best, best_loss)
-        gone.append(step.block)
-    assert len(steps) == remove
+        assert (choice.block, choice.loss) == (best, best_loss)
+        gone.append(choice.block)
+    assert len(choices) == remove
+
+
+def exact_least(least: int, score: Score) -> Score:
+    """As a scorer that is asked for so many exact losses may answer: the others are bounds."""
+
+    def answer(removed: Sequence[int], eligible: Sequence[int]) -> Scores:
+        losses = score(removed, eligible).losses
+        exact = [False] * len(losses)
+        for index in sorted(range(len(losses)), key=lambda i: losses[i])[:least]:
+            exact[index] = True
+        limit = max(loss for loss, whole in zip(losses, exact, strict=True) if whole)
+        return Scores(
+            tuple(loss if e else (loss + limit) / 2 for loss, e in zip(losses, exact, strict=True)),
+            tuple(exact),
+        )
+
+    return answer
+
+
+def random_loss(removed: Iterable[int], seed: int) -> float:
+    return random.Random(f"{seed} {sorted(removed)}").random() + len(set(removed))
+
+
+@given(blocks=st.integers(4, 8), width=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_a_beam_keeps_the_best_sets_of_each_size(blocks: int, width: int, seed: int) -> None:
+    def score(removed: Sequence[int], eligible: Sequence[int]) -> Scores:
+        return exactly(random_loss([*removed, block], seed) for block in eligible)
+
+    remove = min(3, blocks - 2)
+    found = beam(exact_least(width, score), width=width, num_blocks=blocks, remove=remove)
+    sets: list[frozenset[int]] = [frozenset()]
+    for _ in range(remove):
+        children = {s | {b} for s in sets for b in range(1, blocks - 1) if b not in s}
+        sets = sorted(children, key=lambda s: random_loss(s, seed))[:width]
+    assert {choice.block for choice in found} == sets[0]
+    for count, choice in enumerate(found, 1):
+        assert choice.loss == random_loss([c.block for c in found[:count]], seed)
+    if width == 1:
+        assert found == greedy(score, num_blocks=blocks, remove=remove)
+
+
+@given(blocks=st.integers(4, 8), seed=st.integers(0, 1000))
+def test_after_swaps_no_exchange_of_one_block_is_better(blocks: int, seed: int) -> None:
+    def score(removed: Sequence[int], eligible: Sequence[int]) -> Scores:
+        return exactly(random_loss([*removed, block], seed) for block in eligible)
+
+    remove = min(3, blocks - 2)
+    found = swap(score, num_blocks=blocks, remove=remove)
+    chosen = frozenset(choice.block for choice in found)
+    assert len(chosen) == remove
+    assert found[-1].loss <= greedy(score, num_blocks=blocks, remove=remove)[-1].loss
+    for out in chosen:
+        for into in set(range(1, blocks - 1)) - chosen:
+            assert found[-1].loss <= random_loss(chosen - {out} | {into}, seed)
+    for count, choice in enumerate(found, 1):
+        assert choice.loss == random_loss([c.block for c in found[:count]], seed)
 
 
 def exactly(losses: Iterable[float]) -> Scores:
@@ -73,18 +140,23 @@ def test_finished_steps_are_not_scored_again() -> None:
         return exactly(float(-block) for block in eligible)
 
     scored: list[int] = []
-    whole = greedy(score, num_blocks=9, remove=5)
+    steps: list[Step] = []
+    whole = greedy(recorded(score, (), steps.append), num_blocks=9, remove=5)
     scored.clear()
-    resumed = greedy(score, num_blocks=9, remove=5, done=whole[:2])
+    new: list[Step] = []
+    resumed = greedy(recorded(score, steps[:2], new.append), num_blocks=9, remove=5)
     assert resumed == whole
     assert scored == [2, 3, 4]
-    assert greedy(score, num_blocks=9, remove=2, done=whole) == whole[:2]
+    assert new == steps[2:]
+    assert greedy(recorded(score, steps), num_blocks=9, remove=2) == whole[:2]
 
 
 def test_steps_of_another_search_are_refused() -> None:
-    step = Step((1, 2, 3), (0.1, 0.2, 0.3), (True, True, True))
-    with pytest.raises(SlebError, match="step 1 of the interrupted search does not fit"):
-        greedy(lambda removed, eligible: exactly([0.0] * 9), num_blocks=9, remove=2, done=[step])
+    for removed, blocks in (((), (1, 2, 3)), ((4,), tuple(range(1, 8)))):
+        step = Step(removed, blocks, (0.1,) * len(blocks), (True,) * len(blocks))
+        score = recorded(lambda removed, eligible: exactly([0.0] * 9), [step])
+        with pytest.raises(SlebError, match="step 1 of the interrupted search does not fit"):
+            greedy(score, num_blocks=9, remove=2)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -93,7 +165,7 @@ def test_a_loss_that_is_no_number_ends_the_search(bad: float) -> None:
         return exactly(bad if block == 3 else 1.0 for block in eligible)
 
     with pytest.raises(SlebError, match=r"step 1: the loss without block 3 is (nan|inf)"):
-        greedy(score, num_blocks=6, remove=1)
+        greedy(recorded(score), num_blocks=6, remove=1)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,9 @@ class Mended(nn.Module):
     def forward(self, states: Tensor, **_: Any) -> Tensor:
         """The stream behind the gap."""
         weight = self.weight.to(states.dtype)
-        return states + states @ weight if weight.ndim == 2 else states * weight
+        if weight.ndim == 1:
+            return states * weight
+        return states + nn.functional.rms_norm(states, states.shape[-1:], eps=1e-6) @ weight
 
 
 def apply(model: Any, removed: Sequence[int], gaps: Sequence[Gap]) -> Any:

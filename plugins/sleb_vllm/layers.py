@@ -17,7 +17,7 @@ from vllm.model_executor.models import utils
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from sleb_serve.errors import SlebError
-from sleb_serve.pruning import Pruning
+from sleb_serve.pruning import MAP_EPSILON, Pruning
 from sleb_vllm.loops import Carried, carried_by
 from sleb_vllm.patching import replaced
 
@@ -54,15 +54,19 @@ class RemovedLayer(PPMissingLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inputs that the model's loop carries from layer to layer, in the order it wants.
 
-        With a repair R, x R is added to the stream x. A loop that carries a residual has the stream
-        in two parts, and all that the next layer reads is their sum.
+        A map R adds norm(x) R to the stream x, a scale x R. A loop that carries a residual has the
+        stream in two parts, and all that the next layer reads is their sum.
         """
         values = [value.of(args, kwargs) for value in self.carried]
         if self.repair is not None:
             stream = values[0]
             if len(values) > 1 and values[1] is not None:
                 stream = stream + values[1]
-            change = stream @ self.repair if self.repair.ndim == 2 else stream * self.repair
+            if self.repair.ndim == 2:
+                unit = nn.functional.rms_norm(stream, stream.shape[-1:], eps=MAP_EPSILON)
+                change = unit @ self.repair
+            else:
+                change = stream * self.repair
             values[0] = values[0] + change
         return values[0] if len(values) == 1 else tuple(values)
 
