@@ -43,6 +43,8 @@ class Scorer:
     Attributes:
         how: a line for people.
         dtype: what it computes in.
+        sweep: the exact sweep.
+        screen: that in a cheaper dtype, where races are run on one.
     """
 
     def __init__(
@@ -81,12 +83,12 @@ class Scorer:
                 objective=objective,
             )
 
-        screen: LayerSweep | None = None
+        self.screen: LayerSweep | None = None
         half = resident // 2
         wide = computed == "float32"
         if fast and wide and _has_fast_bfloat16() and 2 * states + resident + half < budget // 2:
             part = (budget - resident - half) // 3 + half
-            screen = sweep(part, "bfloat16", half)
+            self.screen = sweep(part, "bfloat16", half)
             budget -= part
         streams = outside is not None and resident + states > USED_SHARE * budget
         try:
@@ -105,10 +107,12 @@ class Scorer:
                 f"has {found}; this architecture is not supported"
             )
         self._race = (
-            FastSearch(self.sweep, error=FAST_ERROR, steps=steps, screen=screen) if fast else None
+            FastSearch(self.sweep, error=FAST_ERROR, steps=steps, screen=self.screen)
+            if fast
+            else None
         )
         place = "read from disk layer by layer" if streams else "in memory"
-        race = f", raced in {'bfloat16' if screen else self.dtype}" if fast else ""
+        race = f", raced in {'bfloat16' if self.screen else self.dtype}" if fast else ""
         shares = f", one of {ranks.count} processes" if ranks.count > 1 else ""
         self.how = (
             f"weights {place} ({format_size(resident)} in {self.dtype}){race}, within "

@@ -332,7 +332,7 @@ def _logged(
                 progress.advance()
                 return loss
 
-            scores = _as_repaired(scores, candidates, search.shortlist, loss_of)
+            scores = as_repaired(scores, candidates, search.shortlist, loss_of)
         return scores
 
     def on_step(step: Step) -> None:
@@ -343,12 +343,18 @@ def _logged(
     return recorded(score, tuple(log.steps), on_step), lambda: dense_loss
 
 
-def _as_repaired(
+def as_repaired(
     scores: Scores, candidates: Sequence[int], shortlist: int, loss_of: Callable[[int], float]
 ) -> Scores:
     """A step's losses where the best candidates' are those with the model repaired.
 
     The others are put behind them: what they would be once repaired is not known.
+
+    Args:
+        scores: the losses of `candidates` as they are.
+        candidates: blocks that may go.
+        shortlist: how many of them are repaired.
+        loss_of: the loss without a block, with all gaps repaired.
     """
     order = sorted(range(len(candidates)), key=lambda index: scores.losses[index])
     repaired = {index: loss_of(candidates[index]) for index in order[:shortlist]}

@@ -1,8 +1,9 @@
 """What selection and repair are worth: perplexity and zero-shot accuracy of SmolLM2.
 
-Usage: quality.py FOLDER [--zero-shot N]. Calibrated on WikiText-2's train split, judged on its test
-split and on Python's help topics. Every result is a line of FOLDER/quality.jsonl; what is there is
-not computed again.
+Usage: quality.py FOLDER [--counts 3 6 9] [--models sleb sleb+fold …] [--zero-shot N]. Calibrated on
+WikiText-2's train split, judged on its test split and on Python's help topics, and by lm-eval's
+tasks on N rows of each. Every result is a line of FOLDER/quality.jsonl; what is there is not
+computed again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,25 @@ from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.ranks import Ranks
 from sleb_serve.repair import Gap, fit
 from sleb_serve.scorer import Scorer
-from sleb_serve.select import load_tokenizer
-from sleb_serve.selection import greedy
+from sleb_serve.select import as_repaired, load_tokenizer
+from sleb_serve.selection import Scores, beam, greedy, swap
 
 COUNTS = (3, 6, 9)
 SEARCH = {"sequences": 16, "sequence_length": 512}
-REPAIR = {"sequences": 64, "sequence_length": 512}
+REPAIR = {"sequences": 192, "sequence_length": 512}
+BEAM, SHORTLIST = 2, 4
+MODELS = (
+    "dense",
+    "sleb",
+    "sleb+scale",
+    "sleb+fold",
+    "sleb+map",
+    "beam",
+    "swap",
+    "chosen as folded",
+    "shortgpt",
+    "last",
+)
 JUDGED_WINDOWS, JUDGED_LENGTH = 24, 1024
 TASKS = ("piqa", "arc_easy", "winogrande")
 
@@ -42,17 +57,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--zero-shot", type=int, default=0, metavar="ROWS")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     study = Study(options.folder / "quality.jsonl", options.zero_shot)
-    study.judge("dense", 0, [], [])
-    for name, choose in (("sleb", study.sleb), ("shortgpt", study.shortgpt), ("last", last)):
-        for count in options.counts:
-            removed = choose(count)
-            study.judge(name, count, removed, [])
-            if name == "sleb":
-                for kind in ("scale", "fold", "map"):
-                    study.judge(f"sleb+{kind}", count, removed, study.repair(kind, removed))
+    chosen: dict[str, Callable[[int], list[int]]] = {
+        "sleb": study.sleb,
+        "beam": partial(study.search, "beam"),
+        "swap": partial(study.search, "swap"),
+        "chosen as folded": partial(study.search, "chosen as folded"),
+        "shortgpt": study.shortgpt,
+        "last": last,
+    }
+    for name in options.models:
+        for count in options.counts if name != "dense" else [0]:
+            plain, _, kind = name.partition("+")
+            kind = "fold" if name == "chosen as folded" else kind
+            choose = chosen.get(plain, lambda count: [])
+            study.judge(name, count, partial(choose, count), kind)
 
 
 def last(count: int) -> list[int]:
@@ -68,10 +90,12 @@ class Study:
         self.folder = demo_model(Path(".cache/demo").resolve())
         self.checkpoint = open_checkpoint(str(self.folder))
         self.tokenize = load_tokenizer(self.checkpoint)
-        self.known = {}
+        self.known = set()
         if path.exists():
             entries = [json.loads(line) for line in path.read_text().splitlines()]
-            self.known = {(e["model"], e["removed_count"], e["rows"]): e for e in entries}
+            self.known = {(e["model"], e["removed_count"], e["rows"]) for e in entries}
+        self._scores: dict[tuple[Any, ...], Scores] = {}
+        self._scorer: Scorer | None = None
         test = self._wikitext("test")
         self.texts = {
             "wikitext2": [
@@ -93,25 +117,53 @@ class Study:
         if order.exists():
             self._order = json.loads(order.read_text())
         if not self._order:
-            windows = make_windows("wikitext2", self.tokenize, **SEARCH)
-            scorer = Scorer(
-                self.checkpoint,
-                windows,
-                Ranks(),
-                dtype="auto",
-                budget=None,
-                steps=max(COUNTS),
-                fast=False,
-            )
-            steps = greedy(
-                lambda r, c: scorer.score(r, c, None, lambda: None),
-                num_blocks=self.checkpoint.num_blocks,
-                remove=max(COUNTS),
-                on_step=lambda step: print("step", step.block, step.loss, flush=True),
-            )
+            steps = greedy(self._score, num_blocks=self.checkpoint.num_blocks, remove=max(COUNTS))
             self._order = [step.block for step in steps]
             order.write_text(json.dumps(self._order) + "\n")
         return self._order[:count]
+
+    def search(self, name: str, count: int) -> list[int]:
+        """The choice of another search than the greedy one."""
+        limits: dict[str, int] = {"num_blocks": self.checkpoint.num_blocks, "remove": count}
+        if name == "beam":
+            found = beam(self._score, width=BEAM, **limits)
+        elif name == "swap":
+            found = swap(self._score, **limits)
+        else:
+            found = greedy(self._score_folded, **limits)
+        return [choice.block for choice in found]
+
+    def _score(self, removed: Sequence[int], candidates: Sequence[int]) -> Scores:
+        """The search's scores, each computed once."""
+        key = (tuple(removed), tuple(candidates))
+        if key not in self._scores:
+            if self._scorer is None:
+                windows = make_windows("wikitext2", self.tokenize, **SEARCH)
+                self._scorer = Scorer(
+                    self.checkpoint,
+                    windows,
+                    Ranks(),
+                    dtype="auto",
+                    budget=None,
+                    steps=max(COUNTS),
+                    fast=False,
+                    least=max(BEAM, SHORTLIST),
+                )
+            scores = self._scorer.score(removed, candidates, None, lambda: None)
+            self._scores[key] = scores
+            print("scored", removed, min(scores.losses), flush=True)
+        return self._scores[key]
+
+    def _score_folded(self, removed: Sequence[int], candidates: Sequence[int]) -> Scores:
+        scores = self._score(removed, candidates)
+        windows = make_windows("wikitext2", self.tokenize, **SEARCH).tokens
+        scorer = self._scorer
+        assert scorer is not None
+
+        def loss_of(block: int) -> float:
+            return scorer.repair("fold", windows, [*removed, block])[1]
+
+        return as_repaired(scores, candidates, SHORTLIST, loss_of)
 
     def shortgpt(self, count: int) -> list[int]:
         """The blocks that turn the stream least: cosine of what enters and leaves (ShortGPT)."""
@@ -128,25 +180,21 @@ class Study:
                 state = moved
         return sorted(range(len(turn)), key=lambda index: turn[index])[:count]
 
-    def repair(self, kind: str, removed: Sequence[int]) -> Callable[[], list[Gap]]:
-        """Fits a repair when it is called."""
+    def repair(self, kind: str, removed: Sequence[int]) -> list[Gap]:
+        """A repair fitted on more windows than the search was run on."""
+        windows = make_windows("wikitext2", self.tokenize, **REPAIR).tokens
+        model = CausalLM(load_model(self.checkpoint, "auto"), windows[0])
+        begin = time.time()
+        found, loss = fit(model, windows, removed, kind)
+        print(kind, "fitted in", round(time.time() - begin), "s, loss", loss, flush=True)
+        return list(found)
 
-        def work() -> list[Gap]:
-            windows = make_windows("wikitext2", self.tokenize, **REPAIR).tokens
-            model = CausalLM(load_model(self.checkpoint, "float32"), windows[0])
-            begin = time.time()
-            found, loss = fit(model, windows, removed, kind)
-            left = [(gap.first, gap.last, gap.ridge, round(gap.missing, 3)) for gap in found]
-            print(kind, "fitted in", round(time.time() - begin), "s, loss", loss, left, flush=True)
-            return list(found)
-
-        return work
-
-    def judge(self, name: str, count: int, removed: Sequence[int], repair: Any) -> None:
+    def judge(self, name: str, count: int, choose: Callable[[], list[int]], kind: str) -> None:
         """Perplexity and accuracy of one model, as a line of the record."""
         if (name, count, self.rows) in self.known:
             return
-        gaps = repair() if callable(repair) else repair
+        removed = choose()
+        gaps = self.repair(kind, removed) if kind else []
         model = apply(load_model(self.checkpoint, "bfloat16"), removed, gaps)
         entry: dict[str, Any] = {
             "model": name,

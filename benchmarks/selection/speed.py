@@ -1,9 +1,11 @@
 """The selector against the official algorithm run plainly: CPU-seconds, in one process.
 
-Usage: speed.py OUTPUT.jsonl [--dtype float32 bfloat16] [--rounds N]. SmolLM2, 4 windows of 512
-tokens, 6 blocks removed. Plainly means as the authors' sleb.py does it: for each candidate the
-block is taken out of the model's list of layers, each window goes through the whole model, and the
-loss is the cross-entropy of its float32 logits. Every step's CPU-seconds are a line of OUTPUT.
+Usage: speed.py OUTPUT.jsonl [--dtype float32 bfloat16] [--rounds N] [--windows N] [--searches …].
+SmolLM2, 4 windows of 512 tokens, 6 blocks removed. Plainly means as the authors' sleb.py does it:
+for each candidate the block is taken out of the model's list of layers, each window goes through
+the whole model, and the loss is the cross-entropy of its float32 logits. Every step's CPU-seconds
+are a line of OUTPUT, with what was done in them: how often a layer was run on a window's states,
+and how many rows of the head were multiplied with them.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from torch import nn
 
 from sleb_bench.demo_model import demo_model
 from sleb_serve.calibration import Windows, make_windows
-from sleb_serve.causal_lm import load_model
+from sleb_serve.causal_lm import CausalLM, load_model
 from sleb_serve.checkpoint import Checkpoint, open_checkpoint
 from sleb_serve.ranks import Ranks
 from sleb_serve.scorer import Scorer
 from sleb_serve.select import load_tokenizer
 from sleb_serve.selection import Scores, greedy
 
-REMOVE, SEQUENCES, LENGTH = 6, 4, 512
+REMOVE, LENGTH = 6, 512
 
 Record = Callable[..., None]
 
@@ -44,10 +46,12 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--text", default="wikitext2")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--searches", nargs="+", default=["naive", "greedy", "fast"])
     options = parser.parse_args()
     checkpoint = open_checkpoint(str(demo_model(Path(".cache/demo").resolve())))
     windows = make_windows(
-        options.text, load_tokenizer(checkpoint), sequences=SEQUENCES, sequence_length=LENGTH
+        options.text, load_tokenizer(checkpoint), sequences=options.windows, sequence_length=LENGTH
     )
     record = recorder(options.output)
     record(
@@ -57,13 +61,15 @@ def main() -> None:
         torch=version("torch"),
         transformers=version("transformers"),
         text=options.text,
-        windows=SEQUENCES,
+        windows=options.windows,
         tokens=LENGTH,
     )
     for number in range(options.rounds):
         for dtype in options.dtype:
-            for name in ("naive", "greedy", "fast"):
-                tell = functools.partial(record, round=number, dtype=dtype, search=name)
+            for name in options.searches:
+                tell = functools.partial(
+                    record, round=number, windows=options.windows, dtype=dtype, search=name
+                )
                 if name == "naive":
                     naive(checkpoint, windows, dtype, tell)
                 else:
@@ -87,34 +93,68 @@ def naive(checkpoint: Checkpoint, windows: Windows, dtype: str, record: Record) 
             total += float(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
         return total / len(windows.tokens)
 
+    work = Work()
+
     def score(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
         losses = tuple(loss([*removed, block]) for block in candidates)
+        passes = len(candidates) * len(windows.tokens)
+        work.layers += passes * (len(layers) - len(removed) - 1)
+        work.rows += passes * model.get_output_embeddings().weight.shape[0]
         return Scores(losses, (True,) * len(losses))
 
     loss([])  # warm-up
-    search(score, len(layers), record)
+    search(score, len(layers), work, record)
 
 
 def ours(checkpoint: Checkpoint, windows: Windows, dtype: str, fast: bool, record: Record) -> None:
     """The selector, as `sleb-serve select` sets it up."""
     scorer = Scorer(checkpoint, windows, Ranks(), dtype=dtype, budget=None, steps=REMOVE, fast=fast)
     base: list[float] = []
+    work = Work()
+    for sweep in filter(None, (scorer.sweep, scorer.screen)):
+        work.watch(sweep.model)
 
     def score(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
         scores = scorer.score(removed, candidates, base[-1] if base else None, lambda: None)
         base.append(min(scores.losses))
         return scores
 
-    search(score, checkpoint.num_blocks, record)
+    search(score, checkpoint.num_blocks, work, record)
+
+
+class Work:
+    """What was done: layers run on a window's states, head rows multiplied with them."""
+
+    def __init__(self) -> None:
+        self.layers = self.rows = 0
+
+    def watch(self, model: CausalLM) -> None:
+        """Count what a model does from now on."""
+        run, logits = model.run, model.logits
+
+        def counted_run(layer: Any, states: Any, call: Any) -> Any:
+            self.layers += len(states)
+            return run(layer, states, call)
+
+        def counted_logits(normed: Any, rows: Any) -> Any:
+            found = logits(normed, rows)
+            self.rows += found.shape[1]
+            return found
+
+        model.run, model.logits = counted_run, counted_logits  # type: ignore[method-assign]
 
 
 def search(
-    score: Callable[[Sequence[int], Sequence[int]], Scores], num_blocks: int, record: Record
+    score: Callable[[Sequence[int], Sequence[int]], Scores],
+    num_blocks: int,
+    work: Work,
+    record: Record,
 ) -> None:
     """A greedy search; tells what each step cost."""
 
     def timed(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
         before, begin = cpu_seconds(), time.perf_counter()
+        layers, rows = work.layers, work.rows
         scores = score(removed, candidates)
         best = candidates[scores.losses.index(min(scores.losses))]
         record(
@@ -124,6 +164,8 @@ def search(
             exact=sum(scores.exact),
             cpu_s=round(cpu_seconds() - before, 3),
             wall_s=round(time.perf_counter() - begin, 3),
+            layer_runs=work.layers - layers,
+            head_rows=work.rows - rows,
         )
         return scores
 
