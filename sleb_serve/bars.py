@@ -88,6 +88,38 @@ class SearchBars:
             say(text)
 
 
+class EvalLines:
+    """What is being judged, a line each."""
+
+    def begins(self, blocks: int, what: str) -> None:
+        """A perplexity or tasks come next."""
+        say(f"{_removed(blocks)}: {what}")
+
+    def known(self, blocks: int, what: str) -> None:
+        """That is there already."""
+        say(f"{_removed(blocks)}: {what} (resumed)")
+
+
+class ShardBar:
+    """Progress of an export."""
+
+    def __enter__(self) -> ShardBar:
+        self._bar: tqdm[NoReturn] = tqdm(desc="writing", unit="shard", leave=False)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def shard_done(self, number: int, count: int) -> None:
+        """One of `count` shards is written."""
+        self._bar.total = count
+        self._bar.update()
+
+
+def _removed(blocks: int) -> str:
+    return f"{blocks} blocks removed" if blocks else "dense"
+
+
 def say(text: str) -> None:
     """A line on standard error."""
     print(text, file=sys.stderr, flush=True)

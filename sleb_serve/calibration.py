@@ -29,6 +29,7 @@ class HubText:
     arguments: tuple[tuple[str, Any], ...]
     split: str
     separator: str
+    rows: int | None = None
 
 
 HUB_TEXTS = {
@@ -44,6 +45,22 @@ HUB_TEXTS = {
         " ",
     ),
 }
+JUDGED_TEXTS = {
+    "wikitext2": HubText(
+        (("path", "Salesforce/wikitext"), ("name", "wikitext-2-raw-v1")), "test", "\n\n"
+    ),
+    "c4": HubText(
+        (
+            ("path", "allenai/c4"),
+            ("data_files", {"validation": "en/c4-validation.00000-of-00008.json.gz"}),
+        ),
+        "validation",
+        " ",
+        rows=1100,
+    ),
+}
+"""What the official code takes perplexities on."""
+_JUDGED_C4_WINDOWS = 256
 EMBEDDED = "python-docs"
 """Python's own help topics: 0.7 MB of English that comes with every Python."""
 
@@ -107,12 +124,12 @@ def make_windows(
     available = len(ids) // sequence_length
     if available == 0:
         raise SlebError(
-            f"calibration text {source} has {len(ids)} tokens, less than one window of "
+            f"text {source} has {len(ids)} tokens, less than one window of "
             f"{sequence_length}; give more text or a smaller --sequence-length"
         )
     if sequences is not None and available < first + sequences:
         raise SlebError(
-            f"calibration text {source} gives {available} windows of {sequence_length} tokens, "
+            f"text {source} gives {available} windows of {sequence_length} tokens, "
             f"{first + sequences} were asked for; give more text or smaller --sequences"
         )
     count = sequences or available
@@ -132,6 +149,41 @@ def make_windows(
             rows=rows,
         ),
     )
+
+
+def judged_windows(
+    source: str, tokenize: Tokenize, length: int, count: int | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Consecutive windows of a text that models are judged on, as the official code cuts them.
+
+    Args:
+        source: ``wikitext2`` (its test split), ``c4`` (256 windows of the first 1,100 rows of its
+            validation split), ``python-docs`` or a file.
+        tokenize: text to token ids.
+        length: tokens a window.
+        count: how many windows at most; None for all.
+
+    Raises:
+        SlebError: the text is not there, or shorter than one window.
+    """
+    if source in JUDGED_TEXTS:
+        hub = JUDGED_TEXTS[source]
+        data = _load(source, hub, "give another --perplexity text")
+        ids = tokenize(hub.separator.join(data[: hub.rows]["text"]))
+        if source == "c4":
+            ids = ids[: _JUDGED_C4_WINDOWS * length]
+    else:
+        text = _python_docs() if source == EMBEDDED else _file_text(source)
+        ids = tokenize(text) if count is None else _tokens(tokenize, text, source, count * length)
+    available = len(ids) // length
+    if available == 0:
+        raise SlebError(
+            f"text {source} has {len(ids)} tokens, less than one window of {length}; give more "
+            f"text or a smaller --sequence-length"
+        )
+    if count is not None:
+        available = min(count, available)
+    return tuple(tuple(ids[i * length : (i + 1) * length]) for i in range(available))
 
 
 def held_out_windows(
@@ -171,7 +223,7 @@ def _tokens(tokenize: Tokenize, text: str, source: str, wanted: int) -> Sequence
     enough: its last few tokens may differ from the whole text's, so a margin is cut off.
     """
     if not text.strip():
-        raise SlebError(f"calibration text {source} is empty; give a file with text in it")
+        raise SlebError(f"text {source} is empty; give a file with text in it")
     margin = 64
     length = 8 * (wanted + margin)
     while length < len(text):
@@ -193,15 +245,7 @@ def _hub_tokens(
     if rows is not None and rows < 1:
         raise SlebError(f"--rows {rows}: at least one row is needed")
     hub = HUB_TEXTS[source]
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(**dict(hub.arguments), split=hub.split).shuffle(seed=seed)
-    except Exception as error:
-        raise SlebError(
-            f"cannot load the data set of {source}: {first_line(error)}; connect to the hub "
-            f"once, set HF_DATASETS_CACHE, or use --calibration {EMBEDDED}"
-        ) from error
+    data = _load(source, hub, f"use --calibration {EMBEDDED}").shuffle(seed=seed)
     count = min(rows or DEFAULT_ROWS, len(data))
     while True:
         text = hub.separator.join(data[:count]["text"])
@@ -210,6 +254,18 @@ def _hub_tokens(
         if enough or rows is not None or count == len(data):
             return ids, count
         count = min(2 * count, len(data))
+
+
+def _load(source: str, hub: HubText, instead: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(**dict(hub.arguments), split=hub.split)
+    except Exception as error:
+        raise SlebError(
+            f"cannot load the data set of {source}: {first_line(error)}; connect to the hub "
+            f"once, set HF_DATASETS_CACHE, or {instead}"
+        ) from error
 
 
 def _python_docs() -> str:
@@ -231,19 +287,18 @@ def _file_text(source: str) -> str:
     if reader is None:
         known = ", ".join((*HUB_TEXTS, EMBEDDED))
         raise SlebError(
-            f"unknown calibration text {source}; give {known}, or a file whose name ends in "
+            f"unknown text {source}; give {known}, or a file whose name ends in "
             f"{', '.join(readers)}"
         )
     try:
         return "\n\n".join(reader(path))
     except UnicodeDecodeError as error:
         raise SlebError(
-            f"calibration text {source} is not UTF-8 (byte {error.start}); convert it first"
+            f"text {source} is not UTF-8 (byte {error.start}); convert it first"
         ) from error
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise SlebError(
-            f"cannot read calibration text {source}: {first_line(error)}; rows need a "
-            f"column named text"
+            f"cannot read text {source}: {first_line(error)}; rows need a column named text"
         ) from error
 
 

@@ -28,8 +28,8 @@ _NOT_THE_MODEL = frozenset(
     {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
     | {"use_cache", "architectures_version"}
 )
-# `num_hidden_layers` goes by these names in config.json; Transformers maps them by attribute_map.
-_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""`num_hidden_layers` goes by these names in config.json; Transformers maps them."""
 _WEIGHT_FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -71,13 +71,13 @@ class Checkpoint:
         Raises:
             SlebError: it does not say.
         """
-        for key in _LAYER_COUNT_KEYS:
+        for key in LAYER_COUNT_KEYS:
             value = self.config.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
         raise SlebError(
             f"{self.path}/config.json does not say how many layers the model has (looked for "
-            f"{', '.join(_LAYER_COUNT_KEYS)}); only decoder-only text models are supported"
+            f"{', '.join(LAYER_COUNT_KEYS)}); only decoder-only text models are supported"
         )
 
     @property
@@ -142,7 +142,7 @@ class Checkpoint:
         if files[0].suffix != ".safetensors":
             return None
         outside, *blocks = (hashlib.sha256() for _ in range(self.num_blocks + 1))
-        tensors = sorted((name, *entry, file) for file in files for name, entry in _tensors(file))
+        tensors = sorted((name, *entry, file) for file in files for name, entry in tensors_of(file))
         for name, dtype, shape, start, end, file in tensors:
             index = self.block_of(name)
             if index in without:
@@ -193,7 +193,7 @@ class Checkpoint:
         rest = [self.path / name for name in sorted(self.unneeded_files(without))]
         outside = inside = 0
         for file in (*files, *(file for file in rest if file.is_file())):
-            for name, (_, _, start, end) in _tensors(file):
+            for name, (_, _, start, end) in tensors_of(file):
                 if self.block_of(name) in without:
                     inside += end - start
                 else:
@@ -212,7 +212,7 @@ class Checkpoint:
             return None
         outside, counts = 0, [0] * self.num_blocks
         for file in files:
-            for name, (_, shape, _, _) in _tensors(file):
+            for name, (_, shape, _, _) in tensors_of(file):
                 index = self.block_of(name)
                 if index is None:
                     outside += math.prod(shape)
@@ -343,7 +343,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, tuple[str, list[int], int, int]]]:
+def tensors_of(file: Path) -> Iterator[tuple[str, tuple[str, list[int], int, int]]]:
     """(name, (dtype, shape, first byte, byte after the last)) of each tensor of a safetensors file.
 
     The format: https://github.com/huggingface/safetensors#format

@@ -12,17 +12,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sleb_serve import __version__
-from sleb_serve.bars import SearchBars, say
-from sleb_serve.calibration import EMBEDDED, HUB_TEXTS
+from sleb_serve import __version__, strict_json
+from sleb_serve.bars import EvalLines, SearchBars, ShardBar, say
+from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, JUDGED_TEXTS
+from sleb_serve.checkpoint import download_weights, open_checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import OBJECTIVES, read_manifest
+from sleb_serve.evaluation import PAPER_TASKS, EvalOptions, evaluate, with_evaluation
+from sleb_serve.export import export
+from sleb_serve.files import check_writable, write_atomically
+from sleb_serve.frontier import draw
+from sleb_serve.interchange import (
+    imported,
+    llama_cpp_list,
+    manifest_of,
+    mergekit_config,
+    read_blocks,
+)
+from sleb_serve.manifest import OBJECTIVES, Manifest, read_manifest
+from sleb_serve.memory import format_size
 from sleb_serve.pruning import REPAIRS
 from sleb_serve.ranks import is_first
 from sleb_serve.search_log import log_path
 from sleb_serve.select import DTYPES, SEARCHES, SelectOptions, select
-from sleb_serve.serve import check_plugin, draft_command, serve_command
-from sleb_serve.show import describe
+from sleb_serve.serve import check_model, check_plugin, draft_command, serve_command
+from sleb_serve.show import describe, evaluation_table
 from sleb_serve.support import support, support_markdown, support_text
 
 _SELECT_EXAMPLES = """\
@@ -50,9 +63,34 @@ examples:
 Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
 The server refuses to start rather than serve the dense model.
 """
+_EVAL_EXAMPLES = """\
+examples:
+  sleb-serve eval meta-llama/Llama-2-7b-hf -m m.json --perplexity wikitext2,c4
+  sleb-serve eval ./my-model -m m.json --tasks            # the paper's five zero-shot tasks
+  sleb-serve eval ./my-model -m m.json --blocks 0,2,4,6 --tasks piqa,gsm8k --limit 200 -o e.json
+  sleb-serve eval ./my-model --removal-list '[5, 4, 9]' --perplexity chats.jsonl
+  sleb-serve eval ./my-model -m m.json --backend vllm --engine-args '{"tensor_parallel_size": 2}'
+
+With -o E.json, E.lm-eval-K.json holds lm-eval's own results for K blocks, E.png a picture where
+several K were judged, and --resume goes on where an interrupted evaluation stopped.
+"""
+_EXPORT_EXAMPLES = """\
+examples:
+  sleb-serve export ./my-model -m m.json pruned-model     # for any Transformers or vLLM
+  sleb-serve export ./my-model -m m.json --format mergekit merge.yaml
+  llama-quantize --prune-layers $(sleb-serve export ./my-model -m m.json --format llama.cpp -) …
+"""
+_IMPORT_EXAMPLES = """\
+examples:
+  sleb-serve import sleb_results/sleb.txt facebook/opt-6.7b -o m.json    # its last run; or --run N
+  sleb-serve import '[5, 4, 9]' ./my-model -o m.json
+  sleb-serve import merge.yaml ./my-model -o m.json                      # mergekit, passthrough
+  sleb-serve import dropped/config.json ./my-model -o m.json             # LLM-Drop, whole blocks
+"""
 _BENCH_EXAMPLES = """\
 examples:
   sleb-serve bench ./my-model -m m.json -o results
+  sleb-serve bench ./my-model --removal-list '[5, 4, 9]' -o results
   sleb-serve bench ./my-model -m m.json -o results --starts 5 --batch 32 \\
       --engine-args '{"tensor_parallel_size": 2}'
 
@@ -95,18 +133,28 @@ def _run(arguments: Sequence[str]) -> int:
     parser, serve = _parsers()
     if arguments[:1] == ["serve"]:
         return _serve(serve, arguments[1:])
+    if arguments[:1] == ["lm-eval"]:
+        from sleb_serve.lm_eval_model import run
+
+        run(arguments[1:])
+        return 0
     options = parser.parse_args(arguments)
     if options.command == "select":
         return _select(options)
-    if options.command == "bench":
-        return _bench(options)
-    if options.command == "architectures":
-        if options.json:
-            print(json.dumps(support(), indent=2))
-        else:
-            print(support_markdown() if options.markdown else support_text())
-        return 0
-    return _show(options)
+    commands = {
+        "bench": _bench,
+        "eval": _eval,
+        "export": _export,
+        "import": _import,
+        "show": _show,
+    }
+    if options.command in commands:
+        return commands[options.command](options)
+    if options.json:
+        print(json.dumps(support(), indent=2))
+    else:
+        print(support_markdown() if options.markdown else support_text())
+    return 0
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -149,6 +197,43 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     serve.add_argument(
         "--draft-tokens", metavar="N", type=int, default=3, help="tokens drafted at a time (3)"
     )
+    _add_eval(
+        command(
+            "eval",
+            "judge the pruned model: perplexity and lm-eval's tasks",
+            _EVAL_EXAMPLES,
+        )
+    )
+    export = command("export", "write a plain, physically pruned checkpoint", _EXPORT_EXAMPLES)
+    export.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    _add_manifest(export)
+    export.add_argument(
+        "output",
+        metavar="OUT",
+        type=Path,
+        help="the folder to make; for mergekit and llama.cpp a file, or - for standard output",
+    )
+    export.add_argument(
+        "--format",
+        choices=("transformers", "mergekit", "llama.cpp"),
+        default="transformers",
+        help="a checkpoint, a mergekit configuration, or the value of llama-quantize's "
+        "--prune-layers (default: transformers)",
+    )
+    importer = command(
+        "import", "write a manifest from a list that another tool made", _IMPORT_EXAMPLES
+    )
+    importer.add_argument("source", metavar="SOURCE", help="a file, or the list itself")
+    importer.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    importer.add_argument("-o", "--output", metavar="M.json", type=Path, required=True)
+    importer.add_argument(
+        "--run", metavar="N", type=int, help="which of several runs in SLEB's results (the last)"
+    )
+    commands.add_parser(
+        "lm-eval",
+        help="lm-eval's own command line, with --model sleb, which takes manifest=M.json",
+        add_help=False,
+    )
     _add_bench(command("bench", "measure the pruned model against the dense one", _BENCH_EXAMPLES))
     architectures = command(
         "architectures", "list which architectures can be served pruned, and why others cannot"
@@ -163,9 +248,20 @@ def _add_manifest(parser: argparse.ArgumentParser, positional: bool = False) -> 
     if positional:
         parser.add_argument("manifest", metavar="M.json", type=Path)
     else:
-        parser.add_argument("-m", "--manifest", metavar="M.json", type=Path, required=True)
+        _add_removal(parser, required=True)
     parser.add_argument(
         "--blocks", metavar="K", type=int, help="only the manifest's first K removals"
+    )
+
+
+def _add_removal(parser: argparse.ArgumentParser, required: bool) -> None:
+    given = parser.add_mutually_exclusive_group(required=required)
+    given.add_argument("-m", "--manifest", metavar="M.json", type=Path)
+    given.add_argument(
+        "--removal-list",
+        "--removal_list",
+        metavar="'[5, 4, 9]'",
+        help="the blocks to remove, in order, in place of a manifest",
     )
 
 
@@ -275,6 +371,65 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    _add_removal(parser, required=False)
+    parser.add_argument(
+        "--blocks",
+        metavar="K,K…",
+        help="how many of the manifest's removals; several for a frontier, 0 for the dense model "
+        "(default: all of them)",
+    )
+    parser.add_argument(
+        "--perplexity",
+        metavar="TEXT,…",
+        help=f"{', '.join(JUDGED_TEXTS)}, {EMBEDDED} or a file (default: wikitext2, unless --tasks "
+        "are given)",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        metavar="L",
+        type=int,
+        help="tokens a window (default: 2048, or the model's context if that is shorter)",
+    )
+    parser.add_argument(
+        "--windows", metavar="N", type=int, help="only the first N windows of each text"
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="TASK,…",
+        nargs="?",
+        const=",".join(PAPER_TASKS),
+        help=f"tasks of lm-eval by name (without names: {', '.join(PAPER_TASKS)})",
+    )
+    parser.add_argument("--limit", metavar="N", type=int, help="only N rows of each task")
+    parser.add_argument("--num-fewshot", metavar="N", type=int, help="examples in the prompt")
+    parser.add_argument(
+        "--backend",
+        choices=("hf", "vllm"),
+        default="hf",
+        help="Transformers, or the engine that will serve (default: hf)",
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", default="1", help="lm-eval's, for hf: a number or auto (1)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="(default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--engine-args",
+        metavar="JSON",
+        default="{}",
+        help="arguments of lm-eval's vllm model and of vllm.LLM, for --backend vllm",
+    )
+    parser.add_argument("-o", "--output", metavar="E.json", type=Path, help="where results go")
+    parser.add_argument("--resume", action="store_true", help="keep the results that are in E.json")
+    parser.add_argument(
+        "--write-back", action="store_true", help="also put the results into the manifest"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report for machines")
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
     _add_manifest(parser)
@@ -331,7 +486,7 @@ def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     if model.startswith("-"):
         raise SlebError("name the model right after `serve`, as vllm serve does")
     options, rest = parser.parse_known_args(arguments[1:])
-    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    manifest = _manifest(options, model).prefix(options.blocks)
     if options.as_draft:
         command = draft_command(model, manifest, rest, options.draft_tokens)
     else:
@@ -353,14 +508,122 @@ def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         ) from error
 
 
+def _manifest(options: argparse.Namespace, model: str) -> Manifest:
+    """The manifest of -m, or one made in memory of --removal-list."""
+    if options.removal_list is None:
+        return read_manifest(options.manifest)
+    download_weights(model)
+    checkpoint = open_checkpoint(model)
+    blocks = read_blocks(options.removal_list, checkpoint.num_blocks).blocks
+    return manifest_of(model, checkpoint, blocks, "--removal-list")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    manifest = None
+    if options.manifest is not None or options.removal_list is not None:
+        manifest = _manifest(options, options.model)
+    blocks = _counts(options.blocks, manifest)
+    tasks = _names(options.tasks)
+    texts = _names(options.perplexity) or (() if tasks else ("wikitext2",))
+    if options.write_back and options.manifest is None:
+        raise SlebError("--write-back puts results into a manifest: give one with -m")
+    download_weights(options.model)
+    checkpoint = open_checkpoint(options.model)
+    if manifest is not None:
+        check_model(options.model, manifest.pruning(), servable=options.backend == "vllm")
+    keys = ("model", "output", "sequence_length", "windows", "limit", "num_fewshot", "backend")
+    values = {key: getattr(options, key) for key in (*keys, "batch_size", "dtype", "resume")}
+    engine = strict_json.load(options.engine_args.encode())
+    wanted = EvalOptions(
+        blocks=blocks,
+        texts=texts,
+        tasks=tasks,
+        engine_args=strict_json.any_object(engine, "--engine-args"),
+        **values,
+    )
+    report = evaluate(wanted, checkpoint, manifest, EvalLines())
+    if not tasks:
+        say(
+            "note: perplexity does not see what a model has lost of reasoning; add --tasks, with "
+            "a generative one such as gsm8k"
+        )
+    print(json.dumps(report, indent=2) if options.json else evaluation_table(report))
+    if options.output is not None and len(blocks) > 1:
+        picture = options.output.with_suffix(".png")
+        draw(report, picture)
+        say(f"wrote {options.output} and {picture}")
+    if options.write_back and manifest is not None:
+        with_evaluation(manifest, report).write(options.manifest)
+        say(f"wrote the results into {options.manifest}")
+    return 0
+
+
+def _counts(text: str | None, manifest: Manifest | None) -> tuple[int, ...]:
+    """The numbers of --blocks, each a prefix of the manifest."""
+    if text is None:
+        return (0,) if manifest is None else (len(manifest.removed),)
+    counts = tuple(int(part) if part.isdecimal() else -1 for part in text.split(","))
+    for count in counts:
+        if count < 0 or len(set(counts)) != len(counts):
+            raise SlebError(f"--blocks {text}: give numbers of blocks, each once, as 0,2,4")
+        if count and manifest is None:
+            raise SlebError(f"--blocks {text}: which blocks? give -m M.json or --removal-list")
+        if count and manifest is not None:
+            manifest.prefix(count)
+    return counts
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in (text or "").split(",") if name))
+
+
+def _export(options: argparse.Namespace) -> int:
+    manifest = _manifest(options, options.model).prefix(options.blocks)
+    checkpoint = check_model(options.model, manifest.pruning(), servable=False)
+    if options.format != "transformers":
+        if manifest.repair is not None:
+            raise SlebError(
+                f"--format {options.format} only names blocks, and this manifest has a repair; "
+                f"export it as a checkpoint, or select without --repair"
+            )
+        text = llama_cpp_list(manifest) + "\n"
+        if options.format == "mergekit":
+            text = mergekit_config(options.model, manifest, checkpoint.dtype)
+        if str(options.output) == "-":
+            print(text, end="")
+        else:
+            check_writable(options.output)
+            write_atomically(options.output, text.encode())
+        return 0
+    download_weights(options.model)
+    with ShardBar() as bar:
+        done = export(checkpoint, manifest, options.output, bar.shard_done)
+    print(
+        f"wrote {done.folder}: {done.blocks} blocks, {format_size(done.size)} in {done.shards} "
+        f"files (dense {format_size(done.source_size)})"
+    )
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    check_writable(options.output)
+    download_weights(options.model)
+    checkpoint = open_checkpoint(options.model)
+    manifest = imported(options.source, options.model, checkpoint, options.run)
+    manifest.write(options.output)
+    print(describe(manifest))
+    print(f"\nwrote {options.output}")
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
     from sleb_bench.run import BenchOptions, bench
 
-    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    manifest = _manifest(options, options.model).prefix(options.blocks)
     values = {
         name: value
         for name, value in vars(options).items()
-        if name not in {"command", "manifest", "blocks"}
+        if name not in {"command", "manifest", "removal_list", "blocks"}
     }
     print(bench(BenchOptions(**values), manifest, say))
     return 0

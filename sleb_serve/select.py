@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sleb_serve import __version__
+from sleb_serve.binding import bind
 from sleb_serve.calibration import Windows, make_windows
 from sleb_serve.checkpoint import Checkpoint, download_weights, open_checkpoint
 from sleb_serve.errors import SlebError, first_line
@@ -202,7 +203,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
         options.calibration,
         load_tokenizer(checkpoint),
         sequence_length=options.sequence_length
-        or min(OFFICIAL_SEQUENCE_LENGTH, _context_length(checkpoint)),
+        or min(OFFICIAL_SEQUENCE_LENGTH, context_length(checkpoint)),
         seed=options.seed,
     )
     samples = [
@@ -368,24 +369,6 @@ def as_repaired(
     )
 
 
-def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:
-    """The binding of a manifest to a checkpoint whose files are on this machine."""
-    local = Path(model).is_dir()
-    leaves = checkpoint.block_sha256()
-    known = {} if leaves is None else dict(enumerate(leaves[1:]))
-    return ModelBinding(
-        # A folder's name, not its path: manifests travel, and paths name people and machines.
-        id=checkpoint.path.resolve().name if local else model,
-        # The cache keeps a hub model in a folder named by its commit.
-        revision=None if local else checkpoint.path.name,
-        architecture=checkpoint.architecture,
-        num_blocks=checkpoint.num_blocks,
-        config_sha256=checkpoint.config_sha256(),
-        weights_sha256=checkpoint.weights_sha256(known),
-        block_sha256=None if leaves is None else leaves[1:],
-    )
-
-
 def load_tokenizer(checkpoint: Checkpoint) -> Callable[[str], Sequence[int]]:
     """The checkpoint's own tokenizer: text to token ids, with the special tokens it adds.
 
@@ -405,7 +388,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Callable[[str], Sequence[int]]:
     return lambda text: list(tokenizer(text, verbose=False)["input_ids"])
 
 
-def _context_length(checkpoint: Checkpoint) -> int:
+def context_length(checkpoint: Checkpoint) -> int:
+    """How many positions the model was made for, as its config says; 2,048 where it does not."""
     for key in ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length"):
         value = checkpoint.config.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -414,7 +398,7 @@ def _context_length(checkpoint: Checkpoint) -> int:
 
 
 def _check_context(checkpoint: Checkpoint, sequence_length: int) -> None:
-    context = _context_length(checkpoint)
+    context = context_length(checkpoint)
     if sequence_length > context:
         raise SlebError(
             f"--sequence-length {sequence_length} is more than the model's context of {context} "

@@ -78,8 +78,10 @@ def server_command(model: str, options: Sequence[str]) -> list[str]:
     return [_script("vllm"), "serve", model, *options]
 
 
-def check_model(model: str, pruning: Pruning, revision: str | None = None) -> Checkpoint:
-    """Refuse a model that is not the manifest's, or that the plugin cannot serve pruned.
+def check_model(
+    model: str, pruning: Pruning, revision: str | None = None, servable: bool = True
+) -> Checkpoint:
+    """Refuse a model that is not the manifest's, or if `servable`, that the plugin cannot serve.
 
     Weights that are not on this machine yet are left to the plugin, which looks at them after vLLM
     has fetched them.
@@ -97,7 +99,7 @@ def check_model(model: str, pruning: Pruning, revision: str | None = None) -> Ch
     if Path(model).is_dir():
         found = checkpoint.weights_sha256(pruning.known_sha256)
         pruning.check_binding(model, weights_sha256=found)
-    if pruning.architecture not in ARCHITECTURES:
+    if servable and pruning.architecture not in ARCHITECTURES:
         raise SlebError(why_refused(pruning.architecture))
     if pruning.repair is not None:
         check_sidecar(pruning.repair)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
+from sleb_serve.frontier import accuracy
 from sleb_serve.manifest import Manifest
 
 _BAR = 40
@@ -47,6 +51,26 @@ def describe(manifest: Manifest) -> str:
         made = ", ".join(f"{name} {number}" for name, number in manifest.created_by.items())
         lines.append(f"created by   {made}")
     return "\n".join([*lines, "", *_curve(manifest)])
+
+
+def evaluation_table(report: Mapping[str, Any]) -> str:
+    """An evaluation's report as a table: a row for each number of blocks removed."""
+    texts = list(report["results"][0]["perplexity"])
+    tasks = list(report["results"][0]["tasks"])
+    head = ["blocks", "ideal", *(f"ppl {Path(text).name}" for text in texts), *tasks]
+    rows = [head + (["mean"] if len(tasks) > 1 else [])]
+    for entry in report["results"]:
+        row = [str(entry["blocks"]), f"{entry['ideal_speedup']:.2f}x"]
+        row += [f"{entry['perplexity'][text]:.2f}" for text in texts]
+        pairs = [accuracy(entry["tasks"][task]) for task in tasks]
+        row += [f"{value:.3f} ±{error:.3f}" for value, error in pairs]
+        row += [f"{fmean(value for value, _ in pairs):.3f}"] if len(tasks) > 1 else []
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def _stability(manifest: Manifest, samples: Sequence[Sequence[int]]) -> list[str]:

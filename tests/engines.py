@@ -15,10 +15,10 @@ import torch
 
 import oracle
 from conftest import ROOT
+from sleb_serve.binding import bind
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.manifest import Manifest, Removal
 from sleb_serve.pruning import Pruning
-from sleb_serve.select import bind
 from sleb_serve.serve import pruned_overrides
 
 PROMPTS = [[1, *range(40, 70)], [7, 300, 12, 90, 5, 5, 210, 33, 8]]

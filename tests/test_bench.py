@@ -181,9 +181,9 @@ def test_bad_options_are_refused(
     options: list[str],
     message: str,
 ) -> None:
+    from sleb_serve.binding import bind
     from sleb_serve.checkpoint import open_checkpoint
     from sleb_serve.manifest import Manifest, Removal
-    from sleb_serve.select import bind
 
     path = str(models("llama"))
     Manifest(bind(path, open_checkpoint(path)), (Removal(3),)).write(tmp_path / "m.json")
@@ -197,9 +197,9 @@ def test_an_engine_that_does_not_start_ends_the_benchmark(
     models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("vllm")
+    from sleb_serve.binding import bind
     from sleb_serve.checkpoint import open_checkpoint
     from sleb_serve.manifest import Manifest, Removal
-    from sleb_serve.select import bind
 
     path = str(models("llama"))
     Manifest(bind(path, open_checkpoint(path)), (Removal(3),)).write(tmp_path / "m.json")

@@ -102,7 +102,7 @@ def test_held_out_windows_do_not_overlap_the_calibration() -> None:
         ("t.txt", b"x" * 250, {}, "gives 2 windows of 100 tokens, 3 were asked for"),
         ("t.txt", b"\xff\xfe\x00", {}, "not UTF-8"),
         ("t.txt", None, {}, "cannot read"),
-        ("t.csv", b"a,b", {}, "unknown calibration text"),
+        ("t.csv", b"a,b", {}, "unknown text"),
         ("t.jsonl", b"{", {}, "cannot read"),
         ("t.jsonl", b'{"words": "a"}', {}, "line 1 has no text"),
         ("t.jsonl", b"3", {}, "cannot read"),

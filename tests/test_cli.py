@@ -93,7 +93,7 @@ def test_show_prints_for_people_and_for_machines(
         (["--remove", "x"], "--remove x"),
         (["--calibration", "empty.txt"], "empty.txt is empty"),
         (["--calibration", "short.txt"], "less than one window of 32"),
-        (["--calibration", "nowhere.txt"], "cannot read calibration text nowhere.txt"),
+        (["--calibration", "nowhere.txt"], "cannot read text nowhere.txt"),
         (["--sequence-length", "100000"], "more than the model's context of 512"),
         (["--sequence-length", "1"], "at least 2 tokens"),
         (["--sequences", "-1"], "at least one window"),

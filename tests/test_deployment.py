@@ -18,11 +18,11 @@ import checkpoints
 import oracle
 from engines import NEW_TOKENS, PROMPTS, Case, check_equal, overrides, pruning, run_jobs
 from sleb_bench.server import Server, free_port
+from sleb_serve.binding import bind
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.cli import main
 from sleb_serve.draft import draft_folder
 from sleb_serve.manifest import Manifest, Removal
-from sleb_serve.select import bind
 
 pytest.importorskip("vllm")
 

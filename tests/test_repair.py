@@ -14,6 +14,7 @@ import torch
 
 import oracle
 from engines import Case, check_size, differences, greedy_equal, run_jobs
+from sleb_serve.binding import bind
 from sleb_serve.causal_lm import CausalLM, load_model
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.cli import main
@@ -21,7 +22,6 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Manifest, Removal, Repair, read_manifest
 from sleb_serve.pruning import gaps
 from sleb_serve.repair import Gap, fit
-from sleb_serve.select import bind
 from sleb_serve.serve import pruned_overrides
 from sleb_serve.sidecar import read_sidecar, sidecar_path, write_sidecar
 from test_scoring import random_windows

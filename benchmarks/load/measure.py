@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.report import geometric_mean_interval
+from sleb_serve.binding import bind
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.manifest import Manifest, Removal
-from sleb_serve.select import bind
 from sleb_serve.serve import pruned_overrides
 
 REMOVED = (4, 7, 11, 14, 17)
