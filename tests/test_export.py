@@ -1,0 +1,303 @@
+"""Exported checkpoints: equal to deletion in Transformers and stock vLLM, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoints
+import oracle
+from engines import PROMPTS, Case, pruning, run_jobs
+from sleb_serve.binding import bind
+from sleb_serve.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.cli import main
+from sleb_serve.errors import SlebError
+from sleb_serve.export import MANIFEST_NAME, cut_config, export
+from sleb_serve.manifest import Manifest, Removal, read_manifest
+from test_cli import refused
+from test_repair import manifest_of, repaired
+
+Models = Callable[[str], Path]
+REMOVED = {"llama": (2, 5), "gemma3": (1, 4), "qwen2": (1, 3), "opt": (2, 4)}
+SMOLLM2 = (5, 25, 17, 16, 18, 12)
+
+
+def manifest_for(path: Path, removed: Sequence[int]) -> Manifest:
+    return Manifest(bind(str(path), open_checkpoint(str(path))), tuple(map(Removal, removed)))
+
+
+def exported(path: Path, removed: Sequence[int], folder: Path) -> Path:
+    export(open_checkpoint(str(path)), manifest_for(path, removed), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "opt", "gpt2", "mixtral", "gpt_oss"])
+def test_transformers_loads_what_deletion_makes(models: Models, tmp_path: Path, name: str) -> None:
+    removed = REMOVED.get(name, (1, 4))
+    source = models(name)
+    folder = exported(source, removed, tmp_path / "out")
+    found, expected = oracle.load(folder), oracle.pruned(source, removed)
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            difference = (found(ids).logits - expected(ids, use_cache=False).logits).abs().max()
+        assert difference < 1e-5
+    assert oracle.parameter_counts(found) == oracle.parameter_counts(expected)
+    # With a KV cache, too: its layers are numbered anew.
+    generated = found.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=6, do_sample=False)
+    assert (
+        generated[0, len(PROMPTS[0]) :].tolist()
+        == oracle.greedy(expected, PROMPTS[0], 6)[: len(generated[0]) - len(PROMPTS[0])]
+    )
+    copied = {file.name for file in folder.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", MANIFEST_NAME} <= copied
+    assert read_manifest(folder / MANIFEST_NAME).blocks == removed
+
+
+def test_stock_vllm_serves_it_as_the_plugin_serves_the_original(
+    models: Models, smollm2: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm")
+    paths = {name: models(name) for name in REMOVED} | {"smollm2": smollm2}
+    removed = {**REMOVED, "smollm2": SMOLLM2}
+    plugged = [Case(name, removed[name]).job(path) for name, path in paths.items()]
+    plain = [
+        Case(name, ()).job(exported(path, removed[name], tmp_path / name))
+        for name, path in paths.items()
+    ]
+    (tmp_path / "plugged").mkdir()
+    (tmp_path / "plain").mkdir()
+    for ours, theirs in zip(
+        run_jobs(plugged, tmp_path / "plugged"),
+        run_jobs(plain, tmp_path / "plain", VLLM_PLUGINS="none"),
+        strict=True,
+    ):
+        assert "error" not in ours, ours["error"]
+        assert "error" not in theirs, theirs["error"]
+        assert ours["tokens"] == theirs["tokens"]
+        for one, other in zip(ours["logprobs"], theirs["logprobs"], strict=True):
+            assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < 1e-3
+
+
+def test_a_folded_repair_is_put_in_place_and_a_map_refused(models: Models, tmp_path: Path) -> None:
+    path = models("llama")
+    manifest = manifest_of(path, (2, 3, 6), "fold", tmp_path / "fold.json")
+    export(open_checkpoint(str(path)), manifest, tmp_path / "out")
+    tensors = load_file(tmp_path / "fold.json.repair.safetensors")
+    expected = repaired(path, (2, 3, 6), tensors).state_dict()
+    found = oracle.load(tmp_path / "out").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    mapped = manifest_of(path, (2, 3, 6), "map", tmp_path / "map.json")
+    with pytest.raises(SlebError, match="no plain checkpoint has a place for"):
+        export(open_checkpoint(str(path)), mapped, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("form", ["int8", "gptq"])
+def test_quantised_tensors_are_copied_as_they_are(
+    models: Models, tmp_path: Path, form: str
+) -> None:
+    quantised = getattr(checkpoints, form)(models("llama"), tmp_path / form)
+    twin = checkpoints.compacted(quantised, tmp_path / "twin", (2, 5))
+    folder = exported(quantised, (2, 5), tmp_path / "out")
+    found, expected = (load_file(p / "model.safetensors") for p in (folder, twin))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_tied_weights_stay_tied_and_shards_shards(models: Models, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "sharded"
+    model = AutoModelForCausalLM.from_pretrained(models("gemma3"))
+    model.save_pretrained(source, max_shard_size="600KB")
+    shards = sorted(file.name for file in source.glob("*.safetensors"))
+    assert len(shards) >= 4
+    folder = exported(source, (1, 2), tmp_path / "out")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    found = {name: load_file(folder / name) for name in set(index["weight_map"].values())}
+    assert {file.name for file in folder.glob("*.safetensors")} == set(found)
+    assert index["weight_map"] == {name: file for file in found for name in found[file]}
+    total = sum(tensor.nbytes for tensors in found.values() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == total
+    again = oracle.load(folder)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        expected = oracle.pruned(models("gemma3"), (1, 2))(ids, use_cache=False).logits
+        assert (again(ids).logits - expected).abs().max() < 1e-5
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A Llama checkpoint of 4 shards, 96 MB each, that nobody will load."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 8, "hidden_size": 2048}
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 32}))
+    places = {}
+    for shard in range(4):
+        name = f"model-{shard + 1:05}-of-00004.safetensors"
+        tensors = {
+            f"model.layers.{layer}.mlp.{part}.weight": torch.full((2048, 2048), float(layer))
+            for layer in (2 * shard, 2 * shard + 1)
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def start_export(source: Path, folder: Path) -> subprocess.Popen[bytes]:
+    manifest_for(source, (1, 4)).write(folder.with_suffix(".json"))
+    command = [sys.executable, "-m", "sleb_serve.cli", "export", str(source)]
+    command += ["-m", str(folder.with_suffix(".json")), str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_memory_holds_less_than_two_shards(large: Path, tmp_path: Path) -> None:
+    process = start_export(large, tmp_path / "out")
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert usage.ru_maxrss * unit < 2 * (96 << 20)
+    assert isinstance(usage, resource.struct_rusage)
+
+
+def test_an_interrupted_export_leaves_nothing_that_looks_finished(
+    large: Path, tmp_path: Path
+) -> None:
+    process = start_export(large, tmp_path / "out")
+    while not list(tmp_path.glob(".out.incomplete-*/*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    for left in tmp_path.glob(".out.incomplete-*"):
+        assert not (left / "config.json").exists()  # the last to be written
+        shutil.rmtree(left)
+    process = start_export(large, tmp_path / "out")
+    assert process.wait() == 0
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_is_there_is_not_written_over(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = models("llama")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    arguments = ["export", str(path), "--removal-list", "[2, 5]", str(out)]
+    assert "it is there already" in refused(arguments, capsys)
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    assert main([*arguments[:-1], str(tmp_path / "new")]) == 0
+    assert "6 blocks" in capsys.readouterr().out
+    other = tmp_path / "m.json"
+    manifest_for(models("opt"), (2,)).write(other)
+    arguments = ["export", str(path), "-m", str(other), str(tmp_path / "third")]
+    assert "architecture expected OPTForCausalLM" in refused(arguments, capsys)
+    assert not (tmp_path / "third").exists()
+
+
+def cut(config: dict[str, Any], removed: Sequence[int] = (1, 4)) -> dict[str, Any]:
+    return cut_config(Checkpoint(Path("model"), {"num_hidden_layers": 6, **config}), removed)
+
+
+def test_what_the_config_says_of_each_layer_is_cut_to_fit() -> None:
+    found = cut(
+        {
+            "layer_types": list("abcdef"),
+            "num_key_value_heads": [1, 2, 3, 4, 5, 6],
+            "mlp_only_layers": [0, 1, 5],
+            "first_k_dense_replace": 2,
+            "sliding_window_pattern": 6,
+            "eos_token_id": [1, 2, 3, 4, 5, 6],
+            "decoder_sparse_step": 1,
+            "vocab_size": 6,
+            "quantization_config": {
+                "modules_to_not_convert": ["lm_head", "model.layers.4.mlp", "model.layers.5.mlp"],
+                "config_groups": {"group_0": {"targets": ["Linear"]}},
+                "per_layer": {"model.layers.1": 4, "model.layers.2": 8},
+            },
+        }
+    )
+    assert found == {
+        "num_hidden_layers": 4,
+        "layer_types": list("acdf"),
+        "num_key_value_heads": [1, 3, 4, 6],
+        "mlp_only_layers": [0, 3],
+        "first_k_dense_replace": 1,
+        "sliding_window_pattern": 6,
+        "eos_token_id": [1, 2, 3, 4, 5, 6],
+        "decoder_sparse_step": 1,
+        "vocab_size": 6,
+        "quantization_config": {
+            "modules_to_not_convert": ["lm_head", "model.layers.3.mlp"],
+            "config_groups": {"group_0": {"targets": ["Linear"]}},
+            "per_layer": {"model.layers.1": 8},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "every 2th layer"),
+        ({"sliding_window_pattern": 6}, "every 6th layer"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "compute with their own number"),
+        ({"secret": [1, 2, 3, 4, 5, 6]}, "one a layer as it seems"),
+        (
+            {"quantization_config": {"ignore": [r"re:model\.layers.5.*"]}},
+            "cannot be renumbered",
+        ),
+    ],
+)
+def test_what_cannot_be_said_of_fewer_layers_is_refused(
+    config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SlebError, match=message):
+        cut(config)
+
+
+def test_mergekit_makes_the_same_weights(models: Models, tmp_path: Path) -> None:
+    tool = shutil.which("mergekit-yaml") or os.environ.get("SLEB_TEST_MERGEKIT", "")
+    if not tool:
+        pytest.skip("mergekit is not installed")
+    path = models("llama")
+    config = tmp_path / "merge.yaml"
+    arguments = ["export", str(path), "--removal-list", "[2, 3, 6]", "--format", "mergekit"]
+    assert main([*arguments, str(config)]) == 0
+    subprocess.run([tool, str(config), str(tmp_path / "merged")], check=True)
+    folder = exported(path, (2, 3, 6), tmp_path / "out")
+    found, expected = (
+        {k: v for file in p.glob("*.safetensors") for k, v in load_file(file).items()}
+        for p in (tmp_path / "merged", folder)
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_tag_of_the_manifest_inside_is_the_originals(models: Models, tmp_path: Path) -> None:
+    folder = exported(models("opt"), (2, 4), tmp_path / "out")
+    inside = read_manifest(folder / MANIFEST_NAME).pruning()
+    assert inside == pruning(models("opt"), (2, 4))
