@@ -197,6 +197,7 @@ def test_tasks_score_as_plain_lm_eval_on_the_exported_checkpoint(
         model="hf",
         model_args={"pretrained": str(folder), "dtype": "float32"},
         tasks=["piqa", "arc_easy"],
+        device="cpu",
         limit=6,
         log_samples=False,
     )["results"]
@@ -217,7 +218,7 @@ def run(command: Sequence[str], folder: Path) -> str:
     about = folder / "metadata" / f"vllm-{vllm_version()}.dist-info"
     about.mkdir(parents=True, exist_ok=True)
     (about / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm_version()}\n"
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm_version()}+cpu\n"
     )
     done = subprocess.run(
         command,
