@@ -291,6 +291,25 @@ def test_repaired_models_on_two_ranks_and_compiled(
     check(run_jobs(jobs(cases, **engine), tmp_path, **environment), cases, models, tmp_path)
 
 
+def test_smollm2_repaired_in_vllm_is_smollm2_repaired_in_transformers(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm")
+    removed, kinds = (5, 17, 18, 25), ("fold", "map")
+    checkpoint = open_checkpoint(str(smollm2))
+    made = []
+    for kind in kinds:
+        manifest = manifest_of(smollm2, removed, kind, tmp_path / f"{kind}.json")
+        job = Case("smollm2", removed).job(smollm2)
+        made.append({**job, "overrides": pruned_overrides(manifest.pruning(), checkpoint)})
+    for kind, result in zip(kinds, run_jobs(made, tmp_path), strict=True):
+        tensors = read_sidecar(read_manifest(tmp_path / f"{kind}.json").pruning())
+        model = repaired(smollm2, removed, tensors)
+        assert max(differences(result, model)) < 1e-3
+        assert greedy_equal(result, model)
+        assert max(differences(result, oracle.pruned(smollm2, removed))) > 1e-2
+
+
 def test_an_engine_refuses_a_sidecar_that_changed(
     models: Models, jobs: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:

@@ -1,0 +1,136 @@
+"""What a repair costs to serve: decode throughput of a repaired model over the same one unrepaired.
+
+Usage: measure.py FOLDER [--starts N] [--rounds N]. SmolLM2 with 6 of 30 blocks removed, as it is,
+with a fold and with maps, three engines side by side and measured in turns. What is fitted does not
+change the speed, so the repairs are fitted on little text. Records go to FOLDER/records.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sleb_bench.demo_model import demo_model
+from sleb_bench.engine import Engine
+from sleb_bench.run import machine
+from sleb_serve.binding import bind
+from sleb_serve.calibration import EMBEDDED, make_windows
+from sleb_serve.causal_lm import CausalLM, load_model
+from sleb_serve.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.manifest import Manifest, Removal, Repair, read_manifest
+from sleb_serve.repair import fit
+from sleb_serve.select import load_tokenizer
+from sleb_serve.serve import pruned_overrides
+from sleb_serve.sidecar import sidecar_path, write_sidecar
+
+REMOVED = (5, 4, 26, 25, 6, 7)
+KINDS = ("none", "fold", "map")
+BATCHES, PROMPT, OUTPUT = (1, 8), 16, 64
+
+
+def main() -> None:
+    """Fit, start, measure in turns, print ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--starts", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    model = str(demo_model(Path(".cache/demo").resolve()))
+    checkpoint = open_checkpoint(model)
+    arguments = {
+        kind: {
+            "model": model,
+            "max_model_len": PROMPT + OUTPUT,
+            "max_num_seqs": max(BATCHES),
+            "enable_prefix_caching": False,
+            "disable_log_stats": False,
+            "hf_overrides": overrides(checkpoint, model, kind, options.folder),
+        }
+        for kind in KINDS
+    }
+    records = options.folder / "records.jsonl"
+    with records.open("w") as file:
+
+        def record(**entry: Any) -> None:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+
+        record(record="setting", model=Path(model).name, removed=REMOVED, machine=machine())
+        for start in range(options.starts):
+            measure(arguments, start, options.rounds, options.folder, record)
+    for line in ratios([json.loads(line) for line in records.read_text().splitlines()]):
+        print(line)
+
+
+def overrides(checkpoint: Checkpoint, model: str, kind: str, folder: Path) -> dict[str, Any]:
+    """What asks vLLM for the pruned model with this repair."""
+    output = folder / f"{kind}.json"
+    repair = None
+    if kind != "none":
+        windows = make_windows(
+            EMBEDDED, load_tokenizer(checkpoint), sequences=8, sequence_length=256
+        ).tokens
+        found, loss = fit(
+            CausalLM(load_model(checkpoint, "auto"), windows[0]), windows, REMOVED, kind
+        )
+        sidecar = sidecar_path(output)
+        digest = write_sidecar(sidecar, {gap.tensor: gap.weight for gap in found}, {})
+        repair = Repair(kind, sidecar.name, digest, len(windows), loss)
+    Manifest(bind(model, checkpoint), tuple(map(Removal, REMOVED)), repair=repair).write(output)
+    return pruned_overrides(read_manifest(output).pruning(), checkpoint)
+
+
+def measure(
+    arguments: Mapping[str, Mapping[str, Any]], start: int, rounds: int, folder: Path, record: Any
+) -> None:
+    """One start of all engines, and rounds in which each has its turn, another first each time."""
+    generator = random.Random(start)
+    with ExitStack() as stack:
+        engines = {}
+        for kind, values in arguments.items():
+            engines[kind] = Engine(kind, dict(values), folder / f"{kind}.log")
+            stack.callback(engines[kind].close)
+        for engine in engines.values():
+            engine.ready()
+        for number in range(rounds + 1):
+            order = [*KINDS[number % len(KINDS) :], *KINDS[: number % len(KINDS)]]
+            for batch in BATCHES:
+                prompts = [[generator.randrange(100, 40000) for _ in range(PROMPT)]] * batch
+                for kind in order:
+                    sample = engines[kind].decode(prompts, OUTPUT)
+                    # The first token of each sequence comes out of the prompt's step.
+                    speed = batch * (OUTPUT - 1) / sample.elapsed_time
+                    if number:
+                        record(start=start, round=number, batch=batch, repair=kind, tokens_s=speed)
+
+
+def ratios(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Repaired over unrepaired within each round: median and range."""
+    lines = ["| batch | fold | map |", "|---|---|---|"]
+    samples = {
+        (r["start"], r["round"], r["batch"], r["repair"]): r["tokens_s"]
+        for r in records
+        if "tokens_s" in r
+    }
+    for batch in BATCHES:
+        cells = []
+        for kind in KINDS[1:]:
+            found = sorted(
+                speed / samples[start, number, batch, "none"]
+                for (start, number, b, k), speed in samples.items()
+                if (b, k) == (batch, kind)
+            )
+            cells.append(f"{median(found):.3f} ({found[0]:.3f} to {found[-1]:.3f})")
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
