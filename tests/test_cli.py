@@ -240,7 +240,7 @@ def test_the_readme_has_the_table_of_architectures(capsys: Capture) -> None:
 
 
 def test_help_has_examples(capsys: Capture) -> None:
-    for command in ("select", "serve", "bench"):
+    for command in ("select", "serve", "bench", "eval", "export", "import"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0
