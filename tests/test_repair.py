@@ -32,7 +32,8 @@ REMOVED = (2, 3, 6)
 
 def fitted(path: Path, removed: Sequence[int], kind: str) -> list[Gap]:
     windows = random_windows(20, 240)
-    model = CausalLM(load_model(open_checkpoint(str(path)), "float32"), windows[0])
+    # In the checkpoint's own dtype, which a fold's weights must have.
+    model = CausalLM(load_model(open_checkpoint(str(path)), "auto"), windows[0])
     found: list[Gap] = fit(model, windows, removed, kind)[0]
     return found
 
@@ -295,7 +296,7 @@ def test_smollm2_repaired_in_vllm_is_smollm2_repaired_in_transformers(
     smollm2: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm")
-    removed, kinds = (5, 17, 18, 25), ("fold", "map")
+    removed, kinds = (17, 18), ("fold", "map")
     checkpoint = open_checkpoint(str(smollm2))
     made = []
     for kind in kinds:
