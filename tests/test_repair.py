@@ -30,8 +30,10 @@ Models = Callable[[str], Path]
 REMOVED = (2, 3, 6)
 
 
-def fitted(path: Path, removed: Sequence[int], kind: str) -> list[Gap]:
-    windows = random_windows(20, 240)
+def fitted(
+    path: Path, removed: Sequence[int], kind: str, count: int = 20, length: int = 240
+) -> list[Gap]:
+    windows = random_windows(count, length)
     # In the checkpoint's own dtype, which a fold's weights must have.
     model = CausalLM(load_model(open_checkpoint(str(path)), "auto"), windows[0])
     found: list[Gap] = fit(model, windows, removed, kind)[0]
@@ -68,8 +70,10 @@ def unit(states: torch.Tensor) -> torch.Tensor:
     return states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def manifest_of(path: Path, removed: Sequence[int], kind: str, output: Path) -> Manifest:
-    found = fitted(path, removed, kind)
+def manifest_of(
+    path: Path, removed: Sequence[int], kind: str, output: Path, **text: int
+) -> Manifest:
+    found = fitted(path, removed, kind, **text)
     digest = write_sidecar(sidecar_path(output), {gap.tensor: gap.weight for gap in found}, {})
     manifest = Manifest(
         bind(str(path), open_checkpoint(str(path))),
@@ -300,7 +304,8 @@ def test_smollm2_repaired_in_vllm_is_smollm2_repaired_in_transformers(
     checkpoint = open_checkpoint(str(smollm2))
     made = []
     for kind in kinds:
-        manifest = manifest_of(smollm2, removed, kind, tmp_path / f"{kind}.json")
+        output = tmp_path / f"{kind}.json"
+        manifest = manifest_of(smollm2, removed, kind, output, count=8, length=96)
         job = Case("smollm2", removed).job(smollm2)
         made.append({**job, "overrides": pruned_overrides(manifest.pruning(), checkpoint)})
     for kind, result in zip(kinds, run_jobs(made, tmp_path), strict=True):
