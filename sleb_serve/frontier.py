@@ -31,7 +31,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     tasks = list(results[0]["tasks"])
     panels = ([texts] if texts else []) + ([tasks] if tasks else [])
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(5.5 * len(panels), 4.8), squeeze=False, layout="constrained"
     )
     blocks = [entry["blocks"] for entry in results]
     for names, axis in zip(panels, axes[0], strict=True):
@@ -45,7 +45,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("blocks removed")
         axis.set_xticks(blocks)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        # Below, where no line runs.
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
         _speeds(axis, blocks, [entry["ideal_speedup"] for entry in results])
     figure.suptitle(f"{report['model']['id']}, {report['model']['num_blocks']} blocks")
     with whole_file(path) as temporary:
