@@ -272,3 +272,23 @@ def test_vllm_agrees_and_lm_evals_own_command_takes_what_serve_prints(
         found = json.loads(results.read_text())["results"]["piqa"]
         assert found["acc,none"] == by_hf["tasks"]["piqa"]["acc"]
         assert found["acc_norm,none"] == by_hf["tasks"]["piqa"]["acc_norm"]
+
+
+@needs_data
+def test_what_the_readme_maps_the_official_commands_to_runs(
+    models: Models, tmp_path: Path, capsys: Capture
+) -> None:
+    """But C4, which is not among the data sets here, and on fewer rows and windows."""
+    path, output = str(models("llama")), str(tmp_path / "m.json")
+    select = ["select", path, "-o", output, "--remove", "2", "--rows", "16", "--seed", "0"]
+    select += ["--calibration", "wikitext2", "--early-barrier", "1", "--late-barrier", "1"]
+    assert main([*select, "--sequences", "2", "--sequence-length", "64"]) == 0
+    judge = ["--perplexity", "wikitext2", "--sequence-length", "64", "--windows", "2"]
+    assert main(["eval", path, "-m", output, *judge]) == 0
+    blocks = list(read_manifest(Path(output)).blocks)
+    capsys.readouterr()
+    listed = ["eval", path, "--removal_list", str(blocks), *judge, "--tasks", "piqa"]
+    assert main([*listed, "--limit", "2", "--json", "-o", str(tmp_path / "e.json")]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads((tmp_path / "e.json").read_text())
+    assert shown["results"][0]["removed"] == blocks
