@@ -173,10 +173,12 @@ def _eval(options: argparse.Namespace) -> int:
             "a generative one such as gsm8k"
         )
     print(json.dumps(report, indent=2) if options.json else evaluation_table(report))
-    if options.output is not None and len(blocks) > 1:
-        picture = options.output.with_suffix(".png")
-        draw(report, picture)
-        say(f"wrote {options.output} and {picture}")
+    if options.output is not None:
+        say(f"wrote {options.output}")
+        if len(blocks) > 1:
+            picture = options.output.with_suffix(".png")
+            draw(report, picture)
+            say(f"wrote {picture}")
     if options.write_back and manifest is not None:
         with_evaluation(manifest, report).write(options.manifest)
         say(f"wrote the results into {options.manifest}")

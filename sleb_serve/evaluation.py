@@ -14,8 +14,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -121,7 +121,13 @@ def evaluate(
                         progress.known(blocks, text)
                         continue
                     progress.begins(blocks, text)
-                    entry["perplexity"][text] = judge().perplexity(windows)
+                    value = judge().perplexity(windows)
+                    if not math.isfinite(value):
+                        raise SlebError(
+                            f"the perplexity on {text} with {blocks} blocks removed is {value}; "
+                            f"the weights hold NaN or overflow: try --dtype float32"
+                        )
+                    entry["perplexity"][text] = value
                     _write(options.output, report)
                 if options.tasks and entry["tasks"]:
                     progress.known(blocks, ", ".join(options.tasks))
@@ -136,8 +142,6 @@ def evaluate(
 
 def with_evaluation(manifest: Manifest, report: Mapping[str, Any]) -> Manifest:
     """The manifest with a report's results in place of earlier ones of the same backend."""
-    from dataclasses import replace
-
     kept = {key: report[key] for key in ("settings", "results", "created_by")}
     evaluation = {**manifest.evaluation, str(report["settings"]["backend"]): kept}
     return replace(manifest, evaluation=MappingProxyType(evaluation))
@@ -309,8 +313,6 @@ def _transformers(options: EvalOptions, checkpoint: Checkpoint, length: int) -> 
 @contextmanager
 def _lazily() -> Iterator[Callable[[Any], None]]:
     """Enters one context when it is asked to, and leaves it at the end."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         entered: list[Any] = []
 
