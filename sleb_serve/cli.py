@@ -70,13 +70,12 @@ def _run(arguments: Sequence[str]) -> int:
         run(arguments[1:])
         return 0
     options = parser.parse_args(arguments)
-    if options.command == "select":
-        return _select(options)
     commands = {
         "bench": _bench,
         "eval": _eval,
         "export": _export,
         "import": _import,
+        "select": _select,
         "show": _show,
     }
     if options.command in commands:
