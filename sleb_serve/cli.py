@@ -5,11 +5,20 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
+from sleb_bench.compare import compare, comparison
+from sleb_bench.files import report_of, write_report
+from sleb_bench.markdown import to_markdown
+from sleb_bench.options import bench_options
+from sleb_bench.plan import GPUS, HERE, describe_plan, plan, read_shape
+from sleb_bench.probe import device_here
+from sleb_bench.run import bench
 from sleb_serve import strict_json
 from sleb_serve.bars import EvalLines, SearchBars, ShardBar, say
 from sleb_serve.checkpoint import download_weights, open_checkpoint
@@ -75,6 +84,7 @@ def _run(arguments: Sequence[str]) -> int:
         "eval": _eval,
         "export": _export,
         "import": _import,
+        "report": _report,
         "select": _select,
         "show": _show,
     }
@@ -243,16 +253,64 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from sleb_bench.run import BenchOptions, bench
-
-    manifest = _manifest(options, options.model).prefix(options.blocks)
-    values = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in {"command", "manifest", "removal_list", "blocks"}
-    }
-    print(bench(BenchOptions(**values), manifest, say))
+    if options.plan:
+        return _plan(options)
+    missing = [
+        text
+        for text, there in (
+            ("MODEL", options.model),
+            ("-m M.json or --removal-list", options.manifest or options.removal_list),
+            ("-o DIR", options.output),
+        )
+        if not there
+    ]
+    if missing:
+        raise SlebError(f"bench needs {' and '.join(missing)}; see `sleb-serve bench --help`")
+    manifest = _manifest(options, options.model)
+    counts = None if options.blocks is None else _counts(options.blocks, manifest)
+    if counts is not None and 0 in counts:
+        raise SlebError("--blocks: the dense model is always measured; leave 0 out")
+    report = bench(bench_options(options), manifest, counts, say)
+    print(report.read_text())
+    say(f"wrote {report.with_suffix('.html')} and what it was made from")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    shape = read_shape(options.model or "llama-2-70b")
+    if options.gpu not in GPUS and options.gpu != HERE:
+        raise SlebError(f"--gpu {options.gpu} is not one of {', '.join((*GPUS, HERE))}")
+    for name in ("compute_efficiency", "memory_efficiency"):
+        if not 0 < getattr(options, name) <= 1:
+            raise SlebError(f"--{name.replace('_', '-')} is above 0 and at most 1")
+    gpu = device_here() if options.gpu == HERE else GPUS[options.gpu]
+    gpu = gpu.slowed(options.compute_efficiency, options.memory_efficiency)
+    shares = tuple(math.ceil(shape.num_blocks * share / 10) for share in (1, 2, 3))
+    found, paper = plan(shape, gpu, options.tp, options.removed or shares, options.split)
+    if options.json:
+        predictions = [asdict(prediction) for prediction in found]
+        values = {
+            "shape": asdict(shape),
+            "gpu": asdict(gpu),
+            "tp": options.tp,
+            "split": options.split,
+        }
+        print(json.dumps({**values, "predictions": predictions, "paper": paper}, indent=2))
+    else:
+        print(describe_plan(shape, gpu, options.tp, found, paper, options.split))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    if options.other is None:
+        report = write_report(options.folder)
+        print(json.dumps(report, indent=2) if options.json else to_markdown(report))
+        return 0
+    before, after = report_of(options.folder), report_of(options.other)
+    text, worse = comparison(before, after, (str(options.folder), str(options.other)))
+    changes = [{**asdict(c), "verdict": c.verdict} for c in compare(before, after)]
+    print(json.dumps({"regression": worse, "changes": changes}, indent=2) if options.json else text)
+    return int(worse)
 
 
 if __name__ == "__main__":

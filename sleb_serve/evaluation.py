@@ -28,6 +28,7 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import check_writable, write_atomically
 from sleb_serve.manifest import Manifest
 from sleb_serve.select import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
+from sleb_serve.speedup import head_share, ideal_ratio
 
 PAPER_TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The paper's five zero-shot tasks (section 4.1)."""
@@ -147,20 +148,6 @@ def with_evaluation(manifest: Manifest, report: Mapping[str, Any]) -> Manifest:
     return replace(manifest, evaluation=MappingProxyType(evaluation))
 
 
-def ideal_speedup(checkpoint: Checkpoint, blocks: int) -> float:
-    """Dense over pruned time per token if time goes to parameters alone, embeddings apart.
-
-    1 / (1 - (1 - h) k / L), where the head has the share h of the parameters that a token passes.
-    """
-    count = checkpoint.num_blocks
-    counts = checkpoint.parameter_counts()
-    config = checkpoint.config
-    head = config.get("vocab_size", 0) * config.get("hidden_size", config.get("n_embd", 0))
-    inside = sum(counts[1]) if counts else 0
-    share = head / (head + inside) if inside else 0.0
-    return 1 / (1 - (1 - share) * blocks / count)
-
-
 def _start(
     options: EvalOptions,
     checkpoint: Checkpoint,
@@ -181,6 +168,7 @@ def _start(
         "engine_args": dict(options.engine_args),
     }
     weights = checkpoint.weights_sha256()
+    share = head_share(checkpoint) or 0.0
     removed = [] if manifest is None else list(manifest.blocks)
     report: dict[str, Any] = {
         "model": {
@@ -194,7 +182,7 @@ def _start(
                 "blocks": blocks,
                 "removed": removed[:blocks],
                 "pruning": _digest(manifest, blocks),
-                "ideal_speedup": ideal_speedup(checkpoint, blocks),
+                "ideal_speedup": ideal_ratio(checkpoint.num_blocks, blocks, share),
                 "perplexity": {},
                 "tasks": {},
             }

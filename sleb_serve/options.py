@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from sleb_bench.options import BENCH_EXAMPLES, REPORT_EXAMPLES, add_bench, add_report
 from sleb_serve import __version__
 from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, JUDGED_TEXTS
 from sleb_serve.errors import SlebError
@@ -62,15 +63,6 @@ examples:
   sleb-serve import '[5, 4, 9]' ./my-model -o m.json
   sleb-serve import merge.yaml ./my-model -o m.json                      # mergekit, passthrough
   sleb-serve import dropped/config.json ./my-model -o m.json             # LLM-Drop, whole blocks
-"""
-_BENCH_EXAMPLES = """\
-examples:
-  sleb-serve bench ./my-model -m m.json -o results
-  sleb-serve bench ./my-model --removal-list '[5, 4, 9]' -o results
-  sleb-serve bench ./my-model -m m.json -o results --starts 5 --batch 32 \\
-      --engine-args '{"tensor_parallel_size": 2}'
-
-Writes results/records.jsonl (every sample), results/report.json and results/report.md.
 """
 
 
@@ -159,7 +151,13 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="lm-eval's own command line, with --model sleb, which takes manifest=M.json",
         add_help=False,
     )
-    _add_bench(command("bench", "measure the pruned model against the dense one", _BENCH_EXAMPLES))
+    bench = command("bench", "measure the pruned model against the dense one", BENCH_EXAMPLES)
+    bench.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint folder or hub id")
+    _add_removal(bench, required=False)
+    add_bench(bench)
+    add_report(
+        command("report", "make a benchmark's report again, or compare two", REPORT_EXAMPLES)
+    )
     architectures = command(
         "architectures", "list which architectures can be served pruned, and why others cannot"
     )
@@ -353,36 +351,3 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--write-back", action="store_true", help="also put the results into the manifest"
     )
     parser.add_argument("--json", action="store_true", help="print the report for machines")
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
-    _add_manifest(parser)
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
-    parser.add_argument(
-        "--starts", type=int, default=3, help="times that both engines are started (default: 3)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="interleaved rounds a start (default: 3)"
-    )
-    parser.add_argument(
-        "--prompt-length", type=int, default=512, help="tokens a prompt for prefill (default: 512)"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=8, help="sequences generated at once (default: 8)"
-    )
-    parser.add_argument(
-        "--output-length", type=int, default=64, help="tokens generated each (default: 64)"
-    )
-    parser.add_argument(
-        "--perplexity-windows",
-        type=int,
-        default=8,
-        help="windows of held-out text for the perplexity beside the speed (default: 8)",
-    )
-    parser.add_argument(
-        "--engine-args",
-        metavar="JSON",
-        default="{}",
-        help='arguments of vllm.LLM for both, as {"enforce_eager": true}',
-    )

@@ -1,35 +1,41 @@
-"""One vLLM engine in a process of its own, told over a pipe what to measure."""
+"""One engine in a process of its own, told over a pipe what to measure."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from sleb_bench.backends import BACKENDS
+from sleb_bench.workloads import Prompts, Workload
 from sleb_serve.errors import SlebError
-
-Prompts = Sequence[Sequence[int]]
 
 _REASON_LENGTH = 400
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement. Times in seconds; field names as in the JSON of ``vllm bench``.
-
-    For ``prefill`` the elapsed time is the wall time of the whole call. For ``decode`` it runs from
-    the moment when every sequence has its first token to the last token, so it holds no prefill.
-    """
+    """One measurement. Times in seconds; field names as in the JSON of ``vllm bench``."""
 
     elapsed_time: float
     num_requests: int
     total_input_tokens: int
     total_output_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How to start an engine: which of `BACKENDS`, its arguments, more environment variables."""
+
+    backend: str
+    arguments: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,49 +45,50 @@ class _Failure:
     reason: str
 
 
+class EngineError(SlebError):
+    """An engine that did not start, failed or ended."""
+
+
 class Engine:
-    """A vLLM engine in a child process.
+    """An engine in a child process.
 
     Args:
         name: what to call it in messages.
-        arguments: keyword arguments of ``vllm.LLM``.
+        spec: what to start.
         log: where the child's output goes.
     """
 
-    def __init__(self, name: str, arguments: dict[str, Any], log: Path) -> None:
+    def __init__(self, name: str, spec: EngineSpec, log: Path) -> None:
         self.name = name
         self._log = log
+        self._begin = time.perf_counter()
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, arguments, str(log)))
+        self._process = context.Process(target=_serve, args=(theirs, spec, str(log)))
         self._process.start()
         theirs.close()
 
     def ready(self) -> dict[str, Any]:
-        """Wait for the engine's start; what it says of itself: KV cache tokens, versions.
+        """Wait for the engine's start; what it says of itself, and the seconds it took.
 
         Raises:
-            SlebError: it ended instead.
+            EngineError: it ended instead.
         """
         result: dict[str, Any] = self._receive()
-        return result
+        return {"startup_time": time.perf_counter() - self._begin, **result}
 
-    def prefill(self, prompts: Prompts) -> Sample:
-        """Process prompts, one new token each."""
-        self._pipe.send(("prefill", prompts))
-        sample: Sample = self._receive()
-        return sample
-
-    def decode(self, prompts: Prompts, output_length: int) -> Sample:
-        """Generate exactly `output_length` tokens for each prompt, all at once."""
-        self._pipe.send(("decode", prompts, output_length))
-        sample: Sample = self._receive()
-        return sample
+    def measure(self, workload: Workload, prompts: Prompts) -> Sample:
+        """Put `prompts` through `workload`."""
+        return Sample(*self._ask("measure", workload, prompts))
 
     def loss(self, windows: Prompts) -> float:
         """Mean nats per predicted token of windows of token ids."""
-        self._pipe.send(("loss", windows))
-        result: float = self._receive()
+        result: float = self._ask("loss", windows)
+        return result
+
+    def profile(self, workload: Workload, prompts: Prompts) -> str:
+        """Where one run of `workload` spends its time: a table of operators."""
+        result: str = self._ask("profile", workload, prompts)
         return result
 
     def close(self) -> None:
@@ -92,101 +99,62 @@ class Engine:
             self._process.kill()
             self._process.join()
 
+    def _ask(self, action: str, *values: Any) -> Any:
+        # A child that is gone shows when its answer is read.
+        with contextlib.suppress(OSError):
+            self._pipe.send((action, *values))
+        return self._receive()
+
     def _receive(self) -> Any:
         try:
             result = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(10)
-            raise SlebError(
+            raise EngineError(
                 f"the {self.name} engine ended without a word; its output is in {self._log}"
             ) from None
         if isinstance(result, _Failure):
             why = " ".join(result.reason.split())
-            raise SlebError(
+            raise EngineError(
                 f"the {self.name} engine failed: {why[:_REASON_LENGTH]}; its output is in "
                 f"{self._log}"
             )
         return result
 
 
-def _serve(pipe: Connection, arguments: dict[str, Any], log: str) -> None:
+def _serve(pipe: Connection, spec: EngineSpec, log: str) -> None:
     """The child: start the engine, answer requests until the pipe closes."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    # One process less to schedule while the other variant is measured; several ranks still get
+    # One process less to schedule while another engine is measured; several ranks still get
     # processes of their own.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    import torch
-    import vllm
-
+    os.environ.update(spec.environment)
     try:
-        llm = vllm.LLM(**arguments)
+        backend = BACKENDS[spec.backend](**spec.arguments)
     except Exception as error:
         pipe.send(_Failure(str(error) or type(error).__name__))
         raise
-    cache = llm.llm_engine.vllm_config.cache_config
-    pipe.send(
-        {
-            "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-        }
-    )
-    actions: dict[str, Callable[..., Any]] = {"prefill": _prefill, "decode": _decode, "loss": _loss}
+    pipe.send({**backend.about(), "memory_bytes": _memory()})
     while True:
         try:
             action, *values = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(actions[action](llm, *values))
+            pipe.send(getattr(backend, action)(*values))
         except ValueError as error:
             pipe.send(_Failure(str(error)))
 
 
-def _generate(llm: Any, prompts: Prompts, **sampling: Any) -> Any:
-    from vllm import SamplingParams
+def _memory() -> int | None:
+    """Bytes resident in this process and those it started, shared ones counted once."""
+    try:
+        import psutil
 
-    return llm.generate(
-        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-        SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **sampling),
-        use_tqdm=False,
-    )
-
-
-def _sample(outputs: Any, elapsed: float, prompts: Prompts, output_length: int) -> Sample:
-    inputs = sum(len(output.prompt_token_ids) for output in outputs)
-    generated = sum(len(output.outputs[0].token_ids) for output in outputs)
-    if (inputs, generated) != (sum(map(len, prompts)), output_length * len(prompts)):
-        raise ValueError(f"{inputs} tokens in and {generated} out are not what was asked for")
-    if any(output.num_cached_tokens for output in outputs):
-        raise ValueError("a prompt was answered from the prefix cache")
-    return Sample(elapsed, len(outputs), inputs, generated)
-
-
-def _prefill(llm: Any, prompts: Prompts) -> Sample:
-    start = time.perf_counter()
-    outputs = _generate(llm, prompts, max_tokens=1)
-    return _sample(outputs, time.perf_counter() - start, prompts, 1)
-
-
-def _decode(llm: Any, prompts: Prompts, output_length: int) -> Sample:
-    outputs = _generate(llm, prompts, max_tokens=output_length)
-    begin = max(output.metrics.first_token_ts for output in outputs)
-    end = max(output.metrics.last_token_ts for output in outputs)
-    if begin != min(output.metrics.first_token_ts for output in outputs):
-        raise ValueError("the prompts were not all processed in one step; use a smaller batch")
-    return _sample(outputs, end - begin, prompts, output_length)
-
-
-def _loss(llm: Any, windows: Prompts) -> float:
-    outputs = _generate(llm, windows, max_tokens=1, prompt_logprobs=0)
-    nats: list[float] = [
-        -logprobs[token].logprob
-        for output in outputs
-        for token, logprobs in zip(
-            output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
-        )
-    ]
-    return sum(nats) / len(nats)
+        process = psutil.Process()
+        family = [process, *process.children(recursive=True)]
+        return sum(int(member.memory_full_info().pss) for member in family)
+    except (ImportError, AttributeError, OSError):
+        return None

@@ -3,174 +3,225 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
+from sleb_bench.ratios import efficiency, line_fit, paired_ratio
+from sleb_bench.variants import DENSE
+from sleb_bench.workloads import Workload
 from sleb_serve.manifest import perplexity_of
+from sleb_serve.speedup import ideal_ratio
 
-THROUGHPUT = {
-    "prefill": ("prompt tokens/s", "total_input_tokens"),
-    "decode": ("generated tokens/s", "total_output_tokens"),
-}
-_RESAMPLES = 10_000
+Record = Mapping[str, Any]
+_SERVED = (
+    *("output_throughput", "request_throughput", "request_goodput", "prefix_cache_hit_rate"),
+    *(f"p{p}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for p in (50, 90, 99)),
+)
+"""What is averaged over rounds of vllm bench's own fields."""
 
 
-def make_report(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum up the records of one run: throughput of both variants, ratio per round, ideal ratio."""
-    setting = next(r for r in records if r["record"] == "setting")
-    samples = [r for r in records if r["record"] == "sample" and r["round"] > 0]
+def make_report(records: Sequence[Record]) -> dict[str, Any]:
+    """Sum up the records of one run.
+
+    Throughput of each variant, ratios within rounds with their intervals, the ideal ratios, what
+    the starts cost and hold, the serving ladder, and what failed.
+    """
+    setting = next(record for record in records if record["record"] == "setting")
+    variants = {
+        record["variant"]: dict(record) for record in records if record["record"] == "variant"
+    }
     loss = {r["variant"]: r["loss"] for r in records if r["record"] == "quality"}
-    report: dict[str, Any] = {key: value for key, value in setting.items() if key != "record"}
-    report["engines"] = {
-        r["variant"]: {k: v for k, v in r.items() if k not in {"record", "variant"}}
-        for r in records
-        if r["record"] == "engine"
+    # Round 0 is the warm-up.
+    samples = [r for r in records if r["record"] == "sample" and r["round"]]
+    report = {key: value for key, value in setting.items() if key != "record"}
+    report["variants"] = {
+        name: {
+            **{key: value for key, value in variant.items() if key not in {"record", "variant"}},
+            **_engines([r for r in records if r["record"] == "engine" and r["variant"] == name]),
+            "perplexity": perplexity_of(loss.get(name)),
+        }
+        for name, variant in variants.items()
     }
-    report["workloads"] = {
-        workload: _workload(setting, [s for s in samples if s["workload"] == workload], workload)
-        for workload in THROUGHPUT
-    }
-    report["perplexity"] = {name: perplexity_of(value) for name, value in loss.items()}
+    report["workloads"] = {}
+    for entry in setting["workloads"]:
+        workload = Workload(**{key: value for key, value in entry.items() if key != "unit"})
+        found = [r for r in samples if r["workload"] == workload.name]
+        if found:
+            report["workloads"][workload.name] = _workload(setting, variants, workload, found)
+    served = [r for r in records if r["record"] == "serving" and r["round"]]
+    report["serving"] = _serving(setting, variants, served) if served else None
+    report["failures"] = [record["what"] for record in records if record["record"] == "failure"]
     return report
 
 
-def ideal_ratio(num_blocks: int, removed: int, head_share: float) -> float:
-    """The speed-up if time went only to the blocks and the head: 1/(1 - (1-h)k/L)."""
-    return 1 / (1 - (1 - head_share) * removed / num_blocks)
+def _engines(starts: Sequence[Record]) -> dict[str, Any]:
+    """What the starts of one variant took and gave, on average."""
+    found: dict[str, Any] = {}
+    for key in ("startup_time", "memory_bytes", "kv_cache_tokens", "max_concurrency"):
+        values = [start[key] for start in starts if start.get(key) is not None]
+        found[key] = fmean(values) if values else None
+    return found
 
 
-def geometric_mean_interval(
-    starts: Sequence[Sequence[float]], level: float = 0.95
-) -> tuple[float, float]:
-    """Bootstrap percentile interval of the geometric mean of ratios, the same for the same ratios.
+def _pairs(variants: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
+    """Which variant's ratio is taken over which."""
+    for name, variant in variants.items():
+        if variant["over"] is not None:
+            yield name, variant["over"]
+        base = name.removesuffix("-capped")
+        if base != name:
+            yield base, name  # what the larger KV cache adds to the cheaper steps
 
-    Starts of the engines are drawn first and then rounds within each: two starts of one engine
-    differ by more than two of its rounds do. With few starts it is a little too narrow, as every
-    bootstrap of a small sample.
 
-    Args:
-        starts: the ratio of each round, start by start.
-        level: how much of the bootstrap distribution it holds.
-    """
-    randomness = random.Random(0)
-    logs = [[math.log(ratio) for ratio in rounds] for rounds in starts]
-    means = []
-    for _ in range(_RESAMPLES):
-        drawn = [
-            value
-            for rounds in randomness.choices(logs, k=len(logs))
-            for value in randomness.choices(rounds, k=len(rounds))
-        ]
-        means.append(math.fsum(drawn) / len(drawn))
-    means.sort()
-    tail = round(_RESAMPLES * (1 - level) / 2)
-    return math.exp(means[tail]), math.exp(means[-tail - 1])
+def _share(setting: Record, measure: str) -> float | None:
+    """The head's share; of a prompt only the last token goes through the head."""
+    share: float | None = setting["head_share"]
+    return 0.0 if measure == "prefill" else share
 
 
 def _workload(
-    setting: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], workload: str
+    setting: Record, variants: Mapping[str, Record], workload: Workload, samples: Sequence[Record]
 ) -> dict[str, Any]:
-    by_round: dict[tuple[int, int], dict[str, float]] = {}
+    rates: dict[str, dict[tuple[int, int], float]] = {}
     for sample in samples:
-        tokens = sample[THROUGHPUT[workload][1]]
-        if workload == "decode":
-            tokens -= sample["num_requests"]  # the first token of each belongs to the prefill
+        tokens = workload.tokens(sample["total_input_tokens"], sample["total_output_tokens"])
         place = (sample["start"], sample["round"])
-        by_round.setdefault(place, {})[sample["variant"]] = tokens / sample["elapsed_time"]
-    rounds = list(by_round.values())
-    starts: dict[int, list[float]] = {}
-    for (start, _), both in sorted(by_round.items()):
-        starts.setdefault(start, []).append(both["pruned"] / both["dense"])
-    ratios = [ratio for start in starts.values() for ratio in start]
-    pruning = setting["pruning"]
-    # In prefill only a prompt's last token goes through the head.
-    share = setting["head_share"] if workload == "decode" else 0.0
-    ratio = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
-    ideal = (
-        None
-        if share is None
-        else ideal_ratio(pruning["num_blocks"], len(pruning["removed"]), share)
-    )
+        rates.setdefault(sample["variant"], {})[place] = tokens / sample["elapsed_time"]
+    share = _share(setting, workload.measure)
+    ratios = []
+    for name, over in _pairs(variants):
+        starts: dict[int, list[float]] = {}
+        for place, rate in sorted(rates.get(name, {}).items()):
+            if place in rates.get(over, {}):
+                starts.setdefault(place[0], []).append(rate / rates[over][place])
+        if starts:
+            ratios.append(_ratio(setting, variants, name, over, list(starts.values()), share))
     return {
-        "unit": THROUGHPUT[workload][0],
-        "num_requests": samples[0]["num_requests"],
-        "dense": _mean([both["dense"] for both in rounds]),
-        "pruned": _mean([both["pruned"] for both in rounds]),
-        "ratio": ratio,
-        "ratio_interval": geometric_mean_interval(list(starts.values())),
-        "ratio_rounds": list(starts.values()),
-        "ideal": ideal,
-        "efficiency": None if ideal is None else (ratio - 1) / (ideal - 1),
+        "unit": workload.unit,
+        "size": workload.describe(),
+        "throughput": {name: fmean(rates[name].values()) for name in variants if name in rates},
+        "latency": {
+            name: fmean(s["elapsed_time"] for s in samples if s["variant"] == name)
+            for name in variants
+            if name in rates
+        },
+        "ratios": ratios,
+        "outside_blocks": _outside_blocks(setting, variants, rates, share),
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _ratio(
+    setting: Record,
+    variants: Mapping[str, Record],
+    name: str,
+    over: str,
+    starts: Sequence[Sequence[float]],
+    share: float | None,
+) -> dict[str, Any]:
+    found = paired_ratio(starts)
+    blocks, removed = variants[name]["blocks"], variants[over]["blocks"]
+    ideal = None
+    if over == DENSE and blocks and share is not None:
+        ideal = ideal_ratio(setting["num_blocks"], blocks - removed, share)
+    return {
+        "variant": name,
+        "over": over,
+        "ratio": found.mean,
+        "ratio_interval": found.interval,
+        "ratio_starts": [list(rounds) for rounds in starts],
+        "ideal": ideal,
+        "efficiency": None if ideal is None else efficiency(found.mean, ideal),
+    }
 
 
-def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as a Markdown table with its setting beside it."""
-    pruning, options, machine = report["pruning"], report["options"], report["machine"]
-    removed, total = len(pruning["removed"]), pruning["num_blocks"]
-    rows = [["", "dense", "pruned", "ratio (95 % interval)", "ideal", "efficiency"]]
-    names = {"prefill": "prompt throughput", "decode": "generation throughput"}
-    for workload, name in names.items():
-        result = report["workloads"][workload]
-        low, high = result["ratio_interval"]
-        ideal, efficiency = result["ideal"], result["efficiency"]
-        rows.append(
-            [
-                f"{name}, {result['unit']}",
-                f"{result['dense']:.1f}",
-                f"{result['pruned']:.1f}",
-                f"{result['ratio']:.3f} ({low:.3f} to {high:.3f})",
-                "" if ideal is None else f"{ideal:.3f}",
-                "" if efficiency is None else f"{100 * efficiency:.0f} %",
-            ]
-        )
-    cache = {name: engine["kv_cache_tokens"] for name, engine in report["engines"].items()}
-    rows.append(
-        [
-            "KV cache, tokens",
-            str(cache["dense"]),
-            str(cache["pruned"]),
-            f"{cache['pruned'] / cache['dense']:.3f}",
-            f"{total / (total - removed):.3f}",
-            "",
+def _outside_blocks(
+    setting: Record,
+    variants: Mapping[str, Record],
+    rates: Mapping[str, Mapping[tuple[int, int], float]],
+    share: float | None,
+) -> dict[str, Any] | None:
+    """What part of the dense model's time is not in its blocks: as measured, and by the weights.
+
+    Time per token is fitted as a + b (L - k) over the prunings of one engine, start by start: a is
+    what no removed block saves. It is what the ideal ratio does not know of.
+    """
+    own = [n for n, v in variants.items() if v["over"] in {None, DENSE} and "-" not in n]
+    starts = {place[0] for name in own for place in rates.get(name, {})}
+    shares = []
+    for start in sorted(starts):
+        points = [
+            (setting["num_blocks"] - variants[name]["blocks"], 1 / rate)
+            for name in own
+            for place, rate in rates.get(name, {}).items()
+            if place[0] == start
         ]
-    )
-    perplexity = report["perplexity"]
-    if perplexity:
-        dense, pruned = perplexity["dense"], perplexity["pruned"]
-        ratio = f"{pruned / dense:.3f}"
-        rows.append(["perplexity, held out", f"{dense:.2f}", f"{pruned:.2f}", ratio, "", ""])
-    prompts = (
-        f"{report['workloads']['prefill']['num_requests']} x {options['prompt_length']} tokens"
-    )
-    versions = report["engines"]["dense"]
-    return "\n".join(
-        [
-            f"{report['model']}, {removed} of {total} blocks removed "
-            f"(sleb{removed}-{report['pruning_digest'][:8]}), {options['starts']} starts of "
-            f"{options['rounds']} interleaved rounds",
-            "",
-            *_table(rows),
-            "",
-            f"Prompts: {prompts}. Generation: batch {options['batch']}, "
-            f"{options['output_length']} tokens each. Perplexity: {report['quality_text']}. "
-            f"vLLM {versions['vllm']}, torch {versions['torch']}, {machine['cpu']}, "
-            f"{machine['cores']} cores.",
-            "",
-        ]
-    )
+        fit = line_fit(points)
+        if fit is not None:
+            shares.append(fit[0] / (fit[0] + fit[1] * setting["num_blocks"]))
+    if not shares:
+        return None
+    return {"measured": fmean(shares), "starts": shares, "by_weights": share}
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return [lines[0], rule, *lines[1:]]
+def _serving(
+    setting: Record, variants: Mapping[str, Record], served: Sequence[Record]
+) -> dict[str, Any]:
+    points: dict[tuple[Any, Any], dict[str, list[Record]]] = {}
+    for record in served:
+        place = (record["request_rate"], record["max_concurrency"])
+        points.setdefault(place, {}).setdefault(record["variant"], []).append(record["result"])
+    share = _share(setting, "generate")
+    return {
+        "slo": setting["options"]["serving"]["slo"],
+        "points": [
+            {
+                "request_rate": rate,
+                "max_concurrency": concurrency,
+                "variants": {name: _mean_result(of[name]) for name in variants if name in of},
+            }
+            for (rate, concurrency), of in points.items()
+        ],
+        "saturation": _served_ratios(
+            setting,
+            variants,
+            _best(served, "output_throughput"),
+            share,
+        ),
+        "goodput": _served_ratios(setting, variants, _best(served, "request_goodput"), share),
+    }
+
+
+def _mean_result(results: Sequence[Record]) -> dict[str, Any]:
+    values = {key: fmean(result[key] for result in results) for key in _SERVED if key in results[0]}
+    for key in ("completed", "failed"):
+        values[key] = sum(result[key] for result in results)
+    return values
+
+
+def _best(served: Sequence[Record], key: str) -> dict[str, dict[int, float]]:
+    """The best of any point, by variant and round: throughput at saturation, or goodput."""
+    best: dict[str, dict[int, float]] = {}
+    for record in served:
+        of = best.setdefault(record["variant"], {})
+        of[record["round"]] = max(of.get(record["round"], 0.0), record["result"][key])
+    return best
+
+
+def _served_ratios(
+    setting: Record,
+    variants: Mapping[str, Record],
+    best: Mapping[str, Mapping[int, float]],
+    share: float | None,
+) -> dict[str, Any]:
+    ratios = []
+    for name, over in _pairs(variants):
+        rounds = sorted(set(best.get(name, {})) & set(best.get(over, {})))
+        values = [(best[name][number], best[over][number]) for number in rounds]
+        if values and all(math.prod(pair) > 0 for pair in values):
+            starts = [[of / under for of, under in values]]
+            ratios.append(_ratio(setting, variants, name, over, starts, share))
+    return {
+        "best": {name: fmean(best[name].values()) for name in variants if name in best},
+        "ratios": ratios,
+    }

@@ -1,19 +1,28 @@
-"""The paired benchmark: dense and pruned engines side by side, measured in turns."""
+"""The paired benchmark: engines side by side, measured in turns, every sample kept.
+
+A record is a JSON object with a key ``record``: ``setting`` (one, first), ``variant`` (what is
+compared), ``engine`` (one start of one), ``sample``, ``quality``, ``serving`` and ``failure``. The
+report is made from them alone.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import random
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.engine import Engine, Sample
-from sleb_bench.report import make_report, to_markdown
+from sleb_bench.engine import Engine, EngineSpec
+from sleb_bench.files import RECORDS, write_report
+from sleb_bench.machine import machine
+from sleb_bench.serving import ServingOptions, serve_and_load
+from sleb_bench.variants import DENSE, Variant, make_variants
+from sleb_bench.workloads import DECODE_PROMPT_LENGTH, Prompts, Workload, workloads
 from sleb_serve import strict_json
 from sleb_serve.calibration import EMBEDDED, held_out_windows
 from sleb_serve.checkpoint import Checkpoint
@@ -21,12 +30,12 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import write_atomically
 from sleb_serve.manifest import Manifest
 from sleb_serve.select import load_tokenizer
-from sleb_serve.serve import check_model, check_plugin, pruned_overrides
+from sleb_serve.serve import check_model, check_plugin
+from sleb_serve.speedup import head_share
 
-PREFILL_PROMPTS = 4
-DECODE_PROMPT_LENGTH = 16
-"""Short prompts: the decode workload is about generation."""
+SERVING = "serving"
 _LOSS_WINDOW = 512
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,174 +44,281 @@ class BenchOptions:
 
     model: str
     output: Path
-    starts: int = 3
-    rounds: int = 3
+    workloads: tuple[str, ...] = ("prefill", "decode")
+    beside: tuple[str, ...] = ()
+    starts: int = 5
+    rounds: int = 2
     prompt_length: int = 512
     batch: int = 8
     output_length: int = 64
+    requests: int = 64
     perplexity_windows: int = 8
+    one_at_a_time: bool = False
+    profile: bool = False
     engine_args: str = "{}"
+    serving: ServingOptions = field(default_factory=ServingOptions)
+
+    def check(self) -> None:
+        """Refuse numbers that measure nothing.
+
+        Raises:
+            SlebError: naming the option.
+        """
+        for name in ("starts", "rounds", "prompt_length", "batch", "requests"):
+            if getattr(self, name) < 1:
+                raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.output_length < 2:
+            raise SlebError("--output-length must be at least 2: the first token ends the prefill")
+        if not self.workloads:
+            raise SlebError("--workloads: name at least one")
+        self.serving.check()
 
 
-def bench(options: BenchOptions, manifest: Manifest, say: Callable[[str], None]) -> str:
-    """Measure `manifest` against the dense model and write records and report.
+class Records:
+    """The raw records of a run, on disk after every start, so that a broken run keeps them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, kind: str, values: Mapping[str, Any]) -> None:
+        """One more record."""
+        self.entries.append({"record": kind, **values})
+
+    def save(self) -> None:
+        """Write all of them."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+        write_atomically(self.folder / RECORDS, lines.encode())
+
+    def measured(self) -> bool:
+        """Whether a report could say anything."""
+        return any(
+            entry["record"] == SERVING or (entry["record"] == "sample" and entry["round"])
+            for entry in self.entries
+        )
+
+
+def bench(
+    options: BenchOptions, manifest: Manifest, counts: Sequence[int] | None, say: Say
+) -> Path:
+    """Measure prunings against the dense model and write records and report.
+
+    Args:
+        options: what to measure.
+        manifest: what is removed.
+        counts: how many of its removals, several for several prunings; None for all of them.
+        say: told how it goes.
 
     Returns:
-        The report as Markdown.
+        The report in Markdown, beside which the others lie.
 
     Raises:
-        SlebError: a mistake in what was asked for, or an engine that did not start or broke off.
+        SlebError: a mistake in what was asked for, or an engine that did not start or broke off; if
+            anything was measured by then, the report is there and says so.
     """
-    for name in ("starts", "rounds", "prompt_length", "batch"):
-        if getattr(options, name) < 1:
-            raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
-    if options.output_length < 2:
-        raise SlebError("--output-length must be at least 2: the first token ends the prefill")
+    options.check()
     own = strict_json.any_object(strict_json.load(options.engine_args.encode()), "--engine-args")
-    pruning = manifest.pruning()
-    checkpoint = check_model(options.model, pruning)
+    strict_json.any_object(own.get("hf_overrides", {}), "--engine-args hf_overrides")
+    manifests = [manifest.prefix(count) for count in counts or (len(manifest.removed),)]
+    checkpoint = check_model(options.model, manifests[-1].pruning())
     check_plugin()
+    todo = workloads(
+        [name for name in options.workloads if name != SERVING],
+        prompt_length=options.prompt_length,
+        batch=options.batch,
+        output_length=options.output_length,
+        requests=options.requests,
+    )
+    arguments = _engine_arguments(options, todo, own)
+    windows: Prompts = ()
+    if todo:
+        windows = held_out_windows(
+            load_tokenizer(checkpoint),
+            options.perplexity_windows,
+            min(_LOSS_WINDOW, options.prompt_length),
+            manifest.calibration,
+        )
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SlebError(f"cannot make the folder {options.output}: {first_line(error)}") from error
 
-    windows = held_out_windows(
-        load_tokenizer(checkpoint),
-        options.perplexity_windows,
-        min(_LOSS_WINDOW, options.prompt_length),
-        manifest.calibration,
-    )
-    longest = max(options.prompt_length + 1, DECODE_PROMPT_LENGTH + options.output_length)
-    arguments = {
+    with tempfile.TemporaryDirectory(dir=options.output, prefix=".exported-") as scratch:
+        variants = make_variants(manifests, checkpoint, arguments, options.beside, Path(scratch))
+        records = Records(options.output)
+        records.add("setting", _setting(options, manifest, checkpoint, todo, len(windows)))
+        for variant in variants:
+            read = checkpoint.tensor_bytes(
+                frozenset(variant.pruning.removed if variant.pruning else ())
+            )
+            records.add("variant", {**variant.about(), "weights_bytes": read[0] if read else None})
+        with _report_if_broken(records, say):
+            if todo:
+                run = _Run(options, checkpoint, todo, windows, records, say)
+                for start in range(1, options.starts + 1):
+                    run.start(start, variants)
+                    records.save()
+            if SERVING in options.workloads:
+                for entry in serve_and_load(
+                    options.serving, checkpoint, variants, options.output, say
+                ):
+                    records.add(entry.pop("record"), entry)
+                    records.save()
+    records.save()
+    write_report(options.output)
+    failures = [entry for entry in records.entries if entry["record"] == "failure"]
+    if failures:
+        raise SlebError(f"{failures[0]['what']}; what was measured is in {options.output}")
+    return options.output / "report.md"
+
+
+@contextmanager
+def _report_if_broken(records: Records, say: Say) -> Iterator[None]:
+    """A run that breaks off leaves what it measured, and a report that says that it did."""
+    try:
+        yield
+    except SlebError as error:
+        records.add("failure", {"what": str(error)})
+        records.save()
+        if records.measured():
+            write_report(records.folder)
+            say(f"broken off; what was measured is in {records.folder}")
+        raise
+
+
+def _engine_arguments(
+    options: BenchOptions, todo: Sequence[Workload], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    longest = max([options.prompt_length + 1, *(workload.longest for workload in todo)])
+    return {
         "model": options.model,
         "max_model_len": longest,
         # A prompt that was seen before would cost nothing; speeds would be too good by far.
         "enable_prefix_caching": False,
         # All prompts of a batch in one step, so that generation can be timed apart.
         "max_num_batched_tokens": max(longest, options.batch * DECODE_PROMPT_LENGTH, 2048),
-        "max_num_seqs": options.batch,
+        "max_num_seqs": max([options.batch, *(workload.num_requests for workload in todo)]),
         "disable_log_stats": False,
         **own,
     }
-    theirs = strict_json.any_object(own.get("hf_overrides", {}), "--engine-args hf_overrides")
-    overrides = {**theirs, **pruned_overrides(pruning, checkpoint)}
-    records: list[dict[str, Any]] = [
-        {
-            "record": "setting",
-            "model": manifest.model.id,
-            "pruning": pruning.to_dict(),
-            "pruning_digest": pruning.digest,
-            "options": {**asdict(options), "output": str(options.output)},
-            "engine_arguments": arguments,
-            "quality_text": f"end of {EMBEDDED}, {len(windows)} windows",
-            "head_share": _head_share(checkpoint),
-            "machine": machine(),
-        }
-    ]
-    variants = {"dense": arguments, "pruned": {**arguments, "hf_overrides": overrides}}
-    for start in range(1, options.starts + 1):
-        say(f"start {start} of {options.starts} of both engines; they log to {options.output}")
-        with ExitStack() as stack:
-            engines = {
-                name: Engine(name, values, options.output / f"{name}.log")
-                for name, values in variants.items()
-            }
-            for engine in engines.values():
-                stack.callback(engine.close)
-            for name, engine in engines.items():
-                about = engine.ready()
-                records.append({"record": "engine", "start": start, "variant": name, **about})
-                say(f"{name}: ready, KV cache {about['kv_cache_tokens']} tokens")
-            records += _rounds(options, start, engines, _vocabulary(checkpoint), say)
-            if start == 1 and windows:
-                for name, engine in engines.items():
-                    loss = engine.loss(windows)
-                    records.append({"record": "quality", "variant": name, "loss": loss})
-                    say(f"{name}: held-out loss {loss:.4f} nats per token")
-        # After each start, so that a run that breaks off has lost only what it was in.
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomically(options.output / "records.jsonl", lines.encode())
-
-    report = make_report(records)
-    write_atomically(options.output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    markdown = to_markdown(report)
-    write_atomically(options.output / "report.md", markdown.encode())
-    return markdown
 
 
-def machine() -> dict[str, Any]:
-    """What was measured on: processor, cores, memory, accelerators."""
-    found: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
-    found["cpu"] = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        found["cpu"] = models[0].partition(":")[2].strip() if models else found["cpu"]
-    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    try:
-        found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        found["memory_bytes"] = None
-    return found
-
-
-def _rounds(
+def _setting(
     options: BenchOptions,
-    start: int,
-    engines: dict[str, Engine],
-    vocabulary: int,
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Measure by turns; round 0 is the warm-up, which is recorded and left out of the report."""
-    records = []
-    for number in range(options.rounds + 1):
-        randomness = random.Random(f"{start} {number}")
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    todo: Sequence[Workload],
+    windows: int,
+) -> dict[str, Any]:
+    values = {**asdict(options), "output": str(options.output)}
+    # JSON has no infinity.
+    values["serving"]["rates"] = [str(rate) for rate in options.serving.rates]
+    return {
+        "command": shlex.join(["sleb-serve", *sys.argv[1:]]),
+        "model": manifest.model.id,
+        "num_blocks": checkpoint.num_blocks,
+        "weights_sha256": manifest.model.weights_sha256,
+        "options": values,
+        "workloads": [{**asdict(workload), "unit": workload.unit} for workload in todo],
+        "quality_text": f"end of {EMBEDDED}, {windows} windows",
+        "head_share": head_share(checkpoint),
+        "evaluation": json.loads(manifest.to_json()).get("evaluation", {}),
+        "machine": machine(),
+    }
 
-        def prompts(count: int, length: int, source: random.Random = randomness) -> list[list[int]]:
-            return [[source.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
 
-        work = {
-            "prefill": (prompts(PREFILL_PROMPTS, options.prompt_length),),
-            "decode": (prompts(options.batch, DECODE_PROMPT_LENGTH), options.output_length),
-        }
-        # Who goes first changes from round to round, so that drift favours neither.
-        order = list(engines) if number % 2 else list(engines)[::-1]
+class _Run:
+    """Starts the engines of all variants and measures them in turns."""
+
+    def __init__(
+        self,
+        options: BenchOptions,
+        checkpoint: Checkpoint,
+        todo: Sequence[Workload],
+        windows: Prompts,
+        records: Records,
+        say: Say,
+    ) -> None:
+        self._options, self._todo, self._windows = options, todo, windows
+        self._records, self._say = records, say
+        size = checkpoint.config.get("vocab_size")
+        if not isinstance(size, int) or size < 2:
+            raise SlebError(f"{checkpoint.path}/config.json does not say the vocabulary's size")
+        self._vocabulary = size
+        self._dense_blocks: int | None = None
+
+    def start(self, start: int, variants: Sequence[Variant]) -> None:
+        """One start of every engine, and its rounds."""
+        say, options = self._say, self._options
+        say(f"start {start} of {options.starts}; engines log to {options.output}")
+        groups = [[variant] for variant in variants] if options.one_at_a_time else [variants]
+        for group in groups:
+            with ExitStack() as stack:
+                engines = {}
+                for variant in group:
+                    # One after another, so that each has the machine to itself while it starts.
+                    engine = Engine(
+                        variant.name, self._spec(variant), options.output / f"{variant.name}.log"
+                    )
+                    stack.callback(engine.close)
+                    about = engine.ready()
+                    if variant.name == DENSE:
+                        self._dense_blocks = about["kv_cache_blocks"]
+                    self._records.add("engine", {"start": start, "variant": variant.name, **about})
+                    say(_ready(variant, about))
+                    engines[variant.name] = engine
+                for number in range(options.rounds + 1):
+                    self._round(start, number, group, engines)
+                if start == 1:
+                    self._once(group, engines)
+
+    def _spec(self, variant: Variant) -> EngineSpec:
+        if not variant.capped:
+            return variant.spec
+        arguments = {**variant.spec.arguments, "num_gpu_blocks_override": self._dense_blocks}
+        return replace(variant.spec, arguments=arguments)
+
+    def _round(
+        self, start: int, number: int, group: Sequence[Variant], engines: Mapping[str, Engine]
+    ) -> None:
+        """Each workload on each engine; round 0 is the warm-up, which the report leaves out."""
         shown = []
-        for workload, values in work.items():
-            for name in order:
-                sample: Sample = getattr(engines[name], workload)(*values)
-                records.append(
-                    {
-                        "record": "sample",
-                        "workload": workload,
-                        "variant": name,
-                        "start": start,
-                        "round": number,
-                        **asdict(sample),
-                    }
-                )
-            times = {r["variant"]: r["elapsed_time"] for r in records[-2:]}
-            shown.append(f"{workload} {times['dense'] / times['pruned']:.3f}x")
-        title = f"round {number} of {options.rounds}" if number else "warm-up"
-        say(f"{title}: {', '.join(shown)}")
-    return records
+        # Who goes first changes from round to round, so that drift favours none.
+        order = list(group) if (start + number) % 2 else list(group)[::-1]
+        for workload in self._todo:
+            prompts = workload.prompts(self._vocabulary, f"{start} {number}")
+            times = {}
+            for variant in order:
+                if not variant.can(workload.measure):
+                    continue
+                sample = engines[variant.name].measure(workload, prompts)
+                times[variant.name] = sample.elapsed_time
+                place = {"variant": variant.name, "start": start, "round": number}
+                self._records.add("sample", {"workload": workload.name, **place, **asdict(sample)})
+            shown += [
+                f"{workload.name} {v.name} {times[v.over] / times[v.name]:.3f}x"
+                for v in group
+                if v.over in times and v.name in times
+            ]
+        title = f"round {number} of {self._options.rounds}" if number else "warm-up"
+        self._say(f"{title}: {', '.join(shown) or 'done'}")
+
+    def _once(self, group: Sequence[Variant], engines: Mapping[str, Engine]) -> None:
+        """What every start would give again: the quality, and where the time goes."""
+        for variant in group:
+            engine = engines[variant.name]
+            if self._windows:
+                loss = engine.loss(self._windows)
+                self._records.add("quality", {"variant": variant.name, "loss": loss})
+                self._say(f"{variant.name}: held-out loss {loss:.4f} nats per token")
+            for workload in self._todo if self._options.profile else ():
+                if variant.can(workload.measure):
+                    table = engine.profile(workload, workload.prompts(self._vocabulary, "profile"))
+                    name = f"profile-{variant.name}-{workload.name}.txt"
+                    write_atomically(self._options.output / name, table.encode())
 
 
-def _vocabulary(checkpoint: Checkpoint) -> int:
-    size = checkpoint.config.get("vocab_size")
-    if not isinstance(size, int) or size < 2:
-        raise SlebError(f"{checkpoint.path}/config.json does not say the vocabulary's size")
-    return size
-
-
-def _head_share(checkpoint: Checkpoint) -> float | None:
-    """The head's share of the weights that a generated token has to read."""
-    counts = checkpoint.parameter_counts()
-    if counts is None:
-        return None
-    hidden = checkpoint.config.get("hidden_size", checkpoint.config.get("n_embd"))
-    if not isinstance(hidden, int):
-        return None
-    head = hidden * _vocabulary(checkpoint)
-    return head / (head + sum(counts[1]))
+def _ready(variant: Variant, about: Mapping[str, Any]) -> str:
+    cache = about.get("kv_cache_tokens")
+    size = "" if cache is None else f", KV cache {cache} tokens"
+    return f"{variant.name}: ready in {about['startup_time']:.0f} s{size}"

@@ -1,4 +1,4 @@
-"""A vLLM server as a child process, for the demo: start, wait until it answers, stop."""
+"""A vLLM server as a child process: start, wait until it answers, stop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from sleb_serve.errors import SlebError
 
@@ -28,10 +29,17 @@ class Server:
     """A server started by `command`, which must listen on `port` of this machine.
 
     Its output goes to `log`. It runs in a process group of its own, so that nothing of it stays
-    behind.
+    behind. `environment` is added to this process's.
     """
 
-    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.command = command
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         with log.open("wb") as output:
@@ -41,6 +49,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={**os.environ, **environment},
             )
 
     def answers(self) -> bool:

@@ -1,0 +1,74 @@
+"""A run's folder: its records in, its report out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sleb_bench.markdown import to_markdown
+from sleb_bench.page import to_html
+from sleb_bench.pictures import pictures
+from sleb_bench.report import make_report
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.files import write_atomically
+
+RECORDS = "records.jsonl"
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The raw records of a run.
+
+    Raises:
+        SlebError: there are none, or they are not a run's.
+    """
+    path = folder / RECORDS if folder.is_dir() else folder
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SlebError(
+            f"cannot read {path}: {first_line(error)}; give a folder that `sleb-serve bench` wrote"
+        ) from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or "record" not in record:
+            raise SlebError(f"{path}, line {number}: not a record; was the file changed?")
+        records.append(record)
+    return records
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """The report made from a run's records.
+
+    Raises:
+        SlebError: the records are missing, or not those of a run.
+    """
+    records = read_records(folder)
+    try:
+        return make_report(records)
+    except (KeyError, TypeError, IndexError, ZeroDivisionError, ValueError) as error:
+        raise SlebError(
+            f"{folder}: the records make no report ({type(error).__name__}: {first_line(error)}); "
+            f"were they written by another version?"
+        ) from error
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Make a run's report from its records: JSON, Markdown, pictures, one page.
+
+    Raises:
+        SlebError: as `report_of`, or a file cannot be written.
+    """
+    report = report_of(folder)
+    folder = folder if folder.is_dir() else folder.parent
+    drawn = pictures(report)
+    write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_atomically(folder / "report.md", to_markdown(report).encode())
+    for name, picture in drawn.items():
+        write_atomically(folder / f"{name}.png", picture)
+    write_atomically(folder / "report.html", to_html(report, drawn).encode())
+    return report

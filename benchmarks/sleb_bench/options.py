@@ -1,0 +1,201 @@
+"""The options of ``sleb-serve bench`` and ``sleb-serve report``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sleb_bench.plan import GPUS, HERE, SHAPES, SPLITS
+from sleb_bench.run import SERVING, BenchOptions
+from sleb_bench.serving import ServingOptions
+from sleb_bench.variants import BESIDE
+from sleb_bench.workloads import NAMES
+from sleb_serve.errors import SlebError
+
+BENCH_EXAMPLES = """\
+examples:
+  sleb-serve bench ./my-model -m m.json --blocks 3,6 -o results
+  sleb-serve bench ./my-model -m m.json -o results --workloads official --beside transformers
+  sleb-serve bench ./my-model -m m.json -o results --workloads serving --request-rates 1,2,4,inf
+  sleb-serve bench ./my-model -m m.json -o results --beside export,dense    # is it all we think?
+  sleb-serve bench ./my-model --removal-list '[5, 4, 9]' -o results \\
+      --engine-args '{"tensor_parallel_size": 2}' --one-at-a-time
+  sleb-serve bench --plan --gpu A100-80G --tp 2                 # llama-2-70b, no GPU needed
+  sleb-serve bench ./my-model --plan --gpu H100-80G --removed 4,8
+
+Writes DIR/records.jsonl (every raw sample), and from it report.md, report.json, report.html and
+pictures; `sleb-serve report DIR` makes them again.
+"""
+REPORT_EXAMPLES = """\
+examples:
+  sleb-serve report results                # from records.jsonl alone
+  sleb-serve report before after           # exit code 1 if a ratio got worse
+"""
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """All but -m and --removal-list, which other commands have, too."""
+    default = BenchOptions("", Path())
+    add = parser.add_argument
+    add("-o", "--output", metavar="DIR", type=Path, help="where records and report go")
+    add("--blocks", metavar="K,K…", help="how many of the manifest's removals (default: all)")
+    add(
+        "--workloads",
+        metavar="NAME,…",
+        type=_names,
+        default=default.workloads,
+        help=f"of {', '.join((*NAMES, SERVING))} (default: {','.join(default.workloads)})",
+    )
+    add(
+        "--beside",
+        metavar="NAME,…",
+        type=_names,
+        default=(),
+        help=f"also measure: {', '.join(BESIDE)}; dense is a second dense engine, export the "
+        "exported checkpoint in stock vLLM, capped the pruned model with no more KV cache than the "
+        "dense, transformers its own generate",
+    )
+    for name, text in (
+        ("starts", "times that every engine is started"),
+        ("rounds", "interleaved rounds a start, after one to warm up"),
+        ("prompt_length", "tokens a prompt for prefill"),
+        ("batch", "sequences generated at once in decode"),
+        ("output_length", "tokens generated each"),
+        ("requests", "requests of the saturated workload"),
+        ("perplexity_windows", "windows of held-out text for the perplexity beside the speed"),
+    ):
+        value = getattr(default, name)
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, type=int, metavar="N", default=value, help=f"{text} (default: {value})")
+    add(
+        "--one-at-a-time",
+        action="store_true",
+        help="one engine at a time, for models of which two do not fit",
+    )
+    add("--profile", action="store_true", help="also write where the time goes, by operator")
+    add(
+        "--engine-args",
+        metavar="JSON",
+        default=default.engine_args,
+        help='arguments of vllm.LLM for all, as {"enforce_eager": true}',
+    )
+    _add_serving(parser.add_argument_group("serving"))
+    _add_plan(parser.add_argument_group("plan"))
+
+
+def _add_serving(group: Any) -> None:
+    default = ServingOptions()
+    group.add_argument(
+        "--request-rates",
+        metavar="R,R…",
+        type=_rates,
+        default=default.rates,
+        help="requests/s offered, or inf (default: a ladder up to what the dense model takes)",
+    )
+    group.add_argument(
+        "--concurrency",
+        metavar="N,N…",
+        type=_counts,
+        default=default.concurrency,
+        help="also so many requests in flight at most",
+    )
+    for name, text in (
+        ("requests", "requests at each point"),
+        ("input_length", "tokens a prompt"),
+        ("output_length", "tokens an answer"),
+        ("rounds", "rounds, after one to warm up"),
+    ):
+        value = getattr(default, name)
+        flag = f"--serving-{name.replace('_', '-')}"
+        group.add_argument(
+            flag, type=int, metavar="N", default=value, help=f"{text} (default: {value})"
+        )
+    slo = ",".join(f"{name}:{limit:g}" for name, limit in default.slo.items())
+    group.add_argument(
+        "--slo",
+        metavar="NAME:MS,…",
+        type=_slo,
+        default=default.slo,
+        help=f"what a request must meet to count for goodput (default: {slo})",
+    )
+
+
+def _add_plan(group: Any) -> None:
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help=f"measure nothing; predict from the config: MODEL, or of {', '.join(SHAPES)}",
+    )
+    group.add_argument(
+        "--gpu",
+        metavar="NAME",
+        default="A100-80G",
+        help=f"{', '.join(GPUS)}, or {HERE} to measure this machine's peaks (default: A100-80G)",
+    )
+    group.add_argument("--tp", metavar="N", type=int, default=1, help="how many GPUs (default: 1)")
+    group.add_argument(
+        "--split",
+        choices=SPLITS,
+        default=SPLITS[0],
+        help="how they share the model: every matrix, or its layers, one GPU after another, as "
+        "Transformers does (default: tensor)",
+    )
+    group.add_argument(
+        "--removed", metavar="K,K…", type=_counts, help="blocks removed (default: 10, 20, 30 %%)"
+    )
+    for name, of in (("compute", "flop/s"), ("memory", "bandwidth")):
+        group.add_argument(
+            f"--{name}-efficiency",
+            metavar="X",
+            type=float,
+            default=1.0,
+            help=f"part of the peak {of} that kernels reach (default: 1, the bound)",
+        )
+    group.add_argument("--json", action="store_true", help="print the plan for machines")
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """One folder to report on, or two to compare."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="what `sleb-serve bench` wrote")
+    parser.add_argument("other", metavar="DIR2", type=Path, nargs="?", help="a later run")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def bench_options(options: argparse.Namespace) -> BenchOptions:
+    """What to measure, of the command line."""
+    serving = ServingOptions(
+        rates=options.request_rates,
+        concurrency=options.concurrency,
+        requests=options.serving_requests,
+        input_length=options.serving_input_length,
+        output_length=options.serving_output_length,
+        slo=options.slo,
+        rounds=options.serving_rounds,
+    )
+    fields = BenchOptions.__dataclass_fields__.keys() - {"serving"}
+    return BenchOptions(**{name: getattr(options, name) for name in fields}, serving=serving)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in text.split(",") if name))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise SlebError(f"{text}: give whole numbers, as 4,8")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise SlebError(f"--request-rates {text}: give numbers or inf, as 1,2,inf") from None
+
+
+def _slo(text: str) -> dict[str, float]:
+    try:
+        return {name: float(limit) for name, limit in (part.split(":") for part in text.split(","))}
+    except ValueError:
+        raise SlebError(f"--slo {text}: give milliseconds, as ttft:2000,tpot:200") from None
