@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,49 +14,88 @@ from typing import Any
 import pytest
 
 import oracle
-from sleb_bench.report import geometric_mean_interval, ideal_ratio, make_report, to_markdown
+from sleb_bench.compare import compare, comparison
+from sleb_bench.files import write_report
+from sleb_bench.markdown import to_markdown
+from sleb_bench.ratios import efficiency, line_fit, paired_ratio, t95
+from sleb_bench.report import make_report
 from sleb_serve.cli import main
+from sleb_serve.speedup import ideal_ratio
 
 Models = Callable[[str], Path]
 
 
-def records() -> list[dict[str, Any]]:
+def variant(name: str, blocks: int, over: str | None = "dense") -> dict[str, Any]:
+    return {
+        "record": "variant",
+        "variant": name,
+        "blocks": blocks,
+        "over": over,
+        "backend": "vllm",
+        "pruning_digest": "0" * 64 if blocks else None,
+        "weights_bytes": 1000 - 50 * blocks,
+    }
+
+
+def records(pruned_decode: tuple[float, ...] = (1.0, 1.0, 2.0)) -> list[dict[str, Any]]:
     """A run of two rounds with round numbers: decode gains 1.2 and 1.3, prefill 1.25 twice."""
+    sizes = {"num_requests": 4, "prompt_length": 100, "output_length": 1}
     setting = {
         "record": "setting",
+        "command": "sleb-serve bench m",
         "model": "m",
-        "pruning": {"num_blocks": 10, "removed": [3, 4]},
-        "pruning_digest": "0" * 64,
-        "options": {
-            "starts": 1,
-            "rounds": 2,
-            "prompt_length": 100,
-            "batch": 4,
-            "output_length": 11,
-        },
+        "num_blocks": 10,
+        "weights_sha256": "1" * 64,
+        "options": {"starts": 1, "rounds": 2, "one_at_a_time": False},
+        "workloads": [
+            {"name": "prefill", "measure": "prefill", **sizes, "unit": "prompt tokens/s"},
+            {
+                "name": "decode",
+                "measure": "decode",
+                **sizes,
+                "prompt_length": 16,
+                "output_length": 11,
+                "unit": "generated tokens/s",
+            },
+        ],
         "quality_text": "some text",
         "head_share": 0.5,
-        "machine": {"cpu": "a cpu", "cores": 2},
+        "evaluation": {},
+        "machine": {
+            "cpu": "a cpu",
+            "cores": 2,
+            "gpus": [],
+            "python": "3",
+            "versions": {"vllm": "1", "torch": "2"},
+        },
     }
     engines = [
-        {"record": "engine", "variant": name, "kv_cache_tokens": tokens, "vllm": "1", "torch": "2"}
-        for name, tokens in (("dense", 1000), ("pruned", 1250))
+        {
+            "record": "engine",
+            "start": 1,
+            "variant": name,
+            "kv_cache_tokens": tokens,
+            "startup_time": 2.0,
+            "memory_bytes": 3e9,
+            "max_concurrency": 4.0,
+        }
+        for name, tokens in (("dense", 1000), ("sleb2", 1250))
     ]
     quality = [
         {"record": "quality", "variant": "dense", "loss": 2.0},
-        {"record": "quality", "variant": "pruned", "loss": 3.0},
+        {"record": "quality", "variant": "sleb2", "loss": 3.0},
     ]
     times = {
         ("prefill", "dense"): (9.0, 2.0, 1.0),
-        ("prefill", "pruned"): (1.0, 1.6, 0.8),
+        ("prefill", "sleb2"): (1.0, 1.6, 0.8),
         ("decode", "dense"): (9.0, 1.2, 2.6),
-        ("decode", "pruned"): (1.0, 1.0, 2.0),
+        ("decode", "sleb2"): pruned_decode,
     }
     samples = [
         {
             "record": "sample",
             "workload": workload,
-            "variant": variant,
+            "variant": name,
             "start": 1,
             "round": number,
             "elapsed_time": elapsed,
@@ -61,26 +103,51 @@ def records() -> list[dict[str, Any]]:
             "total_input_tokens": 400 if workload == "prefill" else 64,
             "total_output_tokens": 4 if workload == "prefill" else 44,
         }
-        for (workload, variant), values in times.items()
+        for (workload, name), values in times.items()
         for number, elapsed in enumerate(values)
     ]
-    return [setting, *engines, *quality, *samples]
+    return [setting, variant("dense", 0, None), variant("sleb2", 2), *engines, *quality, *samples]
 
 
 def test_the_report_is_what_a_pocket_calculator_says() -> None:
     report = make_report(records())
     prefill, decode = report["workloads"]["prefill"], report["workloads"]["decode"]
-    assert prefill["dense"] == pytest.approx((400 / 2 + 400 / 1) / 2)
-    assert prefill["ratio_rounds"] == [pytest.approx([1.25, 1.25])]
-    assert prefill["ratio"] == pytest.approx(1.25)
-    assert prefill["ideal"] == pytest.approx(10 / 8)
-    assert prefill["efficiency"] == pytest.approx(1.0)
+    (of_prefill,), (of_decode,) = prefill["ratios"], decode["ratios"]
+    assert prefill["throughput"]["dense"] == pytest.approx((400 / 2 + 400 / 1) / 2)
+    assert prefill["latency"]["dense"] == pytest.approx((2 + 1) / 2)
+    assert of_prefill["ratio_starts"] == [pytest.approx([1.25, 1.25])]
+    assert of_prefill["ratio"] == pytest.approx(1.25)
+    assert of_prefill["ideal"] == pytest.approx(10 / 8)
+    assert of_prefill["efficiency"] == pytest.approx(1.0)
     # 4 sequences of 11 tokens: the first of each came with the prefill.
-    assert decode["pruned"] == pytest.approx((40 / 1.0 + 40 / 2.0) / 2)
-    assert decode["ratio_rounds"] == [pytest.approx([1.2, 1.3])]
-    assert decode["ratio"] == pytest.approx(math.sqrt(1.2 * 1.3))
-    assert decode["ideal"] == pytest.approx(1 / 0.9)
-    assert report["perplexity"] == pytest.approx({"dense": math.e**2, "pruned": math.e**3})
+    assert decode["throughput"]["sleb2"] == pytest.approx((40 / 1.0 + 40 / 2.0) / 2)
+    assert of_decode["ratio_starts"] == [pytest.approx([1.2, 1.3])]
+    assert of_decode["ratio"] == pytest.approx(math.sqrt(1.2 * 1.3))
+    assert of_decode["ideal"] == pytest.approx(1 / 0.9)
+    perplexity = {name: v["perplexity"] for name, v in report["variants"].items()}
+    assert perplexity == pytest.approx({"dense": math.e**2, "sleb2": math.e**3})
+
+
+def test_time_outside_the_blocks_is_found_where_there_is_some() -> None:
+    # 100 tokens of decode: 1 s + 0.4 s for each of 10 and 8 blocks.
+    found = [r for r in records() if r["record"] != "sample"]
+    for name, seconds in (("dense", 5.0), ("sleb2", 4.2)):
+        found.append(
+            {
+                "record": "sample",
+                "workload": "decode",
+                "variant": name,
+                "start": 1,
+                "round": 1,
+                "elapsed_time": seconds,
+                "num_requests": 4,
+                "total_input_tokens": 64,
+                "total_output_tokens": 44,
+            }
+        )
+    outside = make_report(found)["workloads"]["decode"]["outside_blocks"]
+    assert outside["measured"] == pytest.approx(1 / 5)
+    assert outside["by_weights"] == 0.5
 
 
 def test_the_warm_up_is_left_out() -> None:
@@ -94,73 +161,222 @@ def test_the_markdown_has_every_number_of_the_table() -> None:
         assert part in text
 
 
+def test_a_run_that_broke_off_says_so_first(tmp_path: Path) -> None:
+    broken = [*records(), {"record": "failure", "what": "the server burnt"}]
+    text = to_markdown(make_report(broken))
+    assert text.index("the server burnt") < text.index("## Throughput")
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, broken)))
+    write_report(tmp_path)
+    assert "the server burnt" in (tmp_path / "report.html").read_text()
+
+
 def test_the_ideal_ratio_is_the_papers_for_a_model_without_a_head() -> None:
     assert ideal_ratio(80, 16, 0.0) == pytest.approx(1.25)
     assert ideal_ratio(30, 6, 1.0) == 1.0
+    assert efficiency(1.2, 1.25) == pytest.approx(0.8)
+    assert efficiency(1.2, 1.0) is None
 
 
-def test_the_interval_holds_the_mean_and_shrinks_with_agreement() -> None:
-    ratios = [1.1, 1.2, 1.3, 1.2, 1.1]
-    low, high = geometric_mean_interval([ratios])
-    assert 1.1 <= low < math.exp(sum(map(math.log, ratios)) / 5) < high <= 1.3
-    assert geometric_mean_interval([[1.2] * 4]) == pytest.approx((1.2, 1.2))
+def test_the_interval_is_students_t_over_the_starts() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    starts = [[1.1, 1.2], [1.3, 1.2], [1.1, 1.15]]
+    logs = [sum(map(math.log, rounds)) / 2 for rounds in starts]
+    mean = sum(logs) / 3
+    expected = stats.t.interval(0.95, 2, loc=mean, scale=stats.sem(logs))
+    found = paired_ratio(starts)
+    assert found.mean == pytest.approx(math.exp(mean))
+    assert found.interval == pytest.approx(tuple(map(math.exp, expected)), rel=1e-3)
+    assert found.covers(1.2)
+    assert not found.covers(2.0)
 
 
-def test_starts_that_disagree_widen_the_interval_though_rounds_agree() -> None:
-    low, high = geometric_mean_interval([[1.1] * 3, [1.4] * 3, [1.25] * 3])
-    assert low == pytest.approx(1.1)
-    assert high == pytest.approx(1.4)
+def test_the_quantiles_are_students() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (*range(1, 60), 200):
+        assert t95(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=3e-3)
 
 
-def test_a_real_run_writes_records_and_both_reports(
-    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_with_one_start_the_rounds_stand_in_and_one_sample_has_no_interval() -> None:
+    found = paired_ratio([[1.1, 1.2, 1.3]])
+    assert found.interval is not None
+    assert found.interval[0] < 1.1 < 1.3 < found.interval[1]
+    assert paired_ratio([[1.2]]).interval is None
+    assert paired_ratio([[1.2] * 2] * 3).interval == pytest.approx((1.2, 1.2))
+
+
+def test_a_line_is_found_again() -> None:
+    assert line_fit([(x, 3 + 2 * x) for x in (1, 4, 9)]) == pytest.approx((3, 2))
+    assert line_fit([(1.0, 2.0), (1.0, 3.0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("decode", "verdict"),
+    [
+        ((1.0, 0.8, 2.0), "no difference shown"),
+        ((1.0, 2.0, 4.35), "regression"),
+        ((1.0, 0.5, 1.1), "improvement"),
+    ],
+)
+def test_two_runs_are_told_apart_by_their_intervals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], decode: tuple[float, ...], verdict: str
 ) -> None:
+    for name, run in (("a", records((1.0, 1.0, 2.1))), ("b", records(decode))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").write_text("\n".join(map(json.dumps, run)))
+    code = main(["report", str(tmp_path / "a"), str(tmp_path / "b")])
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("| decode"))
+    assert verdict in line
+    assert code == (verdict == "regression")
+
+
+def test_runs_of_other_machines_and_sizes_are_said_to_be_so() -> None:
+    before, after = make_report(records()), make_report(records())
+    text, worse = comparison(before, after, ("a", "b"))
+    assert not worse
+    assert "Not the same" not in text
+    assert [change.change for change in compare(before, after)] == [1.0, 1.0]
+    after["machine"]["cpu"] = "another"
+    after["workloads"]["decode"]["size"] = "other"
+    text, _ = comparison(before, after, ("a", "b"))
+    assert "Not the same machine" in text
+    assert "Not the same decode" in text
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"record": "setting"}', "\u00e9"])
+def test_records_that_are_none_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "records.jsonl").write_bytes(content.encode("latin-1"))
+    assert main(["report", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "report.md").exists()
+
+
+@pytest.fixture(scope="module")
+def run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small run with everything that can stand beside the dense model."""
     pytest.importorskip("vllm")
+    folder = tmp_path_factory.mktemp("run")
+    path, manifest = models("llama"), folder / "m.json"
+    select = ["select", str(path), "-o", str(manifest), "--remove", "2"]
+    text = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
+    assert main([*select, *text]) == 0
+    small = [
+        *("--starts", "1", "--rounds", "2", "--prompt-length", "64", "--batch", "2"),
+        *("--output-length", "8", "--requests", "4", "--perplexity-windows", "3"),
+    ]
+    work = [
+        "--workloads",
+        "prefill,decode,saturated",
+        "--beside",
+        "dense,export,capped,transformers",
+    ]
+    engine = ["--engine-args", '{"enforce_eager": true, "dtype": "float32"}']
+    out = folder / "out"
+    arguments = ["bench", str(path), "-m", str(manifest), "-o", str(out), *small, *work, *engine]
+    assert main(arguments) == 0
+    return out
+
+
+def raw_records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "records.jsonl").open()]
+
+
+NAMES = {"dense", "dense-again", "sleb2", "sleb2-capped", "sleb2-export", "sleb2-transformers"}
+
+
+def test_a_real_run_measures_every_variant_in_every_round(run: Path) -> None:
+    raw = raw_records(run)
+    samples = [record for record in raw if record["record"] == "sample"]
+    seen = {(s["workload"], s["variant"], s["round"]) for s in samples}
+    assert len(seen) == len(samples)
+    assert seen == {
+        (workload, name, number)
+        for workload in ("prefill", "decode", "saturated")
+        for name in NAMES
+        for number in range(3)
+        if (workload, name) != ("decode", "sleb2-transformers")
+    }
+    expected = {"prefill": (4, 256, 4), "decode": (2, 32, 16), "saturated": (4, 256, 32)}
+    for sample in samples:
+        found = ("num_requests", "total_input_tokens", "total_output_tokens")
+        assert tuple(sample[key] for key in found) == expected[sample["workload"]]
+        assert sample["elapsed_time"] > 0
+
+
+def test_a_real_run_holds_the_cache_and_the_quality_of_each(run: Path, models: Models) -> None:
     from sleb_serve.calibration import held_out_windows
     from sleb_serve.checkpoint import open_checkpoint
     from sleb_serve.manifest import read_manifest
     from sleb_serve.select import load_tokenizer
 
-    path, manifest, out = models("llama"), tmp_path / "m.json", tmp_path / "out"
-    select = ["select", str(path), "-o", str(manifest), "--remove", "2"]
-    text = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
-    assert main([*select, *text]) == 0
-    small = [
-        "--starts",
-        "2",
-        "--rounds",
-        "1",
-        "--prompt-length",
-        "64",
-        "--batch",
-        "2",
-        "--output-length",
-        "8",
-    ]
-    engine = ["--engine-args", '{"enforce_eager": true, "dtype": "float32"}']
-    arguments = ["bench", str(path), "-m", str(manifest), "-o", str(out), *small, *engine]
-    assert main([*arguments, "--perplexity-windows", "3"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.rstrip().endswith((out / "report.md").read_text().rstrip())
-
-    raw = [json.loads(line) for line in (out / "records.jsonl").open()]
-    report = json.loads((out / "report.json").read_text())
-    assert json.loads(json.dumps(make_report(raw))) == report
-    samples = [record for record in raw if record["record"] == "sample"]
-    assert len(samples) == 2 * 2 * 2 * 2  # starts, rounds with the warm-up, workloads, variants
-    for sample in samples:
-        expected = (4, 256, 4) if sample["workload"] == "prefill" else (2, 32, 16)
-        found = ("num_requests", "total_input_tokens", "total_output_tokens")
-        assert tuple(sample[key] for key in found) == expected
-        assert sample["elapsed_time"] > 0
-    tokens = {r["variant"]: r["kv_cache_tokens"] for r in raw if r["record"] == "engine"}
-    assert tokens["pruned"] / tokens["dense"] == pytest.approx(8 / 6, rel=0.01)
+    raw, path = raw_records(run), models("llama")
+    tokens = {r["variant"]: r.get("kv_cache_tokens") for r in raw if r["record"] == "engine"}
+    assert tokens["sleb2"] / tokens["dense"] == pytest.approx(8 / 6, rel=0.01)
+    assert tokens["sleb2-export"] == tokens["sleb2"]
+    assert tokens["sleb2-capped"] == tokens["dense-again"] == tokens["dense"]
+    # Who started, and with what in memory: a tiny model, but all of Python and torch.
+    assert all(r["memory_bytes"] > 1e8 for r in raw if r["record"] == "engine")
+    read = {r["variant"]: r["weights_bytes"] for r in raw if r["record"] == "variant"}
+    block = open_checkpoint(str(path)).parameter_counts()
+    assert block is not None
+    assert read["dense"] - read["sleb2"] == 4 * 2 * block[1][0]
 
     windows = held_out_windows(load_tokenizer(open_checkpoint(str(path))), 3, 64, None)
     losses = {r["variant"]: r["loss"] for r in raw if r["record"] == "quality"}
-    assert losses["dense"] == pytest.approx(oracle.loss(oracle.load(path), windows), rel=1e-4)
-    pruned = oracle.pruned(path, read_manifest(manifest).blocks)
-    assert losses["pruned"] == pytest.approx(oracle.loss(pruned, windows), rel=1e-4)
+    dense = oracle.loss(oracle.load(path), windows)
+    removed = read_manifest(run.parent / "m.json").blocks
+    pruned = oracle.loss(oracle.pruned(path, removed), windows)
+    for name in NAMES:
+        expected = dense if name.startswith("dense") else pruned
+        assert losses[name] == pytest.approx(expected, rel=1e-4), name
+
+
+def test_a_real_run_is_reported_from_its_records_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(run / "records.jsonl", tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.rstrip() == (run / "report.md").read_text().rstrip()
+    assert (tmp_path / "report.json").read_text() == (run / "report.json").read_text()
+    for name in ("throughput.png", "frontier.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    ratios = json.loads((run / "report.json").read_text())["workloads"]["saturated"]["ratios"]
+    assert [(ratio["variant"], ratio["over"]) for ratio in ratios] == [
+        ("dense-again", "dense"),
+        ("sleb2", "dense"),
+        ("sleb2-capped", "dense"),
+        ("sleb2", "sleb2-capped"),
+        ("sleb2-export", "sleb2"),
+        ("sleb2-transformers", "sleb2"),
+    ]
+
+
+def test_the_page_needs_nothing_else(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", page)
+    assert sources
+    assert all(source.startswith("data:") for source in sources)
+    assert "http:" not in page
+    assert "url(" not in page
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        return
+    quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    done = subprocess.run(
+        [
+            *(chromium, *quiet.split(), "--disable-component-update", "--disable-sync"),
+            *("--enable-logging=stderr", "--dump-dom", (run / "report.html").as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.count("<img") == 2
+    assert "CONSOLE" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -172,6 +388,15 @@ def test_a_real_run_writes_records_and_both_reports(
         (["--output-length", "1"], "--output-length must be at least 2"),
         (["--engine-args", "{"], "not JSON"),
         (["--engine-args", "[]"], "must be an object"),
+        (["--workloads", "none"], "--workloads: none is not one of prefill, decode"),
+        (["--beside", "none"], "--beside: none is not one of dense, export"),
+        (["--blocks", "0,1"], "the dense model is always measured"),
+        (["--blocks", "2"], "1"),
+        (["--request-rates", "0"], "--request-rates are above 0"),
+        (["--request-rates", "fast"], "--request-rates fast: give numbers or inf"),
+        (["--slo", "speed:3"], "--slo speed:3: give milliseconds for ttft, tpot, e2el"),
+        (["--slo", "ttft"], "--slo ttft: give milliseconds"),
+        (["--serving-output-length", "1"], "--serving-output-length must be at least 2"),
     ],
 )
 def test_bad_options_are_refused(

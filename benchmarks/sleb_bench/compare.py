@@ -77,6 +77,10 @@ def comparison(before: Report, after: Report, names: tuple[str, str]) -> tuple[s
         old, new = before["machine"].get(key), after["machine"].get(key)
         if old != new:
             lines += ["", f"Not the same machine ({key}): {old} and {new}."]
+    for name, workload in after["workloads"].items():
+        old = before["workloads"].get(name, workload)
+        if old["size"] != workload["size"]:
+            lines += ["", f"Not the same {name}: {old['size']}, and {workload['size']}."]
     if before["weights_sha256"] != after["weights_sha256"]:
         lines += ["", "Not the same model."]
     return "\n".join(lines) + "\n", any(c.verdict == REGRESSION for c in changes)

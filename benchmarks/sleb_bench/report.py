@@ -38,7 +38,13 @@ def make_report(records: Sequence[Record]) -> dict[str, Any]:
     report["variants"] = {
         name: {
             **{key: value for key, value in variant.items() if key not in {"record", "variant"}},
-            **_engines([r for r in records if r["record"] == "engine" and r["variant"] == name]),
+            **_engines(
+                [
+                    record
+                    for record in records
+                    if record["record"] in {"engine", "server"} and record["variant"] == name
+                ]
+            ),
             "perplexity": perplexity_of(loss.get(name)),
         }
         for name, variant in variants.items()

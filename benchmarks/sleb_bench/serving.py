@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +13,11 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from sleb_bench.load import LoadError, LoadGenerator
 from sleb_bench.server import Server, free_port
 from sleb_bench.variants import DENSE, Variant
 from sleb_serve.checkpoint import Checkpoint
-from sleb_serve.errors import SlebError, first_line
+from sleb_serve.errors import SlebError
 from sleb_serve.serve import server_command
 
 INF = float("inf")
@@ -109,7 +106,6 @@ def serve_and_load(
     variants: Sequence[Variant],
     folder: Path,
     say: Callable[[str], None],
-    server_options: Callable[[Variant], Sequence[str]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure every point on every variant's server, in turns.
 
@@ -121,7 +117,6 @@ def serve_and_load(
         variants: those that vLLM serves are measured.
         folder: where the servers' and the load generator's output goes.
         say: told how it goes.
-        server_options: options of ``vllm serve`` for a variant, in place of its engine's.
 
     Yields:
         Records of ``serving``, with the JSON of ``vllm bench serve`` as it is, and of ``failure``.
@@ -130,16 +125,16 @@ def serve_and_load(
         SlebError: a server did not start.
     """
     served = [variant for variant in variants if variant.spec.backend == "vllm"]
-    bench = _Bench(options, checkpoint, folder, say)
     with ExitStack() as stack:
+        generator = stack.enter_context(LoadGenerator(folder / "load.log"))
+        bench = _Bench(options, checkpoint, folder, generator, say)
         servers: dict[str, Server] = {}
         blocks: int | None = None
         for variant in served:
             arguments = dict(variant.spec.arguments)
             if variant.capped:
                 arguments["num_gpu_blocks_override"] = blocks
-            more = (server_options or (lambda variant: ()))(variant)
-            server = bench.start(variant, arguments, more)
+            server = bench.start(variant, arguments)
             stack.callback(server.stop)
             servers[variant.name] = server
             begin = time.perf_counter()
@@ -190,21 +185,22 @@ class _Bench:
         options: ServingOptions,
         checkpoint: Checkpoint,
         folder: Path,
+        generator: LoadGenerator,
         say: Callable[[str], None],
     ) -> None:
         self._options, self._checkpoint, self._folder = options, checkpoint, folder
-        self._say = say
+        self._generator, self._say = generator, say
 
-    def start(self, variant: Variant, arguments: Mapping[str, Any], more: Sequence[str]) -> Server:
+    def start(self, variant: Variant, arguments: Mapping[str, Any]) -> Server:
         """The variant's server."""
         port = free_port()
         longest = self._options.input_length + self._options.output_length + 8
         values = {
             **arguments,
-            "max_model_len": max(longest, 512),
+            "max_model_len": longest,
             "served_model_name": variant.name,
         }
-        options = [*cli_options(values), "--host", "127.0.0.1", "--port", str(port), *more]
+        options = [*cli_options(values), "--host", "127.0.0.1", "--port", str(port)]
         command = server_command(str(arguments["model"]), options)
         log = self._folder / f"serve-{variant.name}.log"
         return Server(command, port, log, variant.spec.environment)
@@ -219,37 +215,27 @@ class _Bench:
         before = _prefix_cache(server) if server.answers() else None
         if before is None:
             raise _DeadServerError(self._why(name, server, point))
-        with tempfile.TemporaryDirectory() as scratch:
-            arguments = [
-                *("--base-url", server.url, "--model", name, "--backend", "openai"),
-                *("--tokenizer", str(self._checkpoint.path), "--dataset-name", "random"),
-                *("--random-input-len", str(options.input_length)),
-                *("--random-output-len", str(options.output_length)),
-                *("--num-prompts", str(options.requests), "--temperature", "0", "--ignore-eos"),
-                *("--request-rate", str(point.rate), "--ready-check-timeout-sec", "0"),
-                # The same prompts and the same times of arrival for every variant.
-                *("--seed", str(1000 * number + (point.concurrency or 0))),
-                *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99"),
-                *("--goodput", *(f"{metric}:{limit:g}" for metric, limit in options.slo.items())),
-                *("--save-result", "--save-detailed", "--disable-tqdm"),
-                *("--result-dir", scratch, "--result-filename", "result.json"),
-            ]
-            if point.concurrency is not None:
-                arguments += ["--max-concurrency", str(point.concurrency)]
-            command = [sys.executable, "-m", "sleb_bench.load", *arguments]
-            log = self._folder / f"load-{name}.log"
-            with log.open("ab") as output, contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(
-                    command, stdout=output, stderr=output, timeout=_LOAD_TIMEOUT, check=False
-                )
-            try:
-                result: dict[str, Any] = json.loads((Path(scratch) / "result.json").read_text())
-            except (OSError, ValueError) as error:
-                if not server.answers():
-                    raise _DeadServerError(self._why(name, server, point)) from None
-                raise SlebError(
-                    f"the load generator wrote no result ({first_line(error)}); see {log}"
-                ) from error
+        arguments = [
+            *("--base-url", server.url, "--model", name, "--backend", "openai"),
+            *("--tokenizer", str(self._checkpoint.path), "--dataset-name", "random"),
+            *("--random-input-len", str(options.input_length)),
+            *("--random-output-len", str(options.output_length)),
+            *("--num-prompts", str(options.requests), "--temperature", "0", "--ignore-eos"),
+            *("--request-rate", str(point.rate), "--ready-check-timeout-sec", "0"),
+            # The same prompts and the same times of arrival for every variant.
+            *("--seed", str(1000 * number + (point.concurrency or 0))),
+            *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99"),
+            *("--goodput", *(f"{metric}:{limit:g}" for metric, limit in options.slo.items())),
+            *("--save-detailed", "--disable-tqdm"),
+        ]
+        if point.concurrency is not None:
+            arguments += ["--max-concurrency", str(point.concurrency)]
+        try:
+            result = self._generator.run(arguments, _LOAD_TIMEOUT)
+        except LoadError:
+            if server.answers():
+                raise
+            raise _DeadServerError(self._why(name, server, point)) from None
         result.pop("generated_texts", None)
         # Times to 10 microseconds; as they come they would be most of the record.
         result["itls"] = [[round(t, 5) for t in times] for times in result.get("itls", [])]

@@ -1,0 +1,157 @@
+"""Load over HTTP on real servers, one of which dies under it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+psutil = pytest.importorskip("psutil")
+
+from sleb_bench import run as bench_run  # noqa: E402
+from sleb_bench.run import BenchOptions, bench  # noqa: E402
+from sleb_bench.serving import ServingOptions, cli_options  # noqa: E402
+from sleb_serve.binding import bind  # noqa: E402
+from sleb_serve.checkpoint import open_checkpoint  # noqa: E402
+from sleb_serve.errors import SlebError  # noqa: E402
+from sleb_serve.manifest import Manifest, Removal  # noqa: E402
+
+Models = Callable[[str], Path]
+
+FAST, SLOW = 20.0, 2.0
+SERVING = ServingOptions(
+    rates=(FAST, SLOW),
+    requests=8,
+    input_length=16,
+    output_length=4,
+    slo={"ttft": 60000.0, "tpot": 60000.0},
+    rounds=1,
+)
+
+
+def kill_under_load(name: str) -> None:
+    """Kill the server of that name once its next load has begun."""
+    server = next(
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if f"--served-model-name {name} --" in " ".join(process.info["cmdline"] or ())
+    )
+    command = server.info["cmdline"]
+    url = f"http://127.0.0.1:{command[command.index('--port') + 1]}/metrics"
+
+    def answered() -> float:
+        text = urllib.request.urlopen(url, timeout=10).read().decode()
+        lines = [line for line in text.splitlines() if line.startswith("vllm:request_success")]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    def watch() -> None:
+        before = answered()
+        while answered() == before:
+            time.sleep(0.05)
+        for process in (*server.children(recursive=True), server):
+            process.kill()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose pruned server is killed in the middle of its last load."""
+    path, out = models("llama"), tmp_path_factory.mktemp("serving") / "out"
+    manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
+    serve_and_load = bench_run.serve_and_load
+
+    def watched(*arguments: Any) -> Iterator[dict[str, Any]]:
+        for record in serve_and_load(*arguments):
+            # In round 1 the dense model goes first, so the pruned one's load comes next.
+            place = tuple(record.get(key) for key in ("variant", "round", "request_rate"))
+            yield record
+            if place == ("dense", 1, SLOW):
+                kill_under_load("sleb2")
+
+    options = BenchOptions(
+        model=str(path),
+        output=out,
+        workloads=("serving",),
+        engine_args='{"enforce_eager": true, "dtype": "float32"}',
+        serving=SERVING,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_run, "serve_and_load", watched)
+        with pytest.raises(SlebError, match="the sleb2 server"):
+            bench(options, manifest, None, lambda text: None)
+    return out
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (json.loads(line) for line in (folder / "records.jsonl").open())
+    return [record for record in lines if record["record"] == kind]
+
+
+def test_the_same_load_is_offered_to_both_servers(broken_run: Path) -> None:
+    served = records(broken_run, "serving")
+    assert [(r["variant"], r["round"], r["request_rate"]) for r in served] == [
+        ("sleb2", 0, "inf"),
+        ("dense", 0, "inf"),
+        ("dense", 1, FAST),
+        ("sleb2", 1, FAST),
+        ("dense", 1, SLOW),
+    ]
+    for record in served:
+        result = record["result"]
+        assert (result["completed"], result["failed"]) == (8, 0)
+        assert result["total_output_tokens"] == 8 * 4
+        assert len(result["ttfts"]) == len(result["itls"]) == 8
+        assert result["prefix_cache_hit_rate"] == 0
+        # The SLO is one that everything meets.
+        assert result["request_goodput"] == pytest.approx(result["request_throughput"])
+        assert 0 < result["p50_ttft_ms"] <= result["p99_ttft_ms"]
+    assert served[2]["result"]["input_lens"] == served[3]["result"]["input_lens"]
+    slow = served[4]["result"]
+    assert slow["request_throughput"] < 2 * SLOW
+
+
+def test_a_server_that_dies_under_load_is_reported(broken_run: Path) -> None:
+    (failure,) = records(broken_run, "failure")
+    assert failure["variant"] == "sleb2"
+    for part in (
+        "the sleb2 server ended with exit code -9 at 2 requests/s",
+        "of 8 requests failed",
+    ):
+        assert part in failure["what"]
+    markdown = (broken_run / "report.md").read_text()
+    assert markdown.index("Broken off") < markdown.index("Serving: what it gains")
+    assert "ended with exit code -9" in markdown
+    assert "ended with exit code -9" in (broken_run / "report.html").read_text()
+    report = json.loads((broken_run / "report.json").read_text())
+    # What was measured before is kept: the pair at the fast rate.
+    (ratio,) = report["serving"]["saturation"]["ratios"]
+    assert (ratio["variant"], ratio["over"]) == ("sleb2", "dense")
+    points = {p["request_rate"]: set(p["variants"]) for p in report["serving"]["points"]}
+    assert points == {FAST: {"dense", "sleb2"}, SLOW: {"dense"}}
+    assert (broken_run / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_engines_arguments_become_a_servers_options() -> None:
+    arguments = {
+        "model": "m",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "hf_overrides": {"a": [1]},
+        "tensor_parallel_size": 2,
+        "max_num_seqs": 4,
+        "quantization": None,
+    }
+    assert cli_options(arguments) == [
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        *("--hf-overrides", '{"a": [1]}'),
+        *("--tensor-parallel-size", "2"),
+    ]
