@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import whole_file
 
 
@@ -15,17 +14,13 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     """Draw an evaluation's report as a PNG.
 
     Raises:
-        SlebError: matplotlib is not installed, or the file cannot be written.
+        SlebError: the file cannot be written.
     """
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise SlebError(
-            f"no picture without matplotlib ({first_line(error)}); pip install 'sleb-serve[eval]'"
-        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     results: Sequence[Mapping[str, Any]] = report["results"]
     texts = list(results[0]["perplexity"])
     tasks = list(results[0]["tasks"])

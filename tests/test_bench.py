@@ -119,6 +119,7 @@ def test_the_report_is_what_a_pocket_calculator_says() -> None:
     assert of_prefill["ratio"] == pytest.approx(1.25)
     assert of_prefill["ideal"] == pytest.approx(10 / 8)
     assert of_prefill["efficiency"] == pytest.approx(1.0)
+    assert of_prefill["efficiency_interval"] == pytest.approx([1.0, 1.0])
     # 4 sequences of 11 tokens: the first of each came with the prefill.
     assert decode["throughput"]["sleb2"] == pytest.approx((40 / 1.0 + 40 / 2.0) / 2)
     assert of_decode["ratio_starts"] == [pytest.approx([1.2, 1.3])]

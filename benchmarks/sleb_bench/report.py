@@ -138,6 +138,9 @@ def _ratio(
         "ratio_starts": [list(rounds) for rounds in starts],
         "ideal": ideal,
         "efficiency": None if ideal is None else efficiency(found.mean, ideal),
+        "efficiency_interval": None
+        if ideal is None or found.interval is None
+        else [efficiency(edge, ideal) for edge in found.interval],
     }
 
 

@@ -57,8 +57,18 @@ def _ratio_cells(ratio: Mapping[str, Any]) -> Row:
         str(ratio["over"]),
         with_interval(ratio["ratio"], ratio["ratio_interval"]),
         _number(ratio["ideal"], ".3f"),
-        "" if ratio["efficiency"] is None else f"{100 * ratio['efficiency']:.0f} %",
+        _efficiency(ratio),
     )
+
+
+def _efficiency(ratio: Mapping[str, Any]) -> str:
+    if ratio["efficiency"] is None:
+        return ""
+    text = f"{100 * ratio['efficiency']:.0f} %"
+    if ratio["efficiency_interval"] is None:
+        return text
+    low, high = (100 * edge for edge in ratio["efficiency_interval"])
+    return f"{text} ({low:.0f} to {high:.0f})"
 
 
 _NO_RATIO = ("", "", "", "")
