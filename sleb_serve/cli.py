@@ -40,7 +40,13 @@ from sleb_serve.options import parsers
 from sleb_serve.ranks import is_first
 from sleb_serve.search_log import log_path
 from sleb_serve.select import SelectOptions, select
-from sleb_serve.serve import check_model, check_plugin, draft_command, serve_command
+from sleb_serve.serve import (
+    check_model,
+    check_plugin,
+    draft_command,
+    plugin_environment,
+    serve_command,
+)
 from sleb_serve.show import describe, evaluation_table
 from sleb_serve.support import support, support_markdown, support_text
 
@@ -131,8 +137,13 @@ def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     role = "draft for the whole model" if options.as_draft else "served"
     say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}, {role}")
     print(shlex.join(command), flush=True)
+    environment = plugin_environment()
     if options.dry_run:
+        if environment:
+            (name, value), *_ = environment.items()
+            say(f"for GET /sleb/manifest and its metrics, set {name}={value}")
         return 0
+    os.environ.update(environment)
     try:
         # In place of this process: signals and the exit code are vLLM's own.
         os.execvp(command[0], command)

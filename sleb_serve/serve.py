@@ -25,6 +25,7 @@ from sleb_vllm.compat import check_version, vllm_version
 
 _OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)
 _LIKE_OVERRIDES = re.compile(r"--hf[-_]o")
+_ENDPOINTS = "vllm.endpoint_plugins"
 _MODEL = re.compile(r"--model(=.*)?\Z", re.DOTALL)
 
 
@@ -130,6 +131,24 @@ def check_plugin() -> None:
             f"VLLM_PLUGINS={allowed} disables the plugin {ENTRY_POINT}, without which no pruned "
             f"model can be served; add {ENTRY_POINT} to it or unset it"
         )
+
+
+def plugin_environment() -> dict[str, str]:
+    """What makes vLLM load the endpoint ``/sleb/manifest``: it wants endpoint plugins named.
+
+    The variable also limits which other plugins are loaded, so all that are installed are named;
+    a variable that is set already stands, see `check_plugin`.
+    """
+    if "VLLM_PLUGINS" in os.environ:
+        return {}
+    groups = entry_points().groups
+    names = {
+        name
+        for group in groups
+        if group.startswith("vllm.") and group != _ENDPOINTS
+        for name in entry_points(group=group).names
+    }
+    return {"VLLM_PLUGINS": ",".join(sorted(names | {ENTRY_POINT}))}
 
 
 def pruned_overrides(pruning: Pruning, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import oracle
 from conftest import ROOT
@@ -129,6 +131,52 @@ def test_curl_streams_a_chat_completion(server: Running) -> None:
     events = [line[6:] for line in done.stdout.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
     assert {json.loads(event)["model"] for event in events[:-1]} == {server.name}
+
+
+def test_the_server_tells_what_it_serves(server: Running, models: Models, manifest: Path) -> None:
+    reply = urllib.request.urlopen(f"{server.url}/sleb/manifest", timeout=10)
+    told = json.load(reply)
+    read = read_manifest(manifest)
+    pruning = read.pruning()
+    assert (told["digest"], told["tag"]) == (pruning.digest, pruning.tag)
+    assert told["pruning"] == pruning.to_dict()
+    assert told["served_model_name"] == [server.name]
+    (rank,) = told["ranks"]
+    assert rank["layers"] == sorted(set(range(8)) - set(read.blocks))
+    kept = sum(
+        parameter.numel() for parameter in oracle.pruned(models("llama"), read.blocks).parameters()
+    )
+    assert rank["parameters"] == kept
+    dense = sum(file.stat().st_size for file in models("llama").glob("*.safetensors"))
+    assert 0 < rank["weights_skipped_bytes"] < dense
+
+
+def test_the_manifest_is_in_the_servers_metrics(
+    server: Running, models: Models, manifest: Path
+) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=10).read().decode()
+    found = {
+        sample.name: (sample.labels, sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("sleb_serve_")
+    }
+    pruning = read_manifest(manifest).pruning()
+    labels, value = found["sleb_serve_manifest_info"]
+    assert value == 1
+    assert labels == {"digest": pruning.digest, "tag": pruning.tag, "model_name": server.name}
+    assert found["sleb_serve_blocks_removed"] == ({"model_name": server.name}, 3)
+    assert found["sleb_serve_blocks_loaded"] == ({"model_name": server.name}, 5)
+    labels, skipped = found["sleb_serve_weights_skipped_bytes"]
+    weights = load_file(models("llama") / "model.safetensors")
+    removed = [
+        tensor.nbytes
+        for name, tensor in weights.items()
+        if any(f".layers.{block}." in name for block in pruning.removed)
+    ]
+    assert skipped == sum(removed)
 
 
 def run_until_end(command: list[str], port: int, log: Path, **environment: str) -> tuple[int, str]:

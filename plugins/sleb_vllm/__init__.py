@@ -10,9 +10,11 @@ Importing this package costs nothing; vLLM is imported when the plugin is loaded
 
 from __future__ import annotations
 
+from typing import Any
+
 from sleb_vllm.architectures import ARCHITECTURES, CONFIG_KEY, pruned_name
 
-__all__ = ["ARCHITECTURES", "CONFIG_KEY", "pruned_name", "register"]
+__all__ = ["ARCHITECTURES", "CONFIG_KEY", "endpoint", "pruned_name", "register"]
 
 
 def register() -> None:
@@ -24,3 +26,10 @@ def register() -> None:
     from sleb_vllm.registry import register_pruned_architectures
 
     register_pruned_architectures()
+
+
+def endpoint() -> Any:
+    """Entry point of ``vllm.endpoint_plugins``: see `sleb_vllm.endpoint`."""
+    from sleb_vllm.endpoint import ManifestEndpoint
+
+    return ManifestEndpoint()

@@ -17,6 +17,7 @@ from sleb_serve.sidecar import read_sidecar
 from sleb_vllm.architectures import EXPECTED, pruned_name
 from sleb_vllm.binding import check_engine, check_weights, checkpoint_of
 from sleb_vllm.layers import BuiltLayers, layers_removed
+from sleb_vllm.proof import Watched, check_same_digest, install_report
 from sleb_vllm.transformers_backend import PrunedBackend, is_backend
 from sleb_vllm.weights import fill_gaps, folded, removed_weights_skipped
 
@@ -47,6 +48,7 @@ def pruned_class(stock: Any) -> Any:
     It acts only while an instance is built and loaded; what runs afterwards is the stock class's
     own code on a shorter list of layers.
     """
+    install_report()
     # A tuple of bases, so that the backend's stand-in methods come before its own.
     bases = (PrunedBackend, stock) if is_backend(stock) else (stock,)
 
@@ -82,11 +84,15 @@ def pruned_class(stock: Any) -> Any:
 
         def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
             checkpoint, pruning = checkpoint_of(self._sleb_config), self.sleb.pruning
+            check_same_digest(pruning)
+            watched = Watched(checkpoint, pruning)
+            weights = watched.watch(weights)
             repair = read_sidecar(pruning)
             if pruning.repair is not None and pruning.repair.kind == "fold":
                 weights = folded(weights, repair, pruning.repair.path)
             with removed_weights_skipped(checkpoint, pruning):
                 loaded = super().load_weights(weights, *args, **kwargs)
+            watched.check()
             fill_gaps(self._sleb_layers, pruning, repair)
             # Again, since a model from the hub may have been downloaded only now.
             check_weights(self._sleb_config, pruning)

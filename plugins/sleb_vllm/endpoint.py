@@ -1,0 +1,94 @@
+"""``GET /sleb/manifest`` and the manifest's metrics, in vLLM's own API server.
+
+vLLM loads an endpoint plugin only where ``VLLM_PLUGINS`` names it, as `sleb-serve serve` does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from sleb_serve.pruning import Pruning
+from sleb_vllm.architectures import CONFIG_KEY, ENTRY_POINT
+from sleb_vllm.proof import REPORT, check_ranks
+
+PATH = "/sleb/manifest"
+
+
+class ManifestEndpoint:
+    """vLLM's endpoint plugin: what is served, from the ranks themselves."""
+
+    name = ENTRY_POINT
+    required_tasks = None
+
+    def attach_router(self, app: Any) -> None:
+        """Add the route."""
+        from fastapi import Request
+        from fastapi.responses import JSONResponse
+
+        async def manifest(request: Request) -> JSONResponse:
+            content = getattr(request.app.state, "sleb", None)
+            if content is None:
+                return JSONResponse(
+                    {"error": "this server serves a model with all of its blocks"}, 404
+                )
+            return JSONResponse(content)
+
+        # FastAPI reads the annotations, which are text here.
+        manifest.__annotations__ = {"request": Request, "return": JSONResponse}
+        app.add_api_route(PATH, manifest, methods=["GET"], response_model=None)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Ask every rank, refuse to serve if they differ from the manifest, and publish.
+
+        Raises:
+            SlebError: see `check_ranks`; the server does not start.
+        """
+        state.sleb = None
+        if engine_client is None:
+            return
+        model_config = engine_client.vllm_config.model_config
+        content = getattr(model_config.hf_config, CONFIG_KEY, None)
+        if content is None:
+            return
+        pruning = Pruning.from_dict(content)
+        reports = await engine_client.collective_rpc(REPORT)
+        check_ranks(pruning, reports)
+        names = list(args.served_model_name or [model_config.model])
+        state.sleb = {
+            "tag": pruning.tag,
+            "digest": pruning.digest,
+            "served_model_name": names,
+            "pruning": pruning.to_dict(),
+            "ranks": reports,
+        }
+        publish(pruning, names[0], reports)
+
+
+def publish(pruning: Pruning, name: str, reports: list[dict[str, Any]]) -> None:
+    """Set the manifest's metrics; with several API servers each sets the same."""
+    info, removed, loaded, skipped = _gauges()
+    info.labels(digest=pruning.digest, tag=pruning.tag, model_name=name).set(1)
+    removed.labels(model_name=name).set(len(pruning.removed))
+    layers = {layer for report in reports for layer in report["layers"]}
+    loaded.labels(model_name=name).set(len(layers))
+    # Every rank passes over the same tensors of the same files.
+    skipped.labels(model_name=name).set(max(r["weights_skipped_bytes"] or 0 for r in reports))
+
+
+@functools.cache
+def _gauges() -> tuple[Any, ...]:
+    from prometheus_client import Gauge
+
+    def gauge(name: str, text: str, *labels: str) -> Any:
+        # vLLM adds up over the files of its API servers: all say the same, the last one stands.
+        return Gauge(
+            f"sleb_serve_{name}", text, ["model_name", *labels], multiprocess_mode="mostrecent"
+        )
+
+    return (
+        gauge("manifest_info", "The removal manifest that is served.", "digest", "tag"),
+        gauge("blocks_removed", "Decoder blocks that the manifest removes."),
+        gauge("blocks_loaded", "Decoder blocks that the ranks hold."),
+        gauge("weights_skipped_bytes", "Bytes of removed blocks' weights that were not read."),
+    )
