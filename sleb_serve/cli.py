@@ -16,11 +16,12 @@ from sleb_bench.compare import compare, comparison
 from sleb_bench.files import report_of, write_report
 from sleb_bench.markdown import to_markdown
 from sleb_bench.options import bench_options
-from sleb_bench.plan import GPUS, HERE, describe_plan, plan, read_shape
+from sleb_bench.plan import GPUS, HERE, Gpu, describe_plan, plan, read_shape
 from sleb_bench.probe import device_here
 from sleb_bench.run import bench
 from sleb_serve import strict_json
 from sleb_serve.bars import EvalLines, SearchBars, ShardBar, say
+from sleb_serve.check import check
 from sleb_serve.checkpoint import download_weights, open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation import EvalOptions, evaluate, with_evaluation
@@ -87,6 +88,7 @@ def _run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     commands = {
         "bench": _bench,
+        "check": _check,
         "eval": _eval,
         "export": _export,
         "import": _import,
@@ -117,6 +119,22 @@ def _show(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.manifest).prefix(options.blocks)
     print(manifest.to_json().decode() if options.json else describe(manifest))
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    report = check(options.model, manifest, options.gpu and _gpu(options.gpu), options.tp)
+    if options.json:
+        print(json.dumps({"passed": report.passed, **asdict(report)}, indent=2))
+    else:
+        print(report.to_text())
+    return int(not report.passed)
+
+
+def _gpu(name: str) -> Gpu:
+    if name not in GPUS:
+        raise SlebError(f"--gpu {name} is not one of {', '.join(GPUS)}")
+    return GPUS[name]
 
 
 def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
@@ -289,12 +307,10 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     shape = read_shape(options.model or "llama-2-70b")
-    if options.gpu not in GPUS and options.gpu != HERE:
-        raise SlebError(f"--gpu {options.gpu} is not one of {', '.join((*GPUS, HERE))}")
     for name in ("compute_efficiency", "memory_efficiency"):
         if not 0 < getattr(options, name) <= 1:
             raise SlebError(f"--{name.replace('_', '-')} is above 0 and at most 1")
-    gpu = device_here() if options.gpu == HERE else GPUS[options.gpu]
+    gpu = device_here() if options.gpu == HERE else _gpu(options.gpu)
     gpu = gpu.slowed(options.compute_efficiency, options.memory_efficiency)
     shares = tuple(math.ceil(shape.num_blocks * share / 10) for share in (1, 2, 3))
     found, paper = plan(shape, gpu, options.tp, options.removed or shares, options.split)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sleb_bench.options import BENCH_EXAMPLES, REPORT_EXAMPLES, add_bench, add_report
+from sleb_bench.plan import GPUS
 from sleb_serve import __version__
 from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, JUDGED_TEXTS
 from sleb_serve.errors import SlebError
@@ -39,6 +40,14 @@ examples:
 
 Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
 The server refuses to start rather than serve the dense model.
+"""
+_CHECK_EXAMPLES = """\
+examples:
+  sleb-serve check m.json ./my-model
+  sleb-serve check llama-2-70b.json meta-llama/Llama-2-70b-hf --gpu A100-80G --tp 2 --json
+
+Needs no GPU and no vLLM. Exit code: 0 if nothing speaks against it, 1 if something does, 2 if it
+could not be checked.
 """
 _EVAL_EXAMPLES = """\
 examples:
@@ -98,6 +107,16 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     show = command("show", "show what a manifest removes, and the loss curve")
     _add_manifest(show, positional=True)
     show.add_argument("--json", action="store_true", help="the manifest itself, validated")
+    check = command(
+        "check",
+        "say whether a manifest can be served with a model, and what it saves",
+        _CHECK_EXAMPLES,
+    )
+    _add_manifest(check, positional=True)
+    check.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    check.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}: also its KV cache")
+    check.add_argument("--tp", metavar="N", type=int, default=1, help="tensor parallelism (1)")
+    check.add_argument("--json", action="store_true", help="for machines")
     serve = command("serve", "serve a pruned model with vLLM", _SERVE_EXAMPLES)
     serve.usage = (
         "%(prog)s MODEL -m M.json [--blocks K] [--as-draft] [--dry-run] [any option of vllm serve]"

@@ -223,9 +223,17 @@ def predict(shape: Shape, gpu: Gpu, gpus: int, removed: int, split: str = "tenso
             shape, gpu, tp, blocks=blocks, new=batch, context=context, sequences=batch
         )
     weights = (blocks * shape.block_parameters + 2 * shape.hidden * shape.vocabulary) * _BYTES
+    tokens = kv_tokens(shape, gpu, gpus, blocks, weights)
+    return Prediction(removed, prompt, batch * load.output_length / total, weights, tokens)
+
+
+def kv_tokens(shape: Shape, gpu: Gpu, gpus: int, blocks: int, weights: float) -> int:
+    """Tokens of KV cache beside `weights` bytes, on all GPUs; 0 where the weights do not fit.
+
+    Activations are left out, and every token is kept in every block, as without sliding windows.
+    """
     free = gpu.memory * _MEMORY_USED * gpus - weights
-    kv_tokens = max(0, math.floor(free / (blocks * shape.kv_bytes)))
-    return Prediction(removed, prompt, batch * load.output_length / total, weights, kv_tokens)
+    return max(0, math.floor(free / (blocks * shape.kv_bytes)))
 
 
 def plan(

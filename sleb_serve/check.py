@@ -1,0 +1,185 @@
+"""Whether a manifest can be served with a model, and what that saves, before a GPU is booked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sleb_bench.plan import Gpu, kv_tokens, shape_of
+from sleb_serve.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest import Manifest
+from sleb_serve.memory import format_size
+from sleb_serve.pruning import Pruning
+from sleb_serve.serve import check_model, check_plugin, served_name
+from sleb_vllm.architectures import EXPECTED, PROVEN, why_refused
+from sleb_vllm.compat import vllm_version
+
+OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "unknown"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question and its answer: `OK`, `WARNING`, `FAILED`, or `UNKNOWN` on this machine."""
+
+    name: str
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All findings, and the sizes they are made of.
+
+    ``sizes``: bytes of weights (``weights_bytes``: dense, pruned), tokens of KV cache on the GPUs
+    asked for (``kv_cache_tokens``: dense, pruned) and the ``shards_not_read``; None where unknown.
+    """
+
+    findings: tuple[Finding, ...]
+    sizes: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing speaks against serving."""
+        return all(finding.status != FAILED for finding in self.findings)
+
+    def to_text(self) -> str:
+        """A line a finding."""
+        width = max(len(finding.name) for finding in self.findings)
+        return "\n".join(
+            f"{finding.status:8} {finding.name:{width}}  {finding.detail}"
+            for finding in self.findings
+        )
+
+
+def check(model: str, manifest: Manifest, gpu: Gpu | None, tp: int) -> CheckReport:
+    """Hold `manifest` against `model` and this machine's vLLM.
+
+    Args:
+        model: checkpoint folder or hub id.
+        manifest: cut to the prefix that will be served.
+        gpu: what to work out the KV cache for; None to leave that out.
+        tp: how many GPUs share every matrix.
+
+    Raises:
+        SlebError: there is no such model.
+    """
+    pruning = manifest.pruning()
+    checkpoint = open_checkpoint(model)
+    sizes: dict[str, Any] = {
+        "weights_bytes": None,
+        "kv_cache_tokens": None,
+        "shards_not_read": None,
+    }
+    findings = [
+        _asked("model", lambda: _model(model, pruning)),
+        _architecture(pruning.architecture),
+        _vllm(),
+        _heads(checkpoint, tp),
+    ]
+    if findings[0].status == OK:
+        findings += _memory(checkpoint, pruning, sizes)
+        if gpu is not None:
+            findings.append(_kv_cache(checkpoint, pruning, gpu, tp, sizes))
+    findings.append(
+        Finding(
+            "cache keys",
+            OK,
+            f"served as {served_name(model, pruning)}; the removed blocks and digests are part of "
+            f"the model's config, which torch.compile's cache key covers",
+        )
+    )
+    return CheckReport(tuple(findings), sizes)
+
+
+def _asked(name: str, question: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, OK, question())
+    except SlebError as error:
+        return Finding(name, FAILED, str(error))
+
+
+def _model(model: str, pruning: Pruning) -> str:
+    check_model(model, pruning, servable=False)
+    repaired = (
+        "" if pruning.repair is None else f", repaired ({pruning.repair.kind}), sidecar there"
+    )
+    kept = f"{pruning.num_kept} of {pruning.num_blocks} blocks stay"
+    return f"{kept}{repaired}; config and weights match"
+
+
+def _architecture(name: str) -> Finding:
+    if name in PROVEN:
+        return Finding("architecture", OK, f"{name} is proven against Transformers")
+    if name in EXPECTED:
+        return Finding("architecture", WARNING, f"{name} is not proven: {EXPECTED[name]}")
+    return Finding("architecture", FAILED, why_refused(name))
+
+
+def _vllm() -> Finding:
+    found = vllm_version()
+    if found is None:
+        return Finding(
+            "vLLM", UNKNOWN, "not installed here; the server checks its version at start"
+        )
+
+    def question() -> str:
+        check_plugin()
+        return f"{found} is tested, and would load the plugin"
+
+    return _asked("vLLM", question)
+
+
+def _heads(checkpoint: Checkpoint, tp: int) -> Finding:
+    config = checkpoint.config
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    if not isinstance(heads, int):
+        return Finding("tensor parallelism", UNKNOWN, "config.json does not say how many heads")
+    if tp < 1 or heads % tp:
+        return Finding(
+            "tensor parallelism", FAILED, f"{heads} attention heads cannot be shared by {tp} GPUs"
+        )
+    return Finding("tensor parallelism", OK, f"{heads} attention heads on {tp} GPU(s)")
+
+
+def _memory(checkpoint: Checkpoint, pruning: Pruning, sizes: dict[str, Any]) -> list[Finding]:
+    removed = frozenset(pruning.removed)
+    split = checkpoint.tensor_bytes(removed)
+    if split is None:
+        return [Finding("weights", UNKNOWN, "a checkpoint in PyTorch's own format is read whole")]
+    kept, gone = split
+    sizes["weights_bytes"] = {"dense": kept + gone, "pruned": kept}
+    shards = sorted(checkpoint.unneeded_files(removed))
+    sizes["shards_not_read"] = shards
+    detail = f"{format_size(kept)} of {format_size(kept + gone)} are read"
+    if shards:
+        detail += f"; not even opened: {', '.join(shards)}"
+    return [Finding("weights", OK, detail)]
+
+
+def _kv_cache(
+    checkpoint: Checkpoint, pruning: Pruning, gpu: Gpu, tp: int, sizes: dict[str, Any]
+) -> Finding:
+    name = f"KV cache on {tp} x {gpu.name}"
+    weights = sizes["weights_bytes"]
+    try:
+        shape = shape_of(checkpoint.config, checkpoint.path.name)
+    except SlebError as error:
+        return Finding(name, UNKNOWN, str(error))
+    if weights is None:
+        return Finding(name, UNKNOWN, "the weights' size is not known")
+    tokens = {
+        "dense": kv_tokens(shape, gpu, tp, pruning.num_blocks, weights["dense"]),
+        "pruned": kv_tokens(shape, gpu, tp, pruning.num_kept, weights["pruned"]),
+    }
+    sizes["kv_cache_tokens"] = tokens
+    if not tokens["pruned"]:
+        return Finding(name, FAILED, "the weights do not fit, even pruned; use more or larger GPUs")
+    if not tokens["dense"]:
+        return Finding(name, OK, f"{tokens['pruned']} tokens; dense it does not fit at all")
+    gain = tokens["pruned"] / tokens["dense"]
+    detail = (
+        f"{tokens['dense']} tokens dense, {tokens['pruned']} pruned ({gain:.2f} times); estimate"
+    )
+    return Finding(name, OK, detail)
