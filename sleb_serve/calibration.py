@@ -117,7 +117,7 @@ def make_windows(
     else:
         if rows is not None:
             raise SlebError(f"--rows is for {' and '.join(HUB_TEXTS)}; {source} has no rows")
-        text = _python_docs() if source == EMBEDDED else _file_text(source)
+        text = embedded_text() if source == EMBEDDED else _file_text(source)
         sequences = sequences or 8
         first = sample * sequences
         ids = _tokens(tokenize, text, source, (first + sequences) * sequence_length)
@@ -173,7 +173,7 @@ def judged_windows(
         if source == "c4":
             ids = ids[: _JUDGED_C4_WINDOWS * length]
     else:
-        text = _python_docs() if source == EMBEDDED else _file_text(source)
+        text = embedded_text() if source == EMBEDDED else _file_text(source)
         ids = tokenize(text) if count is None else _tokens(tokenize, text, source, count * length)
     available = len(ids) // length
     if available == 0:
@@ -196,7 +196,7 @@ def held_out_windows(
     """
     if count < 1:
         return ()
-    ids = tokenize(_python_docs())
+    ids = tokenize(embedded_text())
     start = len(ids) - count * length
     used = 0
     if calibration is not None and calibration.source == EMBEDDED:
@@ -268,7 +268,8 @@ def _load(source: str, hub: HubText, instead: str) -> Any:
         ) from error
 
 
-def _python_docs() -> str:
+def embedded_text() -> str:
+    """Python's help topics, 0.7 MB of English that every machine with Python has."""
     import pydoc_data.topics
 
     topics = pydoc_data.topics.topics

@@ -10,7 +10,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+
+from tqdm import tqdm
 
 from sleb_bench.compare import compare, comparison
 from sleb_bench.files import report_of, write_report
@@ -21,8 +24,10 @@ from sleb_bench.probe import device_here
 from sleb_bench.run import bench
 from sleb_serve import strict_json
 from sleb_serve.bars import EvalLines, SearchBars, ShardBar, say
+from sleb_serve.canary import canary, read_prompts
 from sleb_serve.check import check
 from sleb_serve.checkpoint import download_weights, open_checkpoint
+from sleb_serve.client import Client, ServerError
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation import EvalOptions, evaluate, with_evaluation
 from sleb_serve.export import export
@@ -38,9 +43,11 @@ from sleb_serve.interchange import (
 from sleb_serve.manifest import Manifest, read_manifest
 from sleb_serve.memory import format_size
 from sleb_serve.options import parsers
+from sleb_serve.probe import NotReadyError, probe
 from sleb_serve.ranks import is_first
 from sleb_serve.search_log import log_path
-from sleb_serve.select import SelectOptions, select
+from sleb_serve.search_metrics import SearchMetrics
+from sleb_serve.select import Progress, SelectOptions, select
 from sleb_serve.serve import (
     check_model,
     check_plugin,
@@ -88,10 +95,12 @@ def _run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     commands = {
         "bench": _bench,
+        "canary": _canary,
         "check": _check,
         "eval": _eval,
         "export": _export,
         "import": _import,
+        "probe": _probe,
         "report": _report,
         "select": _select,
         "show": _show,
@@ -106,9 +115,16 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _select(options: argparse.Namespace) -> int:
-    values = {name: value for name, value in vars(options).items() if name != "command"}
-    with SearchBars() as bars:
-        manifest = select(SelectOptions(**values), bars)
+    apart = {"command", "metrics_port"}
+    values = {name: value for name, value in vars(options).items() if name not in apart}
+    with ExitStack() as stack:
+        bars = stack.enter_context(SearchBars())
+        progress: Progress = bars
+        if options.metrics_port is not None and is_first():
+            metrics = stack.enter_context(SearchMetrics(bars, options.metrics_port))
+            say(f"metrics: http://localhost:{metrics.port}/metrics")
+            progress = metrics
+        manifest = select(SelectOptions(**values), progress)
     if is_first():
         print(describe(manifest))
         print(f"\nwrote {options.output} and {log_path(options.output)}")
@@ -129,6 +145,33 @@ def _check(options: argparse.Namespace) -> int:
     else:
         print(report.to_text())
     return int(not report.passed)
+
+
+def _probe(options: argparse.Namespace) -> int:
+    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    try:
+        found = probe(Client(options.url), manifest, options.tolerance)
+    except (NotReadyError, ServerError) as error:
+        print(f"not ready: {error}", file=sys.stderr)
+        return 1
+    print(found.to_text())
+    return 0
+
+
+def _canary(options: argparse.Namespace) -> int:
+    for name in ("requests", "max_tokens"):
+        if getattr(options, name) < 1:
+            raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
+    prompts = read_prompts(options.prompts, options.requests)
+    dense, pruned = Client(options.dense), Client(options.pruned)
+    with tqdm(total=len(prompts), unit="prompt", leave=False) as bar:
+        drift = canary(dense, pruned, prompts, options.max_tokens, lambda: bar.update())
+    print(json.dumps(drift.to_dict(), indent=2) if options.json else drift.to_text())
+    limit = options.max_drift
+    if limit is not None and not drift.loss_drift <= limit:
+        say(f"the loss rose by {drift.loss_drift:.4f} nats a token, more than {limit:g}")
+        return 1
+    return 0
 
 
 def _gpu(name: str) -> Gpu:

@@ -107,6 +107,17 @@ class Repair:
 
 
 @dataclass(frozen=True)
+class Golden:
+    """What the pruned model made of a short prompt when it was selected, to know it by.
+
+    ``logprobs`` are those of each of the ``tokens`` but the first, in nats.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A removal manifest; see the module's docstring.
 
@@ -121,6 +132,7 @@ class Manifest:
     evaluation: Mapping[str, Any] = field(default_factory=_nothing)
     created_by: Mapping[str, str] = field(default_factory=_nothing)
     repair: Repair | None = None
+    golden: Golden | None = None
     folder: Path | None = field(default=None, compare=False)
     """Where the manifest was read from, and its sidecar lies; not part of the file."""
 
@@ -148,7 +160,10 @@ class Manifest:
                 f"fewer need another repair; select with --remove {blocks} --repair "
                 f"{self.repair.kind} for a manifest of its own"
             )
-        return replace(self, removed=self.removed[:blocks])
+        if blocks == len(self.removed):
+            return self
+        # Golden log-probabilities are those of all removals.
+        return replace(self, removed=self.removed[:blocks], golden=None)
 
     def pruning(self) -> Pruning:
         """What a server needs of this manifest."""
@@ -200,6 +215,8 @@ class Manifest:
             }
         if self.repair is not None:
             value["repair"] = {k: v for k, v in vars(self.repair).items() if v is not None}
+        if self.golden is not None:
+            value["golden"] = {name: _thaw(entry) for name, entry in vars(self.golden).items()}
         value["evaluation"] = _thaw(self.evaluation)
         value["created_by"] = dict(self.created_by)
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
@@ -254,7 +271,10 @@ def parse_manifest(data: bytes) -> Manifest:
         strict_json.load(data),
         "manifest",
         required=("schema_version", "model", "removed"),
-        optional=("dense", "calibration", "selection", "repair", "evaluation", "created_by"),
+        optional=(
+            *("dense", "calibration", "selection", "repair", "golden", "evaluation"),
+            "created_by",
+        ),
     )
     version = strict_json.integer(fields["schema_version"], "schema_version", 0, 1 << 31)
     if version != SCHEMA_VERSION:
@@ -278,6 +298,7 @@ def parse_manifest(data: bytes) -> Manifest:
         model=model,
         removed=removed,
         repair=None if repair is None else _parse_repair(repair),
+        golden=_parse_golden(fields["golden"]) if "golden" in fields else None,
         dense_loss=None if dense is None else _parse_loss(dense, "dense"),
         calibration=None if calibration is None else _parse_calibration(calibration),
         selection=None if selection is None else _parse_selection(selection, model.num_blocks),
@@ -427,6 +448,21 @@ def _parse_repair(value: object) -> Repair:
         sequences=strict_json.integer(fields["sequences"], "repair.sequences", 1, 1 << 31),
         loss=strict_json.number(fields["loss"], "repair.loss") if "loss" in fields else None,
     )
+
+
+def _parse_golden(value: object) -> Golden:
+    fields = strict_json.object_(value, "golden", required=("tokens", "logprobs"))
+    tokens = tuple(
+        strict_json.integer(token, f"golden.tokens[{i}]", 0, 1 << 31)
+        for i, token in enumerate(strict_json.list_(fields["tokens"], "golden.tokens"))
+    )
+    logprobs = tuple(
+        strict_json.number(value, f"golden.logprobs[{i}]")
+        for i, value in enumerate(strict_json.list_(fields["logprobs"], "golden.logprobs"))
+    )
+    if len(tokens) < 2 or len(logprobs) != len(tokens) - 1:
+        raise SlebError("golden: one log-probability for each token but the first is needed")
+    return Golden(tokens, logprobs)
 
 
 def _thaw(value: object) -> Any:

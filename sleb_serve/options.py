@@ -13,6 +13,7 @@ from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, JUDGED_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation import PAPER_TASKS
 from sleb_serve.manifest import OBJECTIVES
+from sleb_serve.probe import TOLERANCE
 from sleb_serve.pruning import REPAIRS
 from sleb_serve.select import DTYPES, SEARCHES
 
@@ -48,6 +49,20 @@ examples:
 
 Needs no GPU and no vLLM. Exit code: 0 if nothing speaks against it, 1 if something does, 2 if it
 could not be checked.
+"""
+_PROBE_EXAMPLES = """\
+examples:
+  sleb-serve probe http://localhost:8000 -m m.json
+  sleb-serve probe http://localhost:8000 -m m.json --blocks 4
+
+Asks every rank for its manifest, and the model for log-probabilities that `select` stored. Exit
+code: 0 if it is ready, 1 if it is not, 2 if that could not be asked.
+"""
+_CANARY = """\
+examples:
+  sleb-serve canary --dense http://localhost:8000 --pruned http://localhost:8001
+  sleb-serve canary --dense http://a:8000 --pruned http://b:8000 --prompts prompts.jsonl \\
+      --requests 200 --max-drift 0.3 --json
 """
 _EVAL_EXAMPLES = """\
 examples:
@@ -140,6 +155,26 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
             _EVAL_EXAMPLES,
         )
     )
+    probe = command("probe", "say whether a server serves a manifest as it should", _PROBE_EXAMPLES)
+    probe.add_argument("url", metavar="URL", help="of the server, as http://localhost:8000")
+    _add_only_manifest(probe)
+    probe.add_argument(
+        "--tolerance",
+        metavar="NATS",
+        type=float,
+        default=TOLERANCE,
+        help=f"how far golden log-probabilities may be off on average (default: {TOLERANCE})",
+    )
+    canary = command("canary", "compare a pruned server's answers with a dense one's", _CANARY)
+    canary.add_argument("--dense", metavar="URL", required=True)
+    canary.add_argument("--pruned", metavar="URL", required=True)
+    canary.add_argument("--prompts", metavar="FILE", type=Path, help="a line each, or JSON lines")
+    canary.add_argument("--requests", metavar="N", type=int, default=16, help="prompts (16)")
+    canary.add_argument("--max-tokens", metavar="N", type=int, default=64, help="tokens each (64)")
+    canary.add_argument(
+        "--max-drift", metavar="NATS", type=float, help="exit code 1 if the loss rises by more"
+    )
+    canary.add_argument("--json", action="store_true", help="for machines")
     export = command("export", "write a plain, physically pruned checkpoint", _EXPORT_EXAMPLES)
     export.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
     _add_manifest(export)
@@ -184,6 +219,11 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     form.add_argument("--json", action="store_true", help="for machines")
     form.add_argument("--markdown", action="store_true", help="as a table for documents")
     return parser, serve
+
+
+def _add_only_manifest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--manifest", metavar="M.json", type=Path, required=True)
+    parser.add_argument("--blocks", metavar="K", type=int, help="how many removals are served")
 
 
 def _add_manifest(parser: argparse.ArgumentParser, positional: bool = False) -> None:
@@ -310,6 +350,12 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     parser.add_argument(
         "--resume", action="store_true", help="take over the finished steps of a killed search"
+    )
+    parser.add_argument(
+        "--metrics-port",
+        metavar="PORT",
+        type=int,
+        help="show the progress to Prometheus at this port (0 for any that is free)",
     )
 
 

@@ -181,6 +181,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
             log of the steps that were finished.
     """
     from sleb_serve.causal_lm import check_causal_lm
+    from sleb_serve.deletion import golden
     from sleb_serve.scorer import Scorer
 
     search = parse_search(options)
@@ -265,13 +266,14 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
     found = search_on(0)
     assert binding is not None
     removed = [choice.block for choice in found.choices]
-    repair = None
+    repair, tensors = None, {}
     if options.repair != "none" and ranks.index == 0:
         mended, loss = found.scorer.repair(options.repair, more_windows.tokens, removed)
         progress.repaired(mended, loss)
         sidecar = sidecar_path(options.output)
         about = {"weights_sha256": binding.weights_sha256, "removed": sorted(removed)}
-        digest = write_sidecar(sidecar, {gap.tensor: gap.weight for gap in mended}, about)
+        tensors = {gap.tensor: gap.weight for gap in mended}
+        digest = write_sidecar(sidecar, tensors, about)
         repair = Repair(
             options.repair, sidecar.name, digest, more_windows.calibration.sequences, loss
         )
@@ -282,6 +284,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
         calibration=found.windows.calibration,
         selection=found.selection,
         repair=repair,
+        golden=golden(found.scorer.sweep.model.model, found.windows.tokens[0], removed, tensors),
         created_by={
             "sleb_serve": __version__,
             "torch": version("torch"),

@@ -1,0 +1,141 @@
+"""The same requests to a dense and a pruned server: how far do their answers drift apart?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from sleb_serve import strict_json
+from sleb_serve.calibration import embedded_text
+from sleb_serve.client import Client, Completion
+from sleb_serve.errors import SlebError, first_line
+
+_PROMPT_CHARACTERS = 400
+_CONCURRENCY = 4
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a pruned server's answers are from a dense one's.
+
+    Attributes:
+        requests: how many prompts both answered.
+        dense_loss: mean nats per prompt token in the dense model.
+        pruned_loss: in the pruned one.
+        logprob_drift: mean absolute difference of a prompt token's log-probability.
+        same_share: of the dense answer's characters, how many the pruned one shares from the start.
+        dense_tokens: median length of the dense answers, in tokens.
+        pruned_tokens: of the pruned ones.
+    """
+
+    requests: int
+    dense_loss: float
+    pruned_loss: float
+    logprob_drift: float
+    same_share: float
+    dense_tokens: float
+    pruned_tokens: float
+
+    @property
+    def loss_drift(self) -> float:
+        """Nats per token that pruning costs on these prompts."""
+        return self.pruned_loss - self.dense_loss
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {**asdict(self), "loss_drift": self.loss_drift}
+
+    def to_text(self) -> str:
+        """For people."""
+        return "\n".join(
+            (
+                f"requests             {self.requests}",
+                f"loss, nats a token   dense {self.dense_loss:.4f}, pruned {self.pruned_loss:.4f}, "
+                f"drift {self.loss_drift:+.4f}",
+                f"log-probabilities    {self.logprob_drift:.4f} nats apart on average",
+                f"answers              {100 * self.same_share:.0f} % the same from the start; "
+                f"median {self.dense_tokens:g} tokens dense, {self.pruned_tokens:g} pruned",
+            )
+        )
+
+
+def read_prompts(path: Path | None, count: int) -> list[str]:
+    """Prompts: lines of a file (text, or JSON lines with ``prompt`` or ``text``), or built in.
+
+    Raises:
+        SlebError: the file cannot be read, or holds none.
+    """
+    if path is None:
+        text = embedded_text()
+        step = max(_PROMPT_CHARACTERS, len(text) // count)
+        return [text[i * step : i * step + _PROMPT_CHARACTERS] for i in range(count)]
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SlebError(f"cannot read prompts {path}: {first_line(error)}") from error
+    lines = [line for line in lines if line.strip()]
+    if path.suffix == ".jsonl":
+        entries = [
+            strict_json.any_object(strict_json.load(line.encode()), str(path)) for line in lines
+        ]
+        lines = [str(entry.get("prompt", entry.get("text", ""))) for entry in entries]
+    prompts = [line for line in lines if line][:count]
+    if not prompts:
+        raise SlebError(f"{path}: no prompts in it; give a line each, or JSON lines with prompt")
+    return prompts
+
+
+def canary(
+    dense: Client,
+    pruned: Client,
+    prompts: Sequence[str],
+    max_tokens: int,
+    on_answer: Callable[[], None] = lambda: None,
+) -> Drift:
+    """Ask both servers every prompt, and compare.
+
+    Raises:
+        ServerError: one of them does not answer.
+        SlebError: they do not have the same tokens.
+    """
+    names = [server.model() for server in (dense, pruned)]
+
+    def ask(prompt: str) -> tuple[Completion, Completion]:
+        one, two = (
+            server.complete(name, prompt, max_tokens, score=True)
+            for server, name in zip((dense, pruned), names, strict=True)
+        )
+        on_answer()
+        return one, two
+
+    with ThreadPoolExecutor(_CONCURRENCY) as pool:
+        pairs = list(pool.map(ask, prompts))
+    if any(len(one.prompt_logprobs) != len(two.prompt_logprobs) for one, two in pairs):
+        raise SlebError("the servers cut the prompts into different tokens: not the same model")
+    scores = [
+        (a, b)
+        for one, two in pairs
+        for a, b in zip(one.prompt_logprobs, two.prompt_logprobs, strict=True)
+    ]
+    if not scores:
+        raise SlebError("the prompts have no tokens to compare; give longer ones")
+    return Drift(
+        len(pairs),
+        -fmean(a for a, _ in scores),
+        -fmean(b for _, b in scores),
+        fmean(abs(a - b) for a, b in scores),
+        fmean(_same(one.text, two.text) for one, two in pairs),
+        median(one.tokens for one, _ in pairs),
+        median(two.tokens for _, two in pairs),
+    )
+
+
+def _same(one: str, two: str) -> float:
+    """The share of `one` that `two` begins with."""
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
+    return shared / len(one) if one else float(not two)

@@ -1,0 +1,96 @@
+"""A readiness probe: the server serves this manifest, and computes what was computed for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from sleb_serve.client import Client, ServerError
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest import Manifest
+
+MANIFEST_PATH = "/sleb/manifest"
+TOLERANCE = 0.1
+"""Mean difference of log-probabilities (nats) that rounding may cause: in 16 bits, half of this
+was seen; a wrong block costs several times as much."""
+_NOT_FOUND = 404
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe found.
+
+    ``difference`` is the mean absolute difference of the golden prompt's log-probabilities; None
+    where the manifest holds none.
+    """
+
+    digest: str
+    ranks: int
+    difference: float | None
+
+    def to_text(self) -> str:
+        """In one line."""
+        golden = (
+            "no golden log-probabilities in this manifest for so many blocks"
+            if self.difference is None
+            else f"golden log-probabilities within {self.difference:.4f} nats"
+        )
+        return f"ready: manifest {self.digest[:8]} on {self.ranks} rank(s), {golden}"
+
+
+class NotReadyError(SlebError):
+    """The server does not serve this manifest, or not as it should."""
+
+
+def probe(client: Client, manifest: Manifest, tolerance: float = TOLERANCE) -> Probed:
+    """Hold a running server against `manifest`, cut to the prefix that is served.
+
+    Raises:
+        NotReadyError: it serves something else, or computes something else.
+        ServerError: it does not answer.
+    """
+    pruning = manifest.pruning()
+    told = _manifest_of(client)
+    if told.get("digest") != pruning.digest:
+        raise NotReadyError(
+            f"{client.url} serves manifest {str(told.get('digest'))[:8]}, not {pruning.digest[:8]}"
+        )
+    ranks = [rank.get("digest") for rank in told.get("ranks", [])]
+    if set(ranks) != {pruning.digest}:
+        raise NotReadyError(f"{client.url}: not every rank serves manifest {pruning.digest[:8]}")
+    if manifest.golden is None:
+        return Probed(pruning.digest, len(ranks), None)
+    golden = manifest.golden
+    answer = client.complete(client.model(), golden.tokens, 1, score=True)
+    if len(answer.prompt_logprobs) != len(golden.logprobs):
+        raise NotReadyError(
+            f"{client.url} gave {len(answer.prompt_logprobs)} log-probabilities for the golden "
+            f"prompt, not {len(golden.logprobs)}"
+        )
+    difference = fmean(
+        abs(found - expected)
+        for found, expected in zip(answer.prompt_logprobs, golden.logprobs, strict=True)
+    )
+    # Written so that a NaN fails.
+    if not difference <= tolerance:
+        raise NotReadyError(
+            f"{client.url}: the golden prompt's log-probabilities are {difference:.4f} nats off on "
+            f"average, more than {tolerance:g}: it does not compute the model that was selected"
+        )
+    return Probed(pruning.digest, len(ranks), difference)
+
+
+def _manifest_of(client: Client) -> dict[str, Any]:
+    try:
+        told = client.get(MANIFEST_PATH)
+    except ServerError as error:
+        if error.status != _NOT_FOUND:
+            raise
+        raise NotReadyError(
+            f"{client.url}{MANIFEST_PATH} is not there: a dense model, or a server whose "
+            f"VLLM_PLUGINS does not name sleb (`sleb-serve serve` does)"
+        ) from error
+    if not isinstance(told, dict):
+        raise NotReadyError(f"{client.url}{MANIFEST_PATH} is not sleb-serve's")
+    return told
