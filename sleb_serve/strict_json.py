@@ -131,8 +131,8 @@ def list_(value: object, where: str) -> list[Any]:
 
 
 def line(value: object, where: str) -> str:
-    """A text that is not empty and has no control characters."""
-    if not isinstance(value, str) or not value or any(ord(c) < 32 for c in value):
+    """A text of one line that a terminal shows as it is: no controls, no other line breaks."""
+    if not isinstance(value, str) or not value or not value.isprintable():
         raise SlebError(f"{where} must be a line of text, found {short(value)}; select anew")
     return value
 
