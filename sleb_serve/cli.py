@@ -78,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough; Python must not complain at exit, either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # Disks fill and folders vanish under other libraries' hands, too.
+        print(f"sleb-serve: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("sleb-serve: interrupted", file=sys.stderr)
         return 130

@@ -1,0 +1,198 @@
+"""What breaks in production: workers, disks, folders."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from sleb_serve import cli
+from sleb_serve.bars import SearchBars
+from sleb_serve.binding import bind
+from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.manifest import Manifest, Removal
+from sleb_serve.selection import Step
+
+Models = Callable[[str], Path]
+
+TEXT = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
+WITHIN = 30.0
+
+
+def select(model: Path, output: Path) -> list[str]:
+    return ["select", str(model), "-o", str(output), "--remove", "2", *TEXT]
+
+
+def one_line(text: str) -> str:
+    """The error message, which must be the last line and the only one of its kind."""
+    lines = [line for line in text.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1, text
+    assert "Traceback" not in text
+    return lines[0]
+
+
+@pytest.mark.parametrize("limit", [0, 600])
+def test_a_full_disk_leaves_no_half_written_manifest(
+    models: Models, tmp_path: Path, limit: int
+) -> None:
+    """A limit on file size stands for a disk that fills: writing ends with an error from there."""
+    output = tmp_path / "m.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "sleb_serve.cli", *select(models("llama"), output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2, done.stderr
+    message = one_line(done.stderr)
+    assert message.startswith("sleb-serve: error: ")
+    assert "File too large" in message or "No usable temporary directory" in message
+    assert not output.exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"m.json.search.jsonl"}
+
+
+def test_a_folder_that_vanishes_in_mid_search_is_an_error_of_one_line(
+    models: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    class Vanishing(SearchBars):
+        def step_ended(self, number: int, step: Step) -> None:
+            super().step_ended(number, step)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    monkeypatch.setattr(cli, "SearchBars", Vanishing)
+    assert cli.main(select(models("llama"), folder / "m.json")) == 2
+    assert str(folder) in one_line(capsys.readouterr().err)
+    assert not folder.exists()
+
+
+def test_nothing_is_written_beside_the_model(models: Models, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(models("llama"), model)
+    before = {path: path.stat().st_mtime_ns for path in model.iterdir()}
+    for path in (*model.iterdir(), model):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    output = tmp_path / "m.json"
+    assert cli.main(select(model, output)) == 0
+    for arguments in (
+        ["check", str(output), str(model)],
+        ["export", str(model), "-m", str(output), str(tmp_path / "exported")],
+        ["serve", str(model), "-m", str(output), "--dry-run"],
+    ):
+        assert cli.main(arguments) == 0
+    model.chmod(0o755)
+    assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
+
+
+class Streaming(threading.Thread):
+    """A client that streams one answer after another until something goes wrong."""
+
+    def __init__(self, url: str, model: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.model = url, model
+        self.tokens = 0
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        import openai
+
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        while self.error is None:
+            try:
+                stream = client.completions.create(
+                    model=self.model,
+                    prompt=[5, 6, 7],
+                    max_tokens=200,
+                    stream=True,
+                    temperature=0,
+                    extra_body={"ignore_eos": True},
+                )
+                finished = None
+                for chunk in stream:
+                    self.tokens += 1
+                    finished = chunk.choices[0].finish_reason or finished
+                if finished is None:
+                    raise ConnectionError("the stream ended without a reason")
+            except Exception as error:
+                self.error = error
+
+
+@pytest.mark.parametrize("how", ["worker killed", "terminated"])
+def test_a_server_that_loses_a_rank_or_is_stopped_ends_and_says_so(
+    models: Models, tmp_path: Path, how: str
+) -> None:
+    """Two clients stream from a pruned model on two ranks; then it breaks, and starts again."""
+    pytest.importorskip("vllm")
+    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("openai")
+    from sleb_bench.server import Server, free_port
+    from sleb_serve.client import Client
+    from sleb_serve.probe import probe
+
+    path = models("llama")
+    manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
+    manifest.write(tmp_path / "m.json")
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "sleb_serve.cli", "serve", str(path)),
+        *("-m", str(tmp_path / "m.json"), "--enforce-eager", "--max-model-len", "256"),
+        *("--dtype", "float32", "--tensor-parallel-size", "2"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if (os.cpu_count() or 1) > 1 else {}
+    server = Server(command, port, tmp_path / "log", environment)
+    try:
+        server.wait(300)
+        assert probe(Client(server.url), manifest).ranks == 2
+        clients = [Streaming(server.url, Client(server.url).model()) for _ in range(2)]
+        for client in clients:
+            client.start()
+        deadline = time.monotonic() + 120
+        while min(client.tokens for client in clients) < 20:
+            assert time.monotonic() < deadline
+            assert all(client.error is None for client in clients)
+            time.sleep(0.05)
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        begin = time.monotonic()
+        if how == "terminated":
+            server.process.send_signal(signal.SIGTERM)
+        else:
+            workers = [p for p in family if "Worker" in " ".join(p.cmdline()) + p.name()]
+            workers[-1].send_signal(signal.SIGKILL)
+        code = server.process.wait(WITHIN)
+        assert time.monotonic() - begin < WITHIN
+        if how == "worker killed":
+            assert code != 0
+        for client in clients:
+            client.join(WITHIN)
+            assert client.error is not None
+        _, alive = psutil.wait_procs(family, timeout=WITHIN)
+        assert not alive
+    finally:
+        server.stop()
+    if how == "worker killed":
+        again = Server(command, port, tmp_path / "log", environment)
+        try:
+            again.wait(300)
+            assert probe(Client(again.url), manifest).ranks == 2
+            assert (
+                Client(again.url).complete(Client(again.url).model(), [5, 6], 4, score=False).tokens
+            )
+        finally:
+            again.stop()
