@@ -18,13 +18,13 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "deploy"))
-from plot_board import ask, panels  # noqa: E402
+from plot_board import ask, panels
 
-from sleb_serve.binding import bind  # noqa: E402
-from sleb_serve.canary import canary, read_prompts  # noqa: E402
-from sleb_serve.checkpoint import open_checkpoint  # noqa: E402
-from sleb_serve.client import Client  # noqa: E402
-from sleb_serve.manifest import Manifest, Removal  # noqa: E402
+from sleb_serve.binding import bind
+from sleb_serve.canary import canary, read_prompts
+from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.client import Client
+from sleb_serve.manifest import Manifest, Removal
 
 Models = Callable[[str], Path]
 

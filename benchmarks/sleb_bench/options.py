@@ -73,6 +73,11 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one engine at a time, for models of which two do not fit",
     )
+    add(
+        "--start-together",
+        action="store_true",
+        help="start all engines at the same time: sooner, but start times say nothing",
+    )
     add("--profile", action="store_true", help="also write where the time goes, by operator")
     add(
         "--engine-args",
