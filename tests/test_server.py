@@ -151,32 +151,61 @@ def test_the_server_tells_what_it_serves(server: Running, models: Models, manife
     assert 0 < rank["weights_skipped_bytes"] < dense
 
 
+def sleb_metrics(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """The manifest's metrics, of which there must be one series each."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("sleb_serve_"):
+                found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
+
+
 def test_the_manifest_is_in_the_servers_metrics(
     server: Running, models: Models, manifest: Path
 ) -> None:
-    from prometheus_client.parser import text_string_to_metric_families
-
-    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=10).read().decode()
-    found = {
-        sample.name: (sample.labels, sample.value)
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name.startswith("sleb_serve_")
-    }
     pruning = read_manifest(manifest).pruning()
-    labels, value = found["sleb_serve_manifest_info"]
-    assert value == 1
-    assert labels == {"digest": pruning.digest, "tag": pruning.tag, "model_name": server.name}
-    assert found["sleb_serve_blocks_removed"] == ({"model_name": server.name}, 3)
-    assert found["sleb_serve_blocks_loaded"] == ({"model_name": server.name}, 5)
-    labels, skipped = found["sleb_serve_weights_skipped_bytes"]
     weights = load_file(models("llama") / "model.safetensors")
-    removed = [
+    skipped = sum(
         tensor.nbytes
         for name, tensor in weights.items()
         if any(f".layers.{block}." in name for block in pruning.removed)
-    ]
-    assert skipped == sum(removed)
+    )
+    own = {"model_name": server.name}
+    assert sleb_metrics(server.url) == {
+        "sleb_serve_manifest_info": [({**own, "digest": pruning.digest, "tag": pruning.tag}, 1)],
+        "sleb_serve_blocks_removed": [(own, 3)],
+        "sleb_serve_blocks_loaded": [(own, 5)],
+        "sleb_serve_weights_skipped_bytes": [(own, skipped)],
+    }
+
+
+def test_several_api_servers_tell_the_same(models: Models, manifest: Path, tmp_path: Path) -> None:
+    port = free_port()
+    command = sleb_serve("serve", str(models("llama")), "-m", str(manifest), *OPTIONS)
+    options = ["--api-server-count", "2", "--host", "127.0.0.1", "--port", str(port)]
+    server = Server([*command, *options], port, tmp_path / "log")
+    pruning = read_manifest(manifest).pruning()
+    try:
+        server.wait(300)
+        # Whichever of them answers.
+        for _ in range(6):
+            told = json.load(urllib.request.urlopen(f"{server.url}/sleb/manifest", timeout=10))
+            assert told["digest"] == pruning.digest
+            metrics = sleb_metrics(server.url)
+            assert {name: [value for _, value in found] for name, found in metrics.items()} == {
+                "sleb_serve_manifest_info": [1],
+                "sleb_serve_blocks_removed": [3],
+                "sleb_serve_blocks_loaded": [5],
+                "sleb_serve_weights_skipped_bytes": [
+                    metrics["sleb_serve_weights_skipped_bytes"][0][1]
+                ],
+            }
+    finally:
+        server.stop()
 
 
 def run_until_end(command: list[str], port: int, log: Path, **environment: str) -> tuple[int, str]:
