@@ -185,8 +185,10 @@ def _variants(report: Report) -> Section:
         for name, variant in report["variants"].items()
         if variant["pruning_digest"] and variant["over"] == "dense" and "-" not in name
     )
-    notes = (f"Digests of the prunings: {tags}", f"Perplexity: {report['quality_text']}")
-    return Section("Start, memory, quality", tuple(rows), notes, "frontier")
+    notes = [f"Digests of the prunings: {tags}"]
+    if any(variant["perplexity"] is not None for variant in report["variants"].values()):
+        notes.append(f"Perplexity: {report['quality_text']}")
+    return Section("Start, memory, quality", tuple(rows), tuple(notes), "frontier")
 
 
 def _setting(report: Report) -> Section:
