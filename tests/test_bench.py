@@ -335,6 +335,26 @@ def test_a_real_run_holds_the_cache_and_the_quality_of_each(run: Path, models: M
         assert losses[name] == pytest.approx(expected, rel=1e-4), name
 
 
+def operators(table: str) -> dict[str, int]:
+    """How often each operator was called, of a profile."""
+    rows = (re.split(r"\s{2,}", line.strip()) for line in table.splitlines())
+    return {row[0]: int(row[-1]) for row in rows if len(row) > 2 and row[-1].isdecimal()}
+
+
+@pytest.mark.parametrize("workload", ["prefill", "decode"])
+def test_the_plugin_calls_no_operator_that_the_exported_checkpoint_does_not(
+    run: Path, workload: str
+) -> None:
+    """What stock vLLM does for a model that never had the blocks, and no more: speed aside."""
+    dense, pruned, exported = (
+        operators((run / f"profile-{name}-{workload}.txt").read_text())
+        for name in ("dense", "sleb2", "sleb2-export")
+    )
+    assert len(pruned) > 20
+    assert pruned == exported
+    assert sum(pruned.values()) < sum(dense.values())
+
+
 def test_a_real_run_is_reported_from_its_records_alone(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from sleb_bench.workloads import Prompts, Workload
 
 Measured = tuple[float, int, int, int]
 """Seconds, requests, tokens in, tokens out."""
-_PROFILE_ROWS = 25
+_PROFILE_ROWS = 100
 
 
 class Backend(Protocol):
