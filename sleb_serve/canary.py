@@ -16,7 +16,7 @@ from sleb_serve.client import Client, Completion
 from sleb_serve.errors import SlebError, first_line
 
 _PROMPT_CHARACTERS = 400
-_CONCURRENCY = 4
+CONCURRENCY = 4
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def canary(
     pruned: Client,
     prompts: Sequence[str],
     max_tokens: int,
+    concurrency: int = CONCURRENCY,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Drift:
     """Ask both servers every prompt, and compare.
@@ -113,7 +114,7 @@ def canary(
         on_answer()
         return one, two
 
-    with ThreadPoolExecutor(_CONCURRENCY) as pool:
+    with ThreadPoolExecutor(concurrency) as pool:
         pairs = list(pool.map(ask, prompts))
     if any(len(one.prompt_logprobs) != len(two.prompt_logprobs) for one, two in pairs):
         raise SlebError("the servers cut the prompts into different tokens: not the same model")

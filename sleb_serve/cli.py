@@ -163,13 +163,15 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _canary(options: argparse.Namespace) -> int:
-    for name in ("requests", "max_tokens"):
+    for name in ("requests", "max_tokens", "concurrency"):
         if getattr(options, name) < 1:
             raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
     prompts = read_prompts(options.prompts, options.requests)
     dense, pruned = Client(options.dense), Client(options.pruned)
     with tqdm(total=len(prompts), unit="prompt", leave=False) as bar:
-        drift = canary(dense, pruned, prompts, options.max_tokens, lambda: bar.update())
+        drift = canary(
+            dense, pruned, prompts, options.max_tokens, options.concurrency, lambda: bar.update()
+        )
     print(json.dumps(drift.to_dict(), indent=2) if options.json else drift.to_text())
     limit = options.max_drift
     if limit is not None and not drift.loss_drift <= limit:

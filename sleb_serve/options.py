@@ -10,6 +10,7 @@ from sleb_bench.options import BENCH_EXAMPLES, REPORT_EXAMPLES, add_bench, add_r
 from sleb_bench.plan import GPUS
 from sleb_serve import __version__
 from sleb_serve.calibration import EMBEDDED, HUB_TEXTS, JUDGED_TEXTS
+from sleb_serve.canary import CONCURRENCY
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation import PAPER_TASKS
 from sleb_serve.manifest import OBJECTIVES
@@ -171,6 +172,9 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     canary.add_argument("--prompts", metavar="FILE", type=Path, help="a line each, or JSON lines")
     canary.add_argument("--requests", metavar="N", type=int, default=16, help="prompts (16)")
     canary.add_argument("--max-tokens", metavar="N", type=int, default=64, help="tokens each (64)")
+    canary.add_argument(
+        "--concurrency", metavar="N", type=int, default=CONCURRENCY, help="prompts at a time (4)"
+    )
     canary.add_argument(
         "--max-drift", metavar="NATS", type=float, help="exit code 1 if the loss rises by more"
     )
