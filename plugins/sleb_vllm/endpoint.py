@@ -5,7 +5,12 @@ vLLM loads an endpoint plugin only where ``VLLM_PLUGINS`` names it, as `sleb-ser
 
 from __future__ import annotations
 
+import atexit
 import functools
+import logging
+import os
+import signal
+import sys
 from typing import Any
 
 from sleb_serve.pruning import Pruning
@@ -52,6 +57,7 @@ class ManifestEndpoint:
         if content is None:
             return
         pruning = Pruning.from_dict(content)
+        atexit.register(_fail_after, engine_client)
         reports = await engine_client.collective_rpc(REPORT)
         check_ranks(pruning, reports)
         names = list(args.served_model_name or [model_config.model])
@@ -63,6 +69,23 @@ class ManifestEndpoint:
             "ranks": reports,
         }
         publish(pruning, names[0], reports)
+
+
+def _fail_after(engine_client: Any) -> None:
+    """End the process with an error if its engine died: vLLM itself ends with 0 then.
+
+    Whoever restarts servers by their exit code would leave it down. By now vLLM has stopped what it
+    had started.
+    """
+    resources = getattr(getattr(engine_client, "engine_core", None), "resources", None)
+    manager = getattr(resources, "engine_manager", None)
+    codes = {process.exitcode for process in getattr(manager, "processes", ())}
+    # Ended by itself when told to, by the signal that tells it to, or not at all.
+    if codes - {0, -signal.SIGTERM, None}:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def publish(pruning: Pruning, name: str, reports: list[dict[str, Any]]) -> None:
