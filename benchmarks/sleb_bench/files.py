@@ -50,7 +50,7 @@ def report_of(folder: Path) -> dict[str, Any]:
     records = read_records(folder)
     try:
         return make_report(records)
-    except (KeyError, TypeError, IndexError, ZeroDivisionError, ValueError) as error:
+    except (LookupError, TypeError, StopIteration, ZeroDivisionError, ValueError) as error:
         raise SlebError(
             f"{folder}: the records make no report ({type(error).__name__}: {first_line(error)}); "
             f"were they written by another version?"

@@ -9,8 +9,8 @@ import atexit
 import functools
 import logging
 import os
-import signal
 import sys
+import threading
 from typing import Any
 
 from sleb_serve.pruning import Pruning
@@ -18,6 +18,8 @@ from sleb_vllm.architectures import CONFIG_KEY, ENTRY_POINT
 from sleb_vllm.proof import REPORT, check_ranks
 
 PATH = "/sleb/manifest"
+_GRACE_SECONDS = 10.0
+"""For open connections, once the engine has stopped."""
 
 
 class ManifestEndpoint:
@@ -57,7 +59,7 @@ class ManifestEndpoint:
         if content is None:
             return
         pruning = Pruning.from_dict(content)
-        atexit.register(_fail_after, engine_client)
+        _Ending(engine_client)
         reports = await engine_client.collective_rpc(REPORT)
         check_ranks(pruning, reports)
         names = list(args.served_model_name or [model_config.model])
@@ -71,21 +73,39 @@ class ManifestEndpoint:
         publish(pruning, names[0], reports)
 
 
-def _fail_after(engine_client: Any) -> None:
-    """End the process with an error if its engine died: vLLM itself ends with 0 then.
+class _Ending:
+    """Sees to it that a server that stops does end, and says whether its engine had died.
 
-    Whoever restarts servers by their exit code would leave it down. By now vLLM has stopped what it
-    had started.
+    vLLM ends with 0 either way, so whoever restarts servers by their exit code would leave it down;
+    and it may wait for ever for streams whose engine is gone, with the clients waiting, too.
     """
-    resources = getattr(getattr(engine_client, "engine_core", None), "resources", None)
-    manager = getattr(resources, "engine_manager", None)
-    codes = {process.exitcode for process in getattr(manager, "processes", ())}
-    # Ended by itself when told to, by the signal that tells it to, or not at all.
-    if codes - {0, -signal.SIGTERM, None}:
+
+    def __init__(self, engine_client: Any) -> None:
+        self._client, self._shutdown = engine_client, engine_client.shutdown
+        self._died: bool | None = None
+        engine_client.shutdown = self.shutdown
+        atexit.register(self._at_exit)
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine client's own, noting what was before."""
+        if self._died is None:
+            # Once it has been shut down, it counts as errored.
+            self._died = bool(self._client.errored)
+            drain = kwargs.get("timeout") or 0
+            timer = threading.Timer(drain + _GRACE_SECONDS, self._end)
+            timer.daemon = True
+            timer.start()
+        return self._shutdown(*args, **kwargs)
+
+    def _at_exit(self) -> None:
+        if self._died:
+            self._end()
+
+    def _end(self) -> None:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(int(bool(self._died)))
 
 
 def publish(pruning: Pruning, name: str, reports: list[dict[str, Any]]) -> None:
