@@ -274,7 +274,7 @@ def run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--beside",
         "dense,export,capped,transformers",
     ]
-    engine = ["--engine-args", '{"enforce_eager": true, "dtype": "float32"}']
+    engine = ["--profile", "--engine-args", '{"enforce_eager": true, "dtype": "float32"}']
     out = folder / "out"
     arguments = ["bench", str(path), "-m", str(manifest), "-o", str(out), *small, *work, *engine]
     assert main(arguments) == 0

@@ -21,7 +21,7 @@ from sleb_bench.engine import Engine, EngineSpec
 from sleb_bench.files import RECORDS, write_report
 from sleb_bench.machine import machine
 from sleb_bench.serving import ServingOptions, serve_and_load
-from sleb_bench.variants import DENSE, Variant, make_variants
+from sleb_bench.variants import BESIDE, DENSE, Variant, make_variants
 from sleb_bench.workloads import DECODE_PROMPT_LENGTH, Prompts, Workload, workloads
 from sleb_serve import strict_json
 from sleb_serve.calibration import EMBEDDED, held_out_windows
@@ -72,6 +72,9 @@ class BenchOptions:
             raise SlebError("--output-length must be at least 2: the first token ends the prefill")
         if not self.workloads:
             raise SlebError("--workloads: name at least one")
+        for name in self.beside:
+            if name not in BESIDE:
+                raise SlebError(f"--beside: {name} is not one of {', '.join(BESIDE)}")
         self.serving.check()
 
 

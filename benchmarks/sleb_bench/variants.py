@@ -9,7 +9,6 @@ from typing import Any
 
 from sleb_bench.engine import EngineSpec
 from sleb_serve.checkpoint import Checkpoint
-from sleb_serve.errors import SlebError
 from sleb_serve.export import export
 from sleb_serve.manifest import Manifest
 from sleb_serve.pruning import Pruning
@@ -79,11 +78,8 @@ def make_variants(
         scratch: a folder for exported checkpoints.
 
     Raises:
-        SlebError: an unknown name, or the model cannot be exported.
+        SlebError: the model cannot be exported.
     """
-    for name in beside:
-        if name not in BESIDE:
-            raise SlebError(f"--beside: {name} is not one of {', '.join(BESIDE)}")
     dense = EngineSpec("vllm", dict(arguments))
     found = [Variant(DENSE, 0, dense, over=None)]
     if "dense" in beside:
