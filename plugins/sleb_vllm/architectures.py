@@ -18,6 +18,9 @@ DENSE_KEY = "sleb_dense"
 ENTRY_POINT = "sleb"
 """The plugin's name among the ``vllm.general_plugins``, as ``VLLM_PLUGINS`` selects by."""
 
+MANIFEST_PATH = "/sleb/manifest"
+"""Where a server tells which manifest it serves."""
+
 
 def _causal(names: str) -> frozenset[str]:
     return frozenset(f"{name}ForCausalLM" for name in names.split())

@@ -14,10 +14,9 @@ import threading
 from typing import Any
 
 from sleb_serve.pruning import Pruning
-from sleb_vllm.architectures import CONFIG_KEY, ENTRY_POINT
+from sleb_vllm.architectures import CONFIG_KEY, ENTRY_POINT, MANIFEST_PATH
 from sleb_vllm.proof import REPORT, check_ranks
 
-PATH = "/sleb/manifest"
 _GRACE_SECONDS = 10.0
 """For open connections, once the engine has stopped."""
 
@@ -43,7 +42,7 @@ class ManifestEndpoint:
 
         # FastAPI reads the annotations, which are text here.
         manifest.__annotations__ = {"request": Request, "return": JSONResponse}
-        app.add_api_route(PATH, manifest, methods=["GET"], response_model=None)
+        app.add_api_route(MANIFEST_PATH, manifest, methods=["GET"], response_model=None)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Ask every rank, refuse to serve if they differ from the manifest, and publish.
