@@ -296,7 +296,8 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="dtype to compute in (default: the checkpoint's)",
+        help="dtype to compute in (default: the checkpoint's; float32 for a 16-bit one on a CPU "
+        "that would emulate it)",
     )
     parser.add_argument(
         "--search",

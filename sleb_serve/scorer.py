@@ -21,6 +21,11 @@ FAST_ERROR = 0.05
 """Probability that ``--search fast`` goes another way than the exact search, in any step."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Without instructions for them, a CPU multiplies in these at a tenth of float32's speed.
+_EMULATED = {
+    "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
 
 
 class Scorer:
@@ -30,7 +35,8 @@ class Scorer:
         checkpoint: the model.
         windows: the calibration text, all processes' windows.
         ranks: the processes that share them.
-        dtype: what to compute in; see `load_model`.
+        dtype: what to compute in; see `load_model`. With ``auto``, a 16-bit model is computed in
+            float32 on a CPU that has no instructions for its dtype, if it fits so.
         budget: bytes for this process; None for four fifths of what is free.
         steps: how many steps the search has.
         fast: whether to race.
@@ -67,9 +73,18 @@ class Scorer:
             budget = default_budget() // shared
         else:
             give_back_freed()
+
+        def states_in(dtype: str) -> int:
+            return (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), dtype)
+
+        if dtype == "auto" and checkpoint.dtype in _EMULATED and not _has_fast(checkpoint.dtype):
+            wide = _weights(checkpoint, "float32")[0] + states_in("float32")
+            # Never in one process alone: all must compute the same.
+            if all(ranks.gather([wide <= USED_SHARE * budget])):
+                dtype = "float32"
         resident, outside = _weights(checkpoint, dtype)
         computed = checkpoint.dtype if dtype == "auto" else dtype
-        states = (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), computed)
+        states = states_in(computed)
 
         def sweep(budget: int, dtype: str, weights: int, streamed: bool = False) -> LayerSweep:
             model = load_model(checkpoint, dtype, streamed=streamed, device=ranks.device)
@@ -85,8 +100,8 @@ class Scorer:
 
         self.screen: LayerSweep | None = None
         half = resident // 2
-        wide = computed == "float32"
-        if fast and wide and _has_fast_bfloat16() and 2 * states + resident + half < budget // 2:
+        raced = fast and computed == "float32" and _has_fast("bfloat16")
+        if raced and 2 * states + resident + half < budget // 2:
             part = (budget - resident - half) // 3 + half
             self.screen = sweep(part, "bfloat16", half)
             budget -= part
@@ -159,8 +174,9 @@ def _state_bytes(checkpoint: Checkpoint, length: int, dtype: str) -> int:
     return length * hidden * _ITEM_BYTES.get(dtype, 2) if isinstance(hidden, int) else 0
 
 
-def _has_fast_bfloat16() -> bool:
-    """Whether matrices are multiplied faster in bfloat16 than in float32 here."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _has_fast(dtype: str) -> bool:
+    """Whether matrices are multiplied faster in bfloat16 or float16 than in float32 here."""
+    if torch.accelerator.is_available():
+        emulated = dtype == "bfloat16" and torch.cuda.is_available()
+        return not emulated or bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(_EMULATED[dtype]())

@@ -1,6 +1,7 @@
 """A pruned server under mixed load for some minutes: failures, memory, and answers that stay.
 
-Usage: measure.py MODEL M.json OUTPUT.json [--minutes 20] [--concurrency 16]. Sixteen clients send
+Usage: measure.py MODEL M.json OUTPUT.json [--minutes 20] [--concurrency 16] [--dtype float32] (for
+a CPU that has no bfloat16 of its own). Sixteen clients send
 short and long prompts, streamed and whole, break streams off, and send what is malformed. Failed
 well-formed requests must be none, resident memory after the first fifth must not grow by 5 %, and
 greedy answers must be at the end what they were at the start.
@@ -131,11 +132,13 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     port = free_port()
     command = [
         *(sys.executable, "-m", "sleb_serve.cli", "serve", options.model),
         *("-m", options.manifest, "--served-model-name", "m", "--enforce-eager"),
+        *("--dtype", options.dtype),
         *("--max-model-len", "1024", "--host", "127.0.0.1", "--port", str(port)),
     ]
     with tempfile.TemporaryDirectory() as folder:
