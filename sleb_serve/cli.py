@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import shlex
 import sys
@@ -19,7 +18,7 @@ from sleb_bench.compare import compare, comparison
 from sleb_bench.files import report_of, write_report
 from sleb_bench.markdown import to_markdown
 from sleb_bench.options import bench_options
-from sleb_bench.plan import GPUS, HERE, Gpu, describe_plan, plan, read_shape
+from sleb_bench.plan import GPUS, HERE, Gpu, default_removed, describe_plan, plan, read_shape
 from sleb_bench.probe import device_here
 from sleb_bench.run import bench
 from sleb_serve import strict_json
@@ -361,8 +360,8 @@ def _plan(options: argparse.Namespace) -> int:
             raise SlebError(f"--{name.replace('_', '-')} is above 0 and at most 1")
     gpu = device_here() if options.gpu == HERE else _gpu(options.gpu)
     gpu = gpu.slowed(options.compute_efficiency, options.memory_efficiency)
-    shares = tuple(math.ceil(shape.num_blocks * share / 10) for share in (1, 2, 3))
-    found, paper = plan(shape, gpu, options.tp, options.removed or shares, options.split)
+    removed = options.removed or default_removed(shape)
+    found, paper = plan(shape, gpu, options.tp, removed, options.split)
     if options.json:
         predictions = [asdict(prediction) for prediction in found]
         values = {

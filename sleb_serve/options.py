@@ -251,6 +251,15 @@ def _add_removal(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
+def _add_sequence_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sequence-length",
+        metavar="L",
+        type=int,
+        help="tokens a window (default: 2048, or the model's context if that is shorter)",
+    )
+
+
 def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
     parser.add_argument("-o", "--output", metavar="M.json", type=Path, required=True)
@@ -273,12 +282,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="windows of text (default: all that the rows give; 8 for files)",
     )
-    parser.add_argument(
-        "--sequence-length",
-        metavar="L",
-        type=int,
-        help="tokens a window (default: 2048, or the model's context if that is shorter)",
-    )
+    _add_sequence_length(parser)
     parser.add_argument(
         "--rows",
         metavar="R",
@@ -379,12 +383,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(JUDGED_TEXTS)}, {EMBEDDED} or a file (default: wikitext2, unless --tasks "
         "are given)",
     )
-    parser.add_argument(
-        "--sequence-length",
-        metavar="L",
-        type=int,
-        help="tokens a window (default: 2048, or the model's context if that is shorter)",
-    )
+    _add_sequence_length(parser)
     parser.add_argument(
         "--windows", metavar="N", type=int, help="only the first N windows of each text"
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sleb_bench.tables import load_name
+from sleb_bench.variants import DENSE, is_beside
 from sleb_serve.frontier import accuracy
 
 Report = Mapping[str, Any]
@@ -133,7 +134,7 @@ def _speeds(report: Report) -> dict[int, float]:
             own = {
                 report["variants"][r["variant"]]["blocks"]: r["ratio"]
                 for r in ratios
-                if r["over"] == "dense" and "-" not in r["variant"]
+                if r["over"] == DENSE and not is_beside(r["variant"])
             }
             return {0: 1.0, **own}
     return {}
@@ -146,7 +147,7 @@ def _frontier(report: Report, speeds: Mapping[int, float]) -> bytes:
     perplexity = {
         variant["blocks"]: variant["perplexity"]
         for name, variant in report["variants"].items()
-        if variant["perplexity"] is not None and "-" not in name
+        if variant["perplexity"] is not None and not is_beside(name)
     }
     panels = [("perplexity, held out", perplexity)]
     panels += [("accuracy, mean of the tasks", accuracies)] if accuracies else []

@@ -151,6 +151,11 @@ def shape_of(config: Mapping[str, Any], name: str) -> Shape:
         raise SlebError(f"{name}: config.json does not give {first_line(error)}") from error
 
 
+def default_removed(shape: Shape) -> tuple[int, ...]:
+    """The numbers of blocks that are planned for: 10, 20 and 30 %, rounded up."""
+    return tuple(math.ceil(shape.num_blocks * tenths / 10) for tenths in (1, 2, 3))
+
+
 def read_shape(model: str) -> Shape:
     """A shape by its name in `SHAPES`, or of a checkpoint folder, a config.json or a hub id.
 

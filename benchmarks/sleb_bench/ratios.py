@@ -21,10 +21,6 @@ class Ratio:
     mean: float
     interval: tuple[float, float] | None
 
-    def covers(self, value: float) -> bool:
-        """Whether `value` lies in the interval."""
-        return self.interval is not None and self.interval[0] <= value <= self.interval[1]
-
 
 def paired_ratio(starts: Sequence[Sequence[float]]) -> Ratio:
     """The mean of ratios taken within rounds, over several starts of the engines.

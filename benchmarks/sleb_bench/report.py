@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from sleb_bench.ratios import efficiency, line_fit, paired_ratio
-from sleb_bench.variants import DENSE
+from sleb_bench.variants import DENSE, is_beside, uncapped
 from sleb_bench.workloads import Workload
 from sleb_serve.manifest import perplexity_of
 from sleb_serve.speedup import ideal_ratio
@@ -75,8 +75,7 @@ def _pairs(variants: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
     for name, variant in variants.items():
         if variant["over"] is not None:
             yield name, variant["over"]
-        base = name.removesuffix("-capped")
-        if base != name:
+        if (base := uncapped(name)) is not None:
             yield base, name  # what the larger KV cache adds to the cheaper steps
 
 
@@ -155,7 +154,7 @@ def _outside_blocks(
     Time per token is fitted as a + b (L - k) over the prunings of one engine, start by start: a is
     what no removed block saves. It is what the ideal ratio does not know of.
     """
-    own = [n for n, v in variants.items() if v["over"] in {None, DENSE} and "-" not in n]
+    own = [n for n, v in variants.items() if v["over"] in {None, DENSE} and not is_beside(n)]
     starts = {place[0] for name in own for place in rates.get(name, {})}
     shares = []
     for start in sorted(starts):

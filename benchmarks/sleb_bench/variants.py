@@ -17,6 +17,7 @@ from sleb_serve.serve import pruned_overrides
 DENSE = "dense"
 BESIDE = ("dense", "export", "capped", "transformers")
 """What can run beside the dense model and its prunings."""
+_AGAIN, _CAPPED = "-again", "-capped"
 # Stock vLLM: no plugin at all is loaded.
 _NO_PLUGIN = {"VLLM_PLUGINS": "none"}
 
@@ -59,6 +60,16 @@ class Variant:
         }
 
 
+def is_beside(name: str) -> bool:
+    """Whether a variant is something held against the dense model or a pruning, not one itself."""
+    return "-" in name
+
+
+def uncapped(name: str) -> str | None:
+    """The pruning whose KV cache a variant may not have; None if it is not such a variant."""
+    return name.removesuffix(_CAPPED) if name.endswith(_CAPPED) else None
+
+
 def make_variants(
     manifests: Sequence[Manifest],
     checkpoint: Checkpoint,
@@ -83,7 +94,7 @@ def make_variants(
     dense = EngineSpec("vllm", dict(arguments))
     found = [Variant(DENSE, 0, dense, over=None)]
     if "dense" in beside:
-        found.append(Variant("dense-again", 0, dense))
+        found.append(Variant(f"{DENSE}{_AGAIN}", 0, dense))
     for manifest in manifests:
         found += _of(manifest, checkpoint, arguments, beside, scratch)
     return tuple(found)
@@ -104,7 +115,7 @@ def _of(
     pruned = EngineSpec("vllm", {**arguments, "hf_overrides": overrides})
     found = [Variant(name, count, pruned, pruning)]
     if "capped" in beside:
-        found.append(Variant(f"{name}-capped", count, pruned, pruning, capped=True))
+        found.append(Variant(f"{name}{_CAPPED}", count, pruned, pruning, capped=True))
     if "export" in beside:
         folder = scratch / name
         export(checkpoint, manifest, folder)
