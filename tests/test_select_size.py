@@ -125,3 +125,30 @@ def test_two_processes_give_the_bytes_of_one(models: Models, tmp_path: Path, sea
     for end in ("json", "json.search.jsonl"):
         one, two = (tmp_path / f"{name}.{end}" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("hardware", "budget", "dtype"),
+    [(True, "1G", "bfloat16"), (False, "1G", "float32"), (False, "110M", "bfloat16")],
+)
+def test_a_dtype_that_would_be_emulated_is_computed_in_float32_where_that_fits(
+    wide: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hardware: bool,
+    budget: str,
+    dtype: str,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    tokenizer().save_pretrained(tmp_path / "half")
+    monkeypatch.setattr("sleb_serve.scorer._has_fast", lambda dtype: hardware)
+    options = ["--sequences", "2", "--sequence-length", "1024", "--memory-budget", budget]
+    for name, more in (("auto", []), ("asked", ["--dtype", dtype])):
+        output = tmp_path / f"{name}.json"
+        assert main(select(tmp_path / "half", output, *options, *more)) == 0
+    found = (tmp_path / "auto.json").read_bytes()
+    assert json.loads(found)["selection"]["dtype"] == dtype
+    assert found == (tmp_path / "asked.json").read_bytes()
