@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,20 @@ class Engine:
         name: what to call it in messages.
         spec: what to start.
         log: where the child's output goes.
+        context: how to start the child; as a new process if not given.
     """
 
-    def __init__(self, name: str, spec: EngineSpec, log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: EngineSpec,
+        log: Path,
+        context: SpawnContext | ForkServerContext | None = None,
+    ) -> None:
         self.name = name
         self._log = log
         self._begin = time.perf_counter()
-        context = multiprocessing.get_context("spawn")
+        context = context or SpawnContext()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, spec, str(log)))
         self._process.start()
