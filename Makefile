@@ -41,7 +41,7 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	SLEB_TEST_ARCHITECTURES=all SLEB_TEST_TABLE=$(CURDIR)/benchmarks/records/architectures.md \
-	  $(BIN)/python -m pytest --timeout=5400 tests/test_architectures.py
+	  $(BIN)/python -m pytest --timeout=5400 tests/test_architectures.py tests/test_plugin.py
 
 test-versions: $(STAMP)
 	$(BIN)/python tests/vllm_versions.py --table benchmarks/records/vllm-versions.md $(VERSIONS)

@@ -77,7 +77,7 @@ class Scorer:
         def states_in(dtype: str) -> int:
             return (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), dtype)
 
-        if dtype == "auto" and checkpoint.dtype in _EMULATED and not _has_fast(checkpoint.dtype):
+        if dtype == "auto" and checkpoint.dtype in _EMULATED and not has_fast(checkpoint.dtype):
             wide = _weights(checkpoint, "float32")[0] + states_in("float32")
             # Never in one process alone: all must compute the same.
             if all(ranks.gather([wide <= USED_SHARE * budget])):
@@ -100,7 +100,7 @@ class Scorer:
 
         self.screen: LayerSweep | None = None
         half = resident // 2
-        raced = fast and computed == "float32" and _has_fast("bfloat16")
+        raced = fast and computed == "float32" and has_fast("bfloat16")
         if raced and 2 * states + resident + half < budget // 2:
             part = (budget - resident - half) // 3 + half
             self.screen = sweep(part, "bfloat16", half)
@@ -174,7 +174,7 @@ def _state_bytes(checkpoint: Checkpoint, length: int, dtype: str) -> int:
     return length * hidden * _ITEM_BYTES.get(dtype, 2) if isinstance(hidden, int) else 0
 
 
-def _has_fast(dtype: str) -> bool:
+def has_fast(dtype: str) -> bool:
     """Whether matrices are multiplied faster in bfloat16 or float16 than in float32 here."""
     if torch.accelerator.is_available():
         emulated = dtype == "bfloat16" and torch.cuda.is_available()

@@ -19,12 +19,12 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 
-def main() -> None:
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+def main(jobs_file: str, results_file: str) -> None:
+    jobs = json.loads(Path(jobs_file).read_text())
     results = []
     for job in jobs:
         results.append(_configure(job) if job.get("only_configure") else _try(job))
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        Path(results_file).write_text(json.dumps(results))
 
 
 def _arguments(job: dict[str, Any]) -> dict[str, Any]:
@@ -136,4 +136,4 @@ def _describe_worker(worker: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""SmolLM2 with six blocks removed, in each way that people serve models."""
+"""Pruned models, SmolLM2 mostly, in each way that people serve models."""
 
 from __future__ import annotations
 
@@ -196,6 +196,8 @@ def test_quantised_equals_its_physically_pruned_twin(
     name: str, results: dict[str, dict[str, Any]]
 ) -> None:
     found, twin = results[name], results[f"{name} twin"]
+    if "no attribute 'cpu_gemm_wna16'" in twin.get("error", ""):
+        pytest.skip("this vLLM has no 4-bit kernels for a CPU without AVX-512")
     assert "error" not in found, found["error"]
     assert found["tokens"] == twin["tokens"]
     assert found["logprobs"] == twin["logprobs"]
@@ -226,17 +228,18 @@ def test_three_ranks_share_the_model(smollm2: Path, tmp_path: Path) -> None:
 
 
 def test_two_stages_hold_equally_many_of_the_layers_that_are_left(
-    smollm2: Path, tmp_path: Path
+    models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    # Compiled, since vLLM's own pipeline fails on a CPU in eager mode.
-    job = CASE.job(smollm2, pipeline_parallel_size=2, enforce_eager=False)
+    # Compiled, since vLLM's own pipeline fails on a CPU in eager mode; a small model's is soon.
+    path, case = models("llama"), Case("llama", (0, 3))
+    job = case.job(path, pipeline_parallel_size=2, enforce_eager=False)
     (result,) = run_jobs(
         [job], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1", VLLM_CACHE_ROOT=str(tmp_path / "cache")
     )
-    check_equal(result, smollm2, CASE)
+    check_equal(result, path, case)
     first, second = (rank["layers"] for rank in result["ranks"])
-    assert len(first) == len(second) == 12
-    assert first + second == [i for i in range(30) if i not in REMOVED]
+    assert first + second == [1, 2, 4, 5, 6, 7]
+    assert len(first) == len(second)
 
 
 def test_two_replicas_behind_one_address_serve_the_pruned_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ Models = Callable[[str], Path]
 
 pytest.importorskip("vllm")
 
+ALL = os.environ.get("SLEB_TEST_ARCHITECTURES") == "all"
 EAGER = [
     Case("llama", ()),
     Case("llama", (2, 5)),
@@ -103,10 +105,21 @@ def test_the_dense_model_is_as_without_the_plugin(
 
 
 # A compiled Llama and one on two ranks are in test_repair.py.
-COMPILED = [Case("opt", (1, 5)), Case("smollm2", (5, 25, 17, 16, 18, 12))]
+COMPILED = Case("opt", (1, 5))
+COMPILED_LONG = Case("smollm2", (5, 25, 17, 16, 18, 12))
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        COMPILED,
+        pytest.param(
+            COMPILED_LONG,
+            marks=pytest.mark.skipif(not ALL, reason="compiles for minutes: make test-all"),
+        ),
+    ],
+    ids=str,
+)
 def test_compiled_equals_transformers_with_the_blocks_deleted(
     case: Case, find: Callable[[str], Path], tmp_path: Path
 ) -> None:

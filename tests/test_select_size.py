@@ -127,28 +127,42 @@ def test_two_processes_give_the_bytes_of_one(models: Models, tmp_path: Path, sea
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 115 MB in bfloat16, which does not fit 250 MiB in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("half")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=512,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("hardware", "budget", "dtype"),
-    [(True, "1G", "bfloat16"), (False, "1G", "float32"), (False, "110M", "bfloat16")],
+    [(True, "1G", "bfloat16"), (False, "1G", "float32"), (False, "250M", "bfloat16")],
 )
 def test_a_dtype_that_would_be_emulated_is_computed_in_float32_where_that_fits(
-    wide: Path,
+    half: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     hardware: bool,
     budget: str,
     dtype: str,
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "half")
-    tokenizer().save_pretrained(tmp_path / "half")
-    monkeypatch.setattr("sleb_serve.scorer._has_fast", lambda dtype: hardware)
-    options = ["--sequences", "2", "--sequence-length", "1024", "--memory-budget", budget]
+    monkeypatch.setattr("sleb_serve.scorer.has_fast", lambda dtype: hardware)
+    options = ["--sequences", "2", "--sequence-length", "16", "--memory-budget", budget]
     for name, more in (("auto", []), ("asked", ["--dtype", dtype])):
-        output = tmp_path / f"{name}.json"
-        assert main(select(tmp_path / "half", output, *options, *more)) == 0
+        assert main(select(half, tmp_path / f"{name}.json", *options, *more)) == 0
     found = (tmp_path / "auto.json").read_bytes()
     assert json.loads(found)["selection"]["dtype"] == dtype
     assert found == (tmp_path / "asked.json").read_bytes()

@@ -1,35 +1,38 @@
-"""Plugin against exported checkpoint, prompts only, with as many starts as an hour allows.
+"""Plugin against exported checkpoint, prompts only, both engines in one process.
 
-Usage: prompts.py MODEL M.json OUTPUT.jsonl [--starts 100] [--engine-args JSON]. What an engine's
-prompts cost differs from one process to the next by more than the two engines do, so only many
-starts can tell. Here each is a fork of one process that has imported vLLM already, which takes a
-quarter of the time of a new one; what an engine allocates, it allocates anew. Each start warms up
-once, then takes prompts by turns, who goes first changing from start to start. A line a start;
-what is in OUTPUT already is kept and counted. Prints the ratio over all starts and its interval.
+Usage: prompts.py MODEL M.json OUTPUT.jsonl [--starts 20] [--pairs 24] [--engine-args JSON]. What a
+prompt costs differs from one engine process to the next by more than the two engines do, and on a
+shared machine from second to second. So both are built in one process, which of them first changing
+from start to start, and take the same prompts in turns of a second, again by turns. The exported
+checkpoint is run by vLLM's own model class; the plugin is there, but has nothing to do with it. A
+start is a fork of a process that has imported vLLM and nothing else. A line a start; starts that
+OUTPUT has are kept. Prints the ratio of speeds and its interval over starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
+import os
 import tempfile
 import time
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.engine import Engine
 from sleb_bench.machine import machine
 from sleb_bench.ratios import paired_ratio
 from sleb_bench.variants import make_variants
-from sleb_bench.workloads import workloads
+from sleb_bench.workloads import Workload
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.manifest import read_manifest
 
-ROUNDS, PROMPT_LENGTH = 2, 512
-IMPORTED = ("vllm", "sleb_bench.backends", "vllm.v1.worker.cpu_model_runner")
+PROMPT = Workload("prompt", "prefill", 1, 512, 1)
+WARM_UP = 2
+IMPORTED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_model_runner")
 
 
 def main() -> None:
@@ -38,73 +41,80 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("manifest", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--starts", type=int, default=100)
+    parser.add_argument("--starts", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--engine-args", default='{"enforce_eager": true}')
     options = parser.parse_args()
-    (workload,) = workloads(
-        ["prefill"], prompt_length=PROMPT_LENGTH, batch=1, output_length=2, requests=1
-    )
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     arguments = {
         "model": options.model,
-        "max_model_len": workload.longest,
+        "max_model_len": PROMPT.longest,
         "enable_prefix_caching": False,
-        "max_num_batched_tokens": 2048,
-        "disable_log_stats": False,
+        "max_num_seqs": 1,
         **json.loads(options.engine_args),
     }
+    checkpoint = open_checkpoint(options.model)
+    vocabulary = int(checkpoint.config["vocab_size"])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     done = _lines(options.output)
     if not done:
         _append(options.output, {"arguments": arguments, "machine": machine()})
-    checkpoint, manifest = open_checkpoint(options.model), read_manifest(options.manifest)
-    vocabulary = int(checkpoint.config["vocab_size"])
     with tempfile.TemporaryDirectory() as scratch:
+        manifest = read_manifest(options.manifest)
         _, plugin, export = make_variants(
             [manifest], checkpoint, arguments, ("export",), Path(scratch)
         )
+        variants = {v.name: dict(v.spec.arguments) for v in (plugin, export)}
         for start in range(len(done[1:]), options.starts):
-            begin = time.perf_counter()
-            with ExitStack() as stack:
-                engines = {}
-                for variant in (plugin, export):
-                    log = options.output.with_name(f"{variant.name}.log")
-                    engines[variant.name] = Engine(variant.name, variant.spec, log, context)
-                    stack.callback(engines[variant.name].close)
-                about = {name: engine.ready() for name, engine in engines.items()}
-                samples: dict[str, list[Any]] = {name: [] for name in engines}
-                for number in range(ROUNDS + 1):
-                    order = list(engines) if (start + number) % 2 else list(engines)[::-1]
-                    for name in order:
-                        prompts = workload.prompts(vocabulary, f"{start} {number}")
-                        sample = engines[name].measure(workload, prompts)
-                        samples[name].append(asdict(sample))
-            _append(
-                options.output,
-                {
-                    "start": start,
-                    "samples": samples,
-                    "memory_bytes": {name: of["memory_bytes"] for name, of in about.items()},
-                    "seconds": round(time.perf_counter() - begin, 1),
-                },
-            )
+            ours, theirs = context.Pipe()
+            values = (theirs, variants, start, options.pairs, vocabulary)
+            child = context.Process(target=measure, args=values)
+            child.start()
+            theirs.close()
+            _append(options.output, {"start": start, **ours.recv()})
+            child.join()
             _say(options.output, plugin.name, export.name)
 
 
+def measure(
+    pipe: Connection, variants: dict[str, Any], start: int, pairs: int, vocabulary: int
+) -> None:
+    """The child: build both, and let them take prompts by turns; seconds a prompt."""
+    from vllm import LLM, SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    built = list(variants)[:: -1 if start % 2 else 1]
+    engines = {name: LLM(**variants[name]) for name in built}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(-WARM_UP, pairs):
+        (tokens,) = PROMPT.prompts(vocabulary, f"{start} {number}")
+        for name in list(variants)[:: -1 if number % 2 else 1]:
+            begin = time.perf_counter()
+            engines[name].generate({"prompt_token_ids": tokens}, sampling, use_tqdm=False)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    models = {name: engine.apply_model(_class_name)[0] for name, engine in engines.items()}
+    pipe.send({"built": built, "models": models, "seconds": seconds})
+
+
+def _class_name(model: Any) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
 def _say(path: Path, plugin: str, export: str) -> None:
-    """The ratio of speeds, exported over plugin, so far; round 0 is the warm-up."""
+    """The ratio of speeds, exported over plugin."""
     starts = [
-        [
-            theirs["elapsed_time"] / ours["elapsed_time"]
-            for theirs, ours in zip(
-                line["samples"][plugin][1:], line["samples"][export][1:], strict=True
-            )
-        ]
-        for line in _lines(path)[1:]
+        _ratios(line["seconds"][plugin], line["seconds"][export]) for line in _lines(path)[1:]
     ]
     found = paired_ratio(starts)
-    low, high = found.interval or (float("nan"), float("nan"))
-    print(f"{len(starts)} starts: {found.mean:.4f} ({low:.4f} to {high:.4f})", flush=True)
+    last = math.exp(math.fsum(map(math.log, starts[-1])) / len(starts[-1]))
+    interval = "" if found.interval is None else " ({:.4f} to {:.4f})".format(*found.interval)
+    print(f"{len(starts)} starts: {found.mean:.4f}{interval}; the last {last:.4f}", flush=True)
+
+
+def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

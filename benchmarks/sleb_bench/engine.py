@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +56,13 @@ class Engine:
         name: what to call it in messages.
         spec: what to start.
         log: where the child's output goes.
-        context: how to start the child; as a new process if not given.
     """
 
-    def __init__(
-        self,
-        name: str,
-        spec: EngineSpec,
-        log: Path,
-        context: SpawnContext | ForkServerContext | None = None,
-    ) -> None:
+    def __init__(self, name: str, spec: EngineSpec, log: Path) -> None:
         self.name = name
         self._log = log
         self._begin = time.perf_counter()
-        context = context or SpawnContext()
+        context = SpawnContext()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, spec, str(log)))
         self._process.start()
