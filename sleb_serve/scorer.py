@@ -176,7 +176,6 @@ def _state_bytes(checkpoint: Checkpoint, length: int, dtype: str) -> int:
 
 def has_fast(dtype: str) -> bool:
     """Whether matrices are multiplied faster in bfloat16 or float16 than in float32 here."""
-    if torch.accelerator.is_available():
-        emulated = dtype == "bfloat16" and torch.cuda.is_available()
-        return not emulated or bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(_EMULATED[dtype]())
+    if dtype == "bfloat16" and torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.accelerator.is_available() or bool(_EMULATED[dtype]())

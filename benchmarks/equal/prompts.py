@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -104,17 +102,13 @@ def _class_name(model: Any) -> str:
 
 def _say(path: Path, plugin: str, export: str) -> None:
     """The ratio of speeds, exported over plugin."""
-    starts = [
-        _ratios(line["seconds"][plugin], line["seconds"][export]) for line in _lines(path)[1:]
-    ]
-    found = paired_ratio(starts)
-    last = math.exp(math.fsum(map(math.log, starts[-1])) / len(starts[-1]))
+    starts = []
+    for line in _lines(path)[1:]:
+        pairs = zip(line["seconds"][plugin], line["seconds"][export], strict=True)
+        starts.append([ours / theirs for ours, theirs in pairs])
+    found, last = paired_ratio(starts), paired_ratio(starts[-1:]).mean
     interval = "" if found.interval is None else " ({:.4f} to {:.4f})".format(*found.interval)
     print(f"{len(starts)} starts: {found.mean:.4f}{interval}; the last {last:.4f}", flush=True)
-
-
-def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

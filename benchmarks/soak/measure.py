@@ -1,10 +1,10 @@
 """A pruned server under mixed load for some minutes: failures, memory, and answers that stay.
 
 Usage: measure.py MODEL M.json OUTPUT.json [--minutes 20] [--concurrency 16] [--dtype float32] (for
-a CPU that has no bfloat16 of its own). Sixteen clients send
-short and long prompts, streamed and whole, break streams off, and send what is malformed. Failed
-well-formed requests must be none, resident memory after the first fifth must not grow by 5 %, and
-greedy answers must be at the end what they were at the start.
+a CPU that has no bfloat16 of its own). Sixteen clients send short and long prompts, streamed and
+whole, break streams off, and send what is malformed. Failed well-formed requests must be none,
+resident memory after the first fifth must not grow by 5 %, and greedy answers must be at the end
+what they were at the start.
 """
 
 from __future__ import annotations
