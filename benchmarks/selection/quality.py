@@ -2,8 +2,9 @@
 
 Usage: quality.py FOLDER [--counts 3 6 9] [--models sleb sleb+fold …] [--zero-shot N]. Calibrated on
 WikiText-2's train split, judged on its test split and on Python's help topics, and by lm-eval's
-tasks on N rows of each. Every result is a line of FOLDER/quality.jsonl; what is there is not
-computed again.
+tasks on N rows of each. Every result is a line of FOLDER/quality.jsonl, every step of a search one
+of FOLDER/scores.jsonl; what is there is not computed again. All is computed in bfloat16, or in
+float32 where a CPU has no instructions for that; results in another dtype do not stand in for it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sleb_serve.causal_lm import CausalLM, load_model
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.ranks import Ranks
 from sleb_serve.repair import Gap, fit
-from sleb_serve.scorer import Scorer
+from sleb_serve.scorer import Scorer, has_fast
 from sleb_serve.select import as_repaired, load_tokenizer
 from sleb_serve.selection import Scores, beam, greedy, swap
 
@@ -77,6 +78,17 @@ def main() -> None:
             study.judge(name, count, partial(choose, count), kind)
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """What `append` wrote to a file, if it is there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, **entry: Any) -> None:
+    """Write a line to a file."""
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def last(count: int) -> list[int]:
     """The last blocks but the very last."""
     return list(range(29 - count, 29))
@@ -90,11 +102,19 @@ class Study:
         self.folder = demo_model(Path(".cache/demo").resolve())
         self.checkpoint = open_checkpoint(str(self.folder))
         self.tokenize = load_tokenizer(self.checkpoint)
-        self.known = set()
-        if path.exists():
-            entries = [json.loads(line) for line in path.read_text().splitlines()]
-            self.known = {(e["model"], e["removed_count"], e["rows"]) for e in entries}
-        self._scores: dict[tuple[Any, ...], Scores] = {}
+        self.dtype = "bfloat16" if has_fast("bfloat16") else "float32"
+        self.known = {
+            (entry["model"], entry["removed_count"], entry["rows"], entry["dtype"])
+            for entry in lines(path)
+        }
+        self._kept_scores = path.with_name("scores.jsonl")
+        self._scores = {
+            (tuple(entry["removed"]), tuple(entry["candidates"])): Scores(
+                tuple(entry["losses"]), tuple(entry["exact"])
+            )
+            for entry in lines(self._kept_scores)
+            if entry["dtype"] == self.dtype
+        }
         self._scorer: Scorer | None = None
         test = self._wikitext("test")
         self.texts = {
@@ -143,15 +163,25 @@ class Study:
                     self.checkpoint,
                     windows,
                     Ranks(),
-                    dtype="auto",
+                    dtype=self.dtype,
                     budget=None,
                     steps=max(COUNTS),
                     fast=False,
                     least=max(BEAM, SHORTLIST),
                 )
+            begin = time.time()
             scores = self._scorer.score(removed, candidates, None, lambda: None)
             self._scores[key] = scores
-            print("scored", removed, min(scores.losses), flush=True)
+            append(
+                self._kept_scores,
+                removed=removed,
+                candidates=candidates,
+                losses=scores.losses,
+                exact=scores.exact,
+                dtype=self.dtype,
+            )
+            seconds = round(time.time() - begin)
+            print("scored", removed, min(scores.losses), seconds, "s", flush=True)
         return self._scores[key]
 
     def _score_folded(self, removed: Sequence[int], candidates: Sequence[int]) -> Scores:
@@ -168,7 +198,7 @@ class Study:
     def shortgpt(self, count: int) -> list[int]:
         """The blocks that turn the stream least: cosine of what enters and leaves (ShortGPT)."""
         windows = make_windows("wikitext2", self.tokenize, **SEARCH).tokens
-        model = CausalLM(load_model(self.checkpoint, "auto"), windows[0])
+        model = CausalLM(load_model(self.checkpoint, self.dtype), windows[0])
         turn = [0.0] * len(model.layers)
         for window in windows:
             state, calls = model.begin(window)
@@ -182,12 +212,12 @@ class Study:
 
     def repair(self, kind: str, removed: Sequence[int]) -> list[Gap]:
         """A repair fitted on more windows than the search was run on, kept for the next time."""
-        name = "-".join(map(str, (kind, REPAIR["sequences"], *removed)))
+        name = "-".join(map(str, (kind, self.dtype, REPAIR["sequences"], *removed)))
         kept = Path(".cache/quality").resolve() / f"{name}.pt"
         if kept.exists():
             return [Gap(**values) for values in torch.load(kept)]
         windows = make_windows("wikitext2", self.tokenize, **REPAIR).tokens
-        model = CausalLM(load_model(self.checkpoint, "auto"), windows[0])
+        model = CausalLM(load_model(self.checkpoint, self.dtype), windows[0])
         begin = time.time()
         found, loss = fit(model, windows, removed, kind)
         print(kind, "fitted in", round(time.time() - begin), "s, loss", loss, flush=True)
@@ -197,11 +227,11 @@ class Study:
 
     def judge(self, name: str, count: int, choose: Callable[[], list[int]], kind: str) -> None:
         """Perplexity and accuracy of one model, as a line of the record."""
-        if (name, count, self.rows) in self.known:
+        if (name, count, self.rows, self.dtype) in self.known:
             return
         removed = choose()
         gaps = self.repair(kind, removed) if kind else []
-        model = apply(load_model(self.checkpoint, "bfloat16"), removed, gaps)
+        model = apply(load_model(self.checkpoint, self.dtype), removed, gaps)
         entry: dict[str, Any] = {
             "model": name,
             "removed_count": count,
@@ -210,13 +240,13 @@ class Study:
             "perplexity": {text: perplexity(model, w) for text, w in self.texts.items()},
             "ridges": [gap.ridge for gap in gaps],
             "missing": [gap.missing for gap in gaps],
+            "dtype": self.dtype,
             "torch": version("torch"),
         }
         if self.rows:
             entry["accuracy"] = self._zero_shot(model)
         print(json.dumps(entry), flush=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append(self.path, **entry)
 
     def _zero_shot(self, model: Any) -> dict[str, float]:
         from lm_eval import simple_evaluate
