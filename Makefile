@@ -9,6 +9,9 @@ MODEL ?=
 # Where PyTorch publishes its CPU builds; used only if pip does not find one by itself.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# Test files run side by side, each with its share of the cores.
+JOBS ?= 2
+
 # What `make test-versions` tries.
 VERSIONS ?= 0.27.0 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
@@ -37,7 +40,8 @@ demo: $(STAMP)
 	$(BIN)/python -m sleb_bench.demo --folder $(CACHE)/demo $(if $(MODEL),--model $(MODEL))
 
 test: $(STAMP)
-	SLEB_TEST_MODEL_FOLDER=$(CACHE)/demo $(BIN)/python -m pytest
+	SLEB_TEST_MODEL_FOLDER=$(CACHE)/demo $(BIN)/python -m pytest \
+	  -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)
 	SLEB_TEST_ARCHITECTURES=all SLEB_TEST_TABLE=$(CURDIR)/benchmarks/records/architectures.md \
