@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sleb_bench.demo_model import demo_model
 from sleb_serve.calibration import held_out_windows, make_windows
 from sleb_serve.causal_lm import CausalLM, load_model
 from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.deletion import blocks_deleted, perplexity
 from sleb_serve.ranks import Ranks
 from sleb_serve.repair import Gap, fit
 from sleb_serve.scorer import Scorer, has_fast
@@ -231,20 +232,21 @@ class Study:
             return
         removed = choose()
         gaps = self.repair(kind, removed) if kind else []
-        model = apply(load_model(self.checkpoint, self.dtype), removed, gaps)
-        entry: dict[str, Any] = {
-            "model": name,
-            "removed_count": count,
-            "removed": list(removed),
-            "rows": self.rows,
-            "perplexity": {text: perplexity(model, w) for text, w in self.texts.items()},
-            "ridges": [gap.ridge for gap in gaps],
-            "missing": [gap.missing for gap in gaps],
-            "dtype": self.dtype,
-            "torch": version("torch"),
-        }
-        if self.rows:
-            entry["accuracy"] = self._zero_shot(model)
+        model = load_model(self.checkpoint, self.dtype)
+        with blocks_deleted(model, removed, {gap.tensor: gap.weight for gap in gaps}):
+            entry: dict[str, Any] = {
+                "model": name,
+                "removed_count": count,
+                "removed": list(removed),
+                "rows": self.rows,
+                "perplexity": {text: perplexity(model, w) for text, w in self.texts.items()},
+                "ridges": [gap.ridge for gap in gaps],
+                "missing": [gap.missing for gap in gaps],
+                "dtype": self.dtype,
+                "torch": version("torch"),
+            }
+            if self.rows:
+                entry["accuracy"] = self._zero_shot(model)
         print(json.dumps(entry), flush=True)
         append(self.path, **entry)
 
@@ -261,53 +263,6 @@ class Study:
             bootstrap_iters=0,
         )
         return {task: results["results"][task]["acc,none"] for task in TASKS}
-
-
-class Mended(nn.Module):
-    """Stands at a gap: adds a map of the stream to it, or scales it."""
-
-    def __init__(self, gap: Gap) -> None:
-        super().__init__()
-        self.register_buffer("weight", gap.weight.float())
-
-    def forward(self, states: Tensor, **_: Any) -> Tensor:
-        """The stream behind the gap."""
-        weight = self.weight.to(states.dtype)
-        if weight.ndim == 1:
-            return states * weight
-        return states + nn.functional.rms_norm(states, states.shape[-1:], eps=1e-6) @ weight
-
-
-def apply(model: Any, removed: Sequence[int], gaps: Sequence[Gap]) -> Any:
-    """The blocks deleted and the gaps repaired, in Transformers."""
-    own = dict(model.named_parameters())
-    maps = {}
-    for gap in gaps:
-        if gap.name is None:
-            maps[gap.first] = Mended(gap)
-        else:
-            own[gap.name].data.copy_(gap.weight)
-    layers: list[nn.Module] = []
-    for index, layer in enumerate(model.model.layers):
-        if index in maps:
-            layers.append(maps[index])
-        if index not in removed:
-            layers.append(layer)
-    model.model.layers = nn.ModuleList(layers)
-    model.config.num_hidden_layers = len(layers)
-    model.config.use_cache = False
-    return model
-
-
-@torch.inference_mode()
-def perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
-    """The exponential of the mean loss of the predicted tokens."""
-    total = 0.0
-    for window in windows:
-        ids = torch.tensor([list(window)])
-        logits = model(ids, use_cache=False).logits.float()
-        total += float(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
-    return float(torch.tensor(total / len(windows)).exp())
 
 
 if __name__ == "__main__":
