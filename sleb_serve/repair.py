@@ -68,7 +68,11 @@ class Gap:
 
 @torch.inference_mode()
 def fit(
-    model: CausalLM, windows: Sequence[Sequence[int]], removed: Sequence[int], kind: str
+    model: CausalLM,
+    windows: Sequence[Sequence[int]],
+    removed: Sequence[int],
+    kind: str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Gap], float]:
     """Fit a repair for every gap, from the first to the last.
 
@@ -77,6 +81,7 @@ def fit(
         windows: token ids; at least four windows, of which every fourth chooses the strength.
         removed: the blocks that are gone.
         kind: one of `REPAIRS`.
+        dtype: of the checkpoint's weights, which a fold's must have; None for the model's.
 
     Returns:
         The repairs, and the loss on the same windows with them, in nats per predicted token.
@@ -112,7 +117,9 @@ def fit(
                 else:
                     pruned = [model.run(layer, [s], c)[0] for layer, s, c in work]
         if index in ends:
-            gap, pruned = _mend(kind, (ends[index], index), pruned, dense, folded)
+            gap, pruned = _mend(
+                kind, (ends[index], index), pruned, dense, folded, dtype or model.dtype
+            )
             found.append(gap)
     vocabulary = Vocabulary(model)
     losses = []
@@ -132,9 +139,14 @@ class _Folded:
 
 
 def _mend(
-    kind: str, run: tuple[int, int], pruned: list[Tensor], dense: list[Tensor], folded: _Folded
+    kind: str,
+    run: tuple[int, int],
+    pruned: list[Tensor],
+    dense: list[Tensor],
+    folded: _Folded,
+    dtype: torch.dtype,
 ) -> tuple[Gap, list[Tensor]]:
-    """Fit one gap's repair, and the states behind it."""
+    """Fit one gap's repair, and the states behind it; a fold's weight has the given dtype."""
 
     def piece(number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of one window: what is given [L, p], what is missing [L, d], how tokens count [L, 1]."""
@@ -151,7 +163,7 @@ def _mend(
         change, ridge, left = _ridge(piece, len(pruned))
         if kind == "fold":
             name, old = folded.name, folded.weight
-            weight = (old.double() + change.T).to(old.dtype)
+            weight = (old.double() + change.T).to(dtype)
             change = (weight.double() - old.double()).T
         else:
             name, weight = None, change.float()

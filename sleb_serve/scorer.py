@@ -114,6 +114,7 @@ class Scorer:
             streams = True
             self.sweep = sweep(budget, dtype, outside, streams)
         self._least = least
+        self._weights_dtype: torch.dtype = getattr(torch, checkpoint.dtype)
         self.dtype = str(self.sweep.model.dtype).removeprefix("torch.")
         found = len(self.sweep.model.layers)
         if found != checkpoint.num_blocks:
@@ -150,7 +151,9 @@ class Scorer:
         self, kind: str, windows: Sequence[Sequence[int]], removed: Sequence[int]
     ) -> tuple[list[Gap], float]:
         """Fit a repair on all processes' windows: see `sleb_serve.repair.fit`."""
-        result: tuple[list[Gap], float] = fit(self.sweep.model, windows, removed, kind)
+        result: tuple[list[Gap], float] = fit(
+            self.sweep.model, windows, removed, kind, self._weights_dtype
+        )
         return result
 
 

@@ -48,6 +48,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama of four blocks: compiling takes seconds a block."""
+    path = tmp_path_factory.mktemp("short") / "llama"
+    save_model("llama", path, num_hidden_layers=4)
+    return path
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The demo model's checkpoint, shared with `make demo` where the Makefile says so."""
     from sleb_bench.demo_model import demo_model
@@ -60,12 +68,12 @@ def smollm2() -> Path:
         pytest.skip(str(error))
 
 
-def save_model(name: str, path: Path) -> None:
+def save_model(name: str, path: Path, **changes: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(make_config(name)).float().eval()
+    model = AutoModelForCausalLM.from_config(make_config(name, **changes)).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

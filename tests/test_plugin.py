@@ -106,7 +106,7 @@ def test_the_dense_model_is_as_without_the_plugin(
 
 # A compiled Llama and one on two ranks are in test_repair.py.
 COMPILED = Case("opt", (1, 5))
-COMPILED_LONG = Case("smollm2", (5, 25, 17, 16, 18, 12))
+LARGE = Case("smollm2", (5, 25, 17, 16, 18, 12))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ COMPILED_LONG = Case("smollm2", (5, 25, 17, 16, 18, 12))
     [
         COMPILED,
         pytest.param(
-            COMPILED_LONG,
+            LARGE,
             marks=pytest.mark.skipif(not ALL, reason="compiles for minutes: make test-all"),
         ),
     ],
@@ -130,14 +130,25 @@ def test_compiled_equals_transformers_with_the_blocks_deleted(
     check_size(result, path, case)
 
 
-@pytest.mark.parametrize("case", [Case("opt", (1, 5))], ids=str)
-def test_two_ranks_equal_transformers_with_the_blocks_deleted(
-    case: Case, find: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("case", "threads"),
+    [
+        (Case("opt", (1, 5)), "0|1"),
+        pytest.param(
+            LARGE,
+            "0|1|1",  # SmolLM2 has nine heads
+            marks=pytest.mark.skipif(not ALL, reason="three ranks on two cores: make test-all"),
+        ),
+    ],
+    ids=str,
+)
+def test_ranks_equal_transformers_with_the_blocks_deleted(
+    case: Case, threads: str, find: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path = find(case.model)
-    job = case.job(path, tensor_parallel_size=2)
-    (result,) = run_jobs([job], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert len(result["ranks"]) == 2
+    path, ranks = find(case.model), threads.count("|") + 1
+    job = case.job(path, tensor_parallel_size=ranks)
+    (result,) = run_jobs([job], tmp_path, VLLM_CPU_OMP_THREADS_BIND=threads)
+    assert len(result["ranks"]) == ranks
     check_equal(result, path, case)
     check_size(result, path, case)
 

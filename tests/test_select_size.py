@@ -39,7 +39,7 @@ print(json.dumps(status("VmHWM") - before))
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 42 MB whose states over 2,048 tokens have 4 MB each."""
+    """A model of 30 MB whose states over 2,048 tokens have 4 MB each."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("wide")
@@ -48,7 +48,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=384,
         hidden_size=512,
         intermediate_size=256,
-        num_hidden_layers=10,
+        num_hidden_layers=7,
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=2048,

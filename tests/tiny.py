@@ -205,9 +205,9 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_config(name: str) -> Any:
+def make_config(name: str, **changes: Any) -> Any:
     """The Transformers config of a tiny model."""
     import transformers
 
     kind, values = TINY[name]
-    return getattr(transformers, kind)(**values)
+    return getattr(transformers, kind)(**{**values, **changes})
