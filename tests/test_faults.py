@@ -137,8 +137,7 @@ class Streaming(threading.Thread):
 def test_a_server_that_loses_a_rank_or_is_stopped_ends_and_starts_again(
     models: Models, tmp_path: Path
 ) -> None:
-    """Two clients stream from a pruned model on two ranks. A worker is killed; then, on another
-    start, the server is told to end."""
+    """Two clients stream from two ranks: once a worker is killed, once the server told to end."""
     pytest.importorskip("vllm")
     pytest.importorskip("psutil")
     pytest.importorskip("openai")

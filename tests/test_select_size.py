@@ -72,7 +72,7 @@ def select(model: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("budget", "way"), [("240M", "in memory"), ("200M", "from disk")])
+@pytest.mark.parametrize(("budget", "way"), [("212M", "in memory"), ("172M", "from disk")])
 def test_memory_stays_within_the_budget(
     wide: Path, unlimited: Path, models: Models, tmp_path: Path, budget: str, way: str
 ) -> None:
