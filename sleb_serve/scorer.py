@@ -114,7 +114,7 @@ class Scorer:
             streams = True
             self.sweep = sweep(budget, dtype, outside, streams)
         self._least = least
-        self._weights_dtype: torch.dtype = getattr(torch, checkpoint.dtype)
+        self._weights_dtype: torch.dtype | None = getattr(torch, checkpoint.dtype, None)
         self.dtype = str(self.sweep.model.dtype).removeprefix("torch.")
         found = len(self.sweep.model.layers)
         if found != checkpoint.num_blocks:
