@@ -233,10 +233,16 @@ def run(command: Sequence[str], folder: Path) -> str:
 
 
 def test_vllm_agrees_and_lm_evals_own_command_takes_what_serve_prints(
-    models: Models, tmp_path: Path, text: Path, capsys: Capture
+    models: Models,
+    tmp_path: Path,
+    text: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three ways to one pruned model in vLLM, and Transformers with the blocks deleted."""
     pytest.importorskip("vllm")
+    # Engines in the process that asks, which saves one import of vLLM each.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     path, file = models("llama"), tmp_path / "m.json"
     manifest_for(path, REMOVED).write(file)
     common = ["-m", str(file), "--perplexity", str(text), "--sequence-length", "50"]

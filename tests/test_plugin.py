@@ -104,22 +104,12 @@ def test_the_dense_model_is_as_without_the_plugin(
         assert eager[case] == result
 
 
-# A compiled Llama and one on two ranks are in test_repair.py.
-COMPILED = Case("opt", (1, 5))
 LARGE = Case("smollm2", (5, 25, 17, 16, 18, 12))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        COMPILED,
-        pytest.param(
-            LARGE,
-            marks=pytest.mark.skipif(not ALL, reason="compiles for minutes: make test-all"),
-        ),
-    ],
-    ids=str,
-)
+# Compiled Llamas are in test_deployment.py and test_repair.py.
+@pytest.mark.skipif(not ALL, reason="compiles for minutes: make test-all")
+@pytest.mark.parametrize("case", [Case("opt", (1, 5)), LARGE], ids=str)
 def test_compiled_equals_transformers_with_the_blocks_deleted(
     case: Case, find: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -235,7 +235,7 @@ def test_on_smollm2_the_sweeps_order_is_the_naive_one(smollm2: Path) -> None:
         "python-docs",
         load_tokenizer(open_checkpoint(str(smollm2))),
         sequences=2,
-        sequence_length=64,
+        sequence_length=32,
     ).tokens
     steps = search(smollm2, [list(window) for window in windows], 2)
     naive = oracle.naive_search(smollm2, windows, 2)
