@@ -48,14 +48,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama of four blocks: compiling takes seconds a block."""
-    path = tmp_path_factory.mktemp("short") / "llama"
-    save_model("llama", path, num_hidden_layers=4)
-    return path
-
-
-@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The demo model's checkpoint, shared with `make demo` where the Makefile says so."""
     from sleb_bench.demo_model import demo_model
@@ -68,7 +60,8 @@ def smollm2() -> Path:
         pytest.skip(str(error))
 
 
-def save_model(name: str, path: Path, **changes: Any) -> None:
+def save_model(name: str, path: Path, dtype: str = "float32", **changes: Any) -> None:
+    """A tiny random model by its name in `tiny.TINY`, with changes to its config."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -79,7 +72,7 @@ def save_model(name: str, path: Path, **changes: Any) -> None:
             if parameter.ndim > 1:
                 # The usual 0.02 makes blocks whose absence nobody notices.
                 parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5)
-    model.save_pretrained(path)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
     tokenizer().save_pretrained(path)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import oracle
+from conftest import save_model
 from engines import Case, check_size, differences, greedy_equal, run_jobs
 from sleb_serve.binding import bind
 from sleb_serve.causal_lm import CausalLM, load_model
@@ -196,11 +197,11 @@ def test_select_writes_the_sidecar_and_a_resumed_search_the_same_bytes(
 
 
 def test_a_folded_weight_has_the_checkpoints_dtype_whatever_was_computed_in(
-    models: Models, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """Or it could neither be served nor exported in that weight's place."""
-    path = shutil.copytree(models("llama"), tmp_path / "half")
-    oracle.load(path).to(torch.bfloat16).save_pretrained(path)
+    path = tmp_path / "half"
+    save_model("llama", path, "bfloat16")
     arguments = ["select", str(path), "-o", str(tmp_path / "m.json"), "--remove", "2"]
     arguments += ["--calibration", "python-docs", "--sequences", "4", "--sequence-length", "48"]
     assert main([*arguments, "--repair", "fold", "--dtype", "float32"]) == 0
@@ -303,10 +304,9 @@ def test_repaired_models_on_two_ranks_and_compiled(
     engine: dict[str, Any],
 ) -> None:
     pytest.importorskip("vllm")
-    cases = SERVED[1:2]
+    cases = SERVED[:2]
     environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     if "tensor_parallel_size" in engine:
-        cases = SERVED[:2]
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     check(run_jobs(jobs(cases, **engine), tmp_path, **environment), cases, models, tmp_path)
 

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from conftest import ROOT, tokenizer
+from conftest import ROOT, save_model
 from sleb_serve.cli import main
 
 Models = Callable[[str], Path]
 
+WIDE = {"vocab_size": 384, "hidden_size": 512, "num_attention_heads": 8}
 LARGE = ["--sequences", "2", "--sequence-length", "2048"]
 
 MEASURE = """
@@ -37,26 +37,13 @@ print(json.dumps(status("VmHWM") - before))
 """
 
 
-def random_llama(folder: Path, dtype: torch.dtype = torch.float32, **config: int) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = LlamaConfig(vocab_size=384, hidden_size=512, num_attention_heads=8, **config)
-    LlamaForCausalLM(shape).to(dtype).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 30 MB whose states over 2,048 tokens have 4 MB each."""
-    return random_llama(
-        tmp_path_factory.mktemp("wide"),
-        intermediate_size=256,
-        num_hidden_layers=7,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-    )
+    folder = tmp_path_factory.mktemp("wide")
+    shape = {"num_hidden_layers": 7, "intermediate_size": 256, "max_position_embeddings": 2048}
+    save_model("llama", folder, **WIDE, **shape, num_key_value_heads=2)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +118,10 @@ def test_two_processes_give_the_bytes_of_one(models: Models, tmp_path: Path, sea
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 115 MB in bfloat16, which does not fit 250 MiB in float32."""
-    return random_llama(
-        tmp_path_factory.mktemp("half"),
-        torch.bfloat16,
-        intermediate_size=4096,
-        num_hidden_layers=8,
-        num_key_value_heads=8,
-        max_position_embeddings=64,
-    )
+    folder = tmp_path_factory.mktemp("half")
+    shape = {"num_hidden_layers": 8, "intermediate_size": 4096, "max_position_embeddings": 64}
+    save_model("llama", folder, "bfloat16", **WIDE, **shape, num_key_value_heads=8)
+    return folder
 
 
 @pytest.mark.parametrize(

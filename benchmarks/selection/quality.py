@@ -220,7 +220,8 @@ class Study:
         windows = make_windows("wikitext2", self.tokenize, **REPAIR).tokens
         model = CausalLM(load_model(self.checkpoint, self.dtype), windows[0])
         begin = time.time()
-        found, loss = fit(model, windows, removed, kind, torch.bfloat16)
+        own = getattr(torch, self.checkpoint.dtype)
+        found, loss = fit(model, windows, removed, kind, own)
         print(kind, "fitted in", round(time.time() - begin), "s, loss", loss, flush=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
         torch.save([vars(gap) for gap in found], kept)
