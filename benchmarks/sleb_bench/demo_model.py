@@ -53,8 +53,12 @@ def demo_model(folder: Path) -> Path:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(temporary)
         temporary.chmod(0o755)
-        os.rename(temporary, target)
-    except BaseException:
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            # Another process made it meanwhile, whole: the rename is the last thing it does.
+            if not target.is_dir():
+                raise
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return target
