@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sleb_bench.demo_model import demo_model
-from sleb_serve.calibration import held_out_windows, make_windows
+from sleb_serve.calibration import Windows, held_out_windows, make_windows
 from sleb_serve.causal_lm import CausalLM, load_model
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.deletion import blocks_deleted, perplexity
@@ -116,7 +116,6 @@ class Study:
             for entry in lines(self._kept_scores)
             if entry["dtype"] == self.dtype
         }
-        self._scorer: Scorer | None = None
         test = self._wikitext("test")
         self.texts = {
             "wikitext2": [
@@ -158,18 +157,6 @@ class Study:
         """The search's scores, each computed once."""
         key = (tuple(removed), tuple(candidates))
         if key not in self._scores:
-            if self._scorer is None:
-                windows = make_windows("wikitext2", self.tokenize, **SEARCH)
-                self._scorer = Scorer(
-                    self.checkpoint,
-                    windows,
-                    Ranks(),
-                    dtype=self.dtype,
-                    budget=None,
-                    steps=max(COUNTS),
-                    fast=False,
-                    least=max(BEAM, SHORTLIST),
-                )
             begin = time.time()
             scores = self._scorer.score(removed, candidates, None, lambda: None)
             self._scores[key] = scores
@@ -187,18 +174,33 @@ class Study:
 
     def _score_folded(self, removed: Sequence[int], candidates: Sequence[int]) -> Scores:
         scores = self._score(removed, candidates)
-        windows = make_windows("wikitext2", self.tokenize, **SEARCH).tokens
-        scorer = self._scorer
-        assert scorer is not None
 
         def loss_of(block: int) -> float:
-            return scorer.repair("fold", windows, [*removed, block])[1]
+            return self._scorer.repair("fold", self._windows.tokens, [*removed, block])[1]
 
         return as_repaired(scores, candidates, SHORTLIST, loss_of)
 
+    @cached_property
+    def _windows(self) -> Windows:
+        """What the searches are run on."""
+        return make_windows("wikitext2", self.tokenize, **SEARCH)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(
+            self.checkpoint,
+            self._windows,
+            Ranks(),
+            dtype=self.dtype,
+            budget=None,
+            steps=max(COUNTS),
+            fast=False,
+            least=max(BEAM, SHORTLIST),
+        )
+
     def shortgpt(self, count: int) -> list[int]:
         """The blocks that turn the stream least: cosine of what enters and leaves (ShortGPT)."""
-        windows = make_windows("wikitext2", self.tokenize, **SEARCH).tokens
+        windows = self._windows.tokens
         model = CausalLM(load_model(self.checkpoint, self.dtype), windows[0])
         turn = [0.0] * len(model.layers)
         for window in windows:
