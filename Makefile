@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements/cpu.lock)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-versions lint install lock clean
+.PHONY: demo test test-slow test-all test-versions lint install lock clean
 
 install: $(STAMP)
 
@@ -39,13 +39,15 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m sleb_bench.demo --folder $(CACHE)/demo $(if $(MODEL),--model $(MODEL))
 
-test: $(STAMP)
-	SLEB_TEST_MODEL_FOLDER=$(CACHE)/demo $(BIN)/python -m pytest \
+test: SPEED := not slow
+test-slow: SPEED := slow
+test test-slow: $(STAMP)
+	SLEB_TEST_MODEL_FOLDER=$(CACHE)/demo $(BIN)/python -m pytest -m '$(SPEED)' \
 	  -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)
 	SLEB_TEST_ARCHITECTURES=all SLEB_TEST_TABLE=$(CURDIR)/benchmarks/records/architectures.md \
-	  $(BIN)/python -m pytest --timeout=5400 tests/test_architectures.py tests/test_plugin.py
+	  $(BIN)/python -m pytest --timeout=5400 tests/test_architectures.py
 
 test-versions: $(STAMP)
 	$(BIN)/python tests/vllm_versions.py --table benchmarks/records/vllm-versions.md $(VERSIONS)

@@ -95,6 +95,7 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in lines if record["record"] == kind]
 
 
+@pytest.mark.slow
 def test_the_same_load_is_offered_to_both_servers(broken_run: Path) -> None:
     served = records(broken_run, "serving")
     assert [(r["variant"], r["round"], r["request_rate"]) for r in served] == [
@@ -118,6 +119,7 @@ def test_the_same_load_is_offered_to_both_servers(broken_run: Path) -> None:
     assert slow["request_throughput"] < 2 * SLOW
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_under_load_is_reported(broken_run: Path) -> None:
     (failure,) = records(broken_run, "failure")
     assert failure["variant"] == "sleb2"

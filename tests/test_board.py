@@ -26,6 +26,8 @@ from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.client import Client
 from sleb_serve.manifest import Manifest, Removal
 
+pytestmark = pytest.mark.slow
+
 Models = Callable[[str], Path]
 
 PROMETHEUS = shutil.which("prometheus")

@@ -228,6 +228,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_stages_hold_equally_many_of_the_layers_that_are_left(
     short: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +242,7 @@ def test_two_stages_hold_equally_many_of_the_layers_that_are_left(
     assert [rank["layers"] for rank in result["ranks"]] == [[2], [3]]
 
 
+@pytest.mark.slow
 def test_two_replicas_behind_one_address_serve_the_pruned_model(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +307,7 @@ def test_as_draft_prints_the_dense_model_with_its_pruned_self(
         assert "--as-draft sets up speculative decoding itself" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_warm_compile_cache_serves_each_pruning_its_own_graph(
     short: Path, tmp_path: Path
 ) -> None:

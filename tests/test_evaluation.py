@@ -232,6 +232,7 @@ def run(command: Sequence[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_vllm_agrees_and_lm_evals_own_command_takes_what_serve_prints(
     models: Models,
     tmp_path: Path,

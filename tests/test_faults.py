@@ -134,6 +134,7 @@ class Streaming(threading.Thread):
                 self.error = error
 
 
+@pytest.mark.slow
 def test_a_server_that_loses_a_rank_or_is_stopped_ends_and_starts_again(
     models: Models, tmp_path: Path
 ) -> None:

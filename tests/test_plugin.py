@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -21,7 +20,6 @@ Models = Callable[[str], Path]
 
 pytest.importorskip("vllm")
 
-ALL = os.environ.get("SLEB_TEST_ARCHITECTURES") == "all"
 EAGER = [
     Case("llama", ()),
     Case("llama", (2, 5)),
@@ -108,7 +106,7 @@ LARGE = Case("smollm2", (5, 25, 17, 16, 18, 12))
 
 
 # Compiled Llamas are in test_deployment.py and test_repair.py.
-@pytest.mark.skipif(not ALL, reason="compiles for minutes: make test-all")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case("opt", (1, 5)), LARGE], ids=str)
 def test_compiled_equals_transformers_with_the_blocks_deleted(
     case: Case, find: Callable[[str], Path], tmp_path: Path
@@ -127,7 +125,7 @@ def test_compiled_equals_transformers_with_the_blocks_deleted(
         pytest.param(
             LARGE,
             "0|1|1",  # SmolLM2 has nine heads
-            marks=pytest.mark.skipif(not ALL, reason="three ranks on two cores: make test-all"),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=str,

@@ -296,7 +296,14 @@ def test_vllm_serves_repaired_models_as_transformers_computes_them(
     check(run_jobs(jobs(SERVED), tmp_path), SERVED, models, tmp_path)
 
 
-@pytest.mark.parametrize("engine", [{"tensor_parallel_size": 2}, {"enforce_eager": False}], ids=str)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"tensor_parallel_size": 2},
+        pytest.param({"enforce_eager": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_repaired_models_on_two_ranks_and_compiled(
     models: Models,
     jobs: Callable[..., list[dict[str, Any]]],
