@@ -11,13 +11,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from sleb_serve.checkpoint import Checkpoint, download_weights, pruned_config
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.files import shared_folder
 from sleb_serve.pruning import Pruning
 
 _SPECULATIVE = re.compile(r"--spec(?!ialize)|-sc\b")
@@ -77,18 +76,10 @@ def draft_folder(checkpoint: Checkpoint, pruning: Pruning, root: Path) -> Path:
     if folder.is_dir():
         return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
-        try:
+        with shared_folder(folder) as temporary:
             for name, file in files.items():
                 (temporary / name).symlink_to(file)
             (temporary / "config.json").write_bytes(config)
-            temporary.rename(folder)
-        except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            # Another process may have made it meanwhile.
-            if not folder.is_dir():
-                raise
     except OSError as error:
         raise SlebError(
             f"cannot write the draft's folder {folder}: {first_line(error)}; set XDG_CACHE_HOME "

