@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,47 @@ from torch import nn
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    from transformers import AutoModelForCausalLM
+    """The model, of the class that config.json names."""
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    (name,) = json.loads((path / "config.json").read_text())["architectures"]
+    return getattr(transformers, name).from_pretrained(path, dtype=dtype).eval()
+
+
+def decoder_layers(model: Any) -> Any:
+    """The list of decoder layers: of the text model, where there are several models in one."""
+    count = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder() or model
+    found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return found[0]
+
+
+class Skipped(nn.Module):
+    """Runs a layer and answers as if it had not: the states it was given, in the layer's form."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models read their layers' flags (an attention type) to choose what to pass them.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        answer = self.layer(*(a.clone() if a is states else a for a in args), **kwargs)
+        return (states, *answer[1:]) if isinstance(answer, tuple) else states
+
+
+def skip_blocks(model: Any, removed: Sequence[int]) -> Any:
+    """Let decoder blocks have no effect; indices and the config stay as they are."""
+    layers = decoder_layers(model)
+    for index in removed:
+        layers[index] = Skipped(layers[index])
+    return model
 
 
 def delete_blocks(model: Any, removed: Sequence[int]) -> Any:

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model: its Transformers config, and how Transformers and vLLM are asked to run it.
+
+    Attributes:
+        config: the config's class in Transformers.
+        values: its arguments.
+        auto: the auto class that makes the model.
+        dtype: what weights are stored, and both compute, in.
+        engine: arguments of `vllm.LLM` that it needs.
+    """
+
+    config: str
+    values: dict[str, Any]
+    auto: str = "AutoModelForCausalLM"
+    dtype: str = "float32"
+    engine: dict[str, Any] = field(default_factory=dict)
+
 
 VOCABULARY = 512
 """A multiple of 64, so that vLLM pads no rows and parameters can be counted."""
