@@ -19,26 +19,42 @@ from torch import Tensor, nn
 
 from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.likeness import decoder_layers
 
 _PROBE_TOKENS = 16
 
 
-def check_causal_lm(checkpoint: Checkpoint) -> None:
-    """Refuse a model that Transformers does not know as a causal LM.
+def generates(checkpoint: Checkpoint) -> bool:
+    """Whether a model predicts text; a pooling model does not.
 
     Raises:
-        SlebError: naming the architecture.
+        SlebError: Transformers does not know it as either, or it has no decoder alone.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
 
     known: set[str] = set()
-    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        known.update([names] if isinstance(names, str) else names)
-    if checkpoint.architecture not in known or checkpoint.config.get("is_encoder_decoder"):
+    for mapping in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    ):
+        for names in mapping.values():
+            known.update([names] if isinstance(names, str) else names)
+    kind = getattr(transformers, checkpoint.architecture, None)
+    if kind is None or checkpoint.config.get("is_encoder_decoder"):
         raise SlebError(
-            f"{checkpoint.path} is not a causal language model that Transformers knows: its "
-            f"architecture is {checkpoint.architecture}; give a decoder-only text model"
+            f"{checkpoint.path} is not a model that Transformers can prune: its architecture is "
+            f"{checkpoint.architecture}; give a decoder, alone or with towers, or a pooling model"
         )
+    return checkpoint.architecture in known
+
+
+def model_class(checkpoint: Checkpoint) -> Any:
+    """The Transformers class that config.json names; the auto class where there is none."""
+    import transformers
+
+    return getattr(transformers, checkpoint.architecture, transformers.AutoModelForCausalLM)
 
 
 def load_model(
@@ -56,9 +72,9 @@ def load_model(
     Raises:
         SlebError: weights are missing or cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     checkpoint.weight_files()
+    # Transformers would fill in missing layers at random.
+    checkpoint.layer_prefix  # noqa: B018
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     place: Any = device
     if device is None:
@@ -68,7 +84,7 @@ def load_model(
     try:
         if streamed:
             place = _layers_outside(checkpoint, device)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class(checkpoint).from_pretrained(
             str(checkpoint.path), dtype=wanted, device_map=place, offload_folder=folder.name
         )
     except Exception as error:
@@ -84,11 +100,11 @@ def load_model(
 def _layers_outside(checkpoint: Checkpoint, device: Any) -> dict[str, Any]:
     """A device map with the decoder layers on disk or the host, and all else where work is done."""
     import psutil
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(checkpoint.path))
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config)
+        shell = model_class(checkpoint)(config)
     layers = decoder_layers(shell)
     size = sum(file.stat().st_size for file in checkpoint.weight_files())
     where = "disk"
@@ -110,27 +126,6 @@ def _layers_outside(checkpoint: Checkpoint, device: Any) -> dict[str, Any]:
 
 def _covered(name: str, place: dict[str, Any]) -> bool:
     return any(name.startswith(f"{above}.") for above in place)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the outermost ModuleList as long as the config's layer count.
-
-    Raises:
-        SlebError: there is none, or more than one.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
-            found.append((name, module))
-    if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
-        raise SlebError(
-            f"{type(model).__name__}: found {len(found)} lists of {count} layers ({names}) where a "
-            f"decoder has one; this architecture is not supported by the selector"
-        )
-    return found[0][1]
 
 
 @dataclass(frozen=True)
@@ -176,6 +171,7 @@ class CausalLM:
         self._probe_layers(self._ids(tokens[:_PROBE_TOKENS]))
         self._identity = False
         self.row_wise = self._probe_head()
+        self.separable = self._probe_separable(tokens[:_PROBE_TOKENS])
 
     @property
     def vocabulary(self) -> int:
@@ -338,6 +334,24 @@ class CausalLM:
             return one
 
         self._forward(ids, learn)
+
+    @torch.inference_mode()
+    def _probe_separable(self, tokens: Sequence[int]) -> bool:
+        """Whether the layers, run one by one, give what the model gives.
+
+        They do not where a layer uses more than the states that come out of the one before.
+        """
+        expected: Tensor = self._forward(
+            self._ids(tokens), lambda index, layer, states, call: _tensor(call(layer, states))
+        ).logits[0]
+        state, calls = self.begin(tokens)
+        for index, call in enumerate(calls):
+            with self.loaded(index) as layer:
+                (state,) = self.run(layer, [state], call)
+        found = self.logits(self.normed(state), None)
+        tolerance = 1e-3 if found.dtype == torch.float32 else 0.1
+        scale = float(expected.abs().max())
+        return bool(((found - expected).abs().max() <= tolerance * scale).item())
 
     @torch.inference_mode()
     def _probe_head(self) -> bool:

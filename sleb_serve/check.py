@@ -12,8 +12,9 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Manifest
 from sleb_serve.memory import format_size
 from sleb_serve.pruning import Pruning
-from sleb_serve.serve import check_model, check_plugin, served_name
-from sleb_vllm.architectures import EXPECTED, PROVEN, why_refused
+from sleb_serve.serve import check_model, check_plugin, compare_weights, revision_of, served_name
+from sleb_serve.shorter import check_servable
+from sleb_serve.support import status, why_refused
 from sleb_vllm.compat import vllm_version
 
 OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "unknown"
@@ -53,7 +54,9 @@ class CheckReport:
         )
 
 
-def check(model: str, manifest: Manifest, gpu: Gpu | None, tp: int) -> CheckReport:
+def check(
+    model: str, manifest: Manifest, gpu: Gpu | None, tp: int, revision: str | None = None
+) -> CheckReport:
     """Hold `manifest` against `model` and this machine's vLLM.
 
     Args:
@@ -61,20 +64,23 @@ def check(model: str, manifest: Manifest, gpu: Gpu | None, tp: int) -> CheckRepo
         manifest: cut to the prefix that will be served.
         gpu: what to work out the KV cache for; None to leave that out.
         tp: how many GPUs share every matrix.
+        revision: of a hub model; None for the manifest's.
 
     Raises:
         SlebError: there is no such model.
     """
     pruning = manifest.pruning()
-    checkpoint = open_checkpoint(model)
+    revision = revision_of(model, manifest, revision)
+    checkpoint = open_checkpoint(model, revision)
     sizes: dict[str, Any] = {
         "weights_bytes": None,
         "kv_cache_tokens": None,
         "shards_not_read": None,
     }
     findings = [
-        _asked("model", lambda: _model(model, pruning)),
+        _asked("model", lambda: _model(model, pruning, revision)),
         _architecture(pruning.architecture),
+        _layers(checkpoint, pruning),
         _vllm(),
         _heads(checkpoint, tp),
     ]
@@ -100,21 +106,38 @@ def _asked(name: str, question: Callable[[], str]) -> Finding:
         return Finding(name, FAILED, str(error))
 
 
-def _model(model: str, pruning: Pruning) -> str:
-    check_model(model, pruning, servable=False)
+def _model(model: str, pruning: Pruning, revision: str | None) -> str:
+    checkpoint = check_model(model, pruning, revision, servable=False)
+    compared = compare_weights(model, checkpoint, pruning)
+    match = "config and weights match"
+    if not compared:
+        match = "config matches; weights are not on this machine, the server compares them"
     repaired = (
         "" if pruning.repair is None else f", repaired ({pruning.repair.kind}), sidecar there"
     )
     kept = f"{pruning.num_kept} of {pruning.num_blocks} blocks stay"
-    return f"{kept}{repaired}; config and weights match"
+    return f"{kept}{repaired}; {match}"
 
 
 def _architecture(name: str) -> Finding:
-    if name in PROVEN:
+    kind, reason = status(name)
+    if kind == "proven":
         return Finding("architecture", OK, f"{name} is proven against Transformers")
-    if name in EXPECTED:
-        return Finding("architecture", WARNING, f"{name} is not proven: {EXPECTED[name]}")
+    if kind == "expected":
+        return Finding("architecture", WARNING, f"{name} is not proven: {reason}")
     return Finding("architecture", FAILED, why_refused(name))
+
+
+def _layers(checkpoint: Checkpoint, pruning: Pruning) -> Finding:
+    """Whether the layers that stay are as they are in the dense model."""
+    try:
+        compared = check_servable(checkpoint, pruning.cut)
+    except SlebError as error:
+        return Finding("layers", FAILED, str(error))
+    if not compared:
+        detail = "Transformers does not know the model, so they were not compared with the dense"
+        return Finding("layers", WARNING, detail)
+    return Finding("layers", OK, "those that stay are as in the dense model")
 
 
 def _vllm() -> Finding:
@@ -132,7 +155,7 @@ def _vllm() -> Finding:
 
 
 def _heads(checkpoint: Checkpoint, tp: int) -> Finding:
-    config = checkpoint.config
+    config = checkpoint.decoder_config
     heads = config.get("num_attention_heads", config.get("n_head"))
     if not isinstance(heads, int):
         return Finding("tensor parallelism", UNKNOWN, "config.json does not say how many heads")
@@ -164,7 +187,7 @@ def _kv_cache(
     name = f"KV cache on {tp} x {gpu.name}"
     weights = sizes["weights_bytes"]
     try:
-        shape = shape_of(checkpoint.config, checkpoint.path.name)
+        shape = shape_of(checkpoint.decoder_config, checkpoint.path.name)
     except SlebError as error:
         return Finding(name, UNKNOWN, str(error))
     if weights is None:

@@ -13,27 +13,39 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from sleb_serve import strict_json
+from sleb_serve.cut import (
+    COUNT_KEYS,
+    TOWERS,
+    Cut,
+    at,
+    count_of,
+    cut_config,
+    decoder_path,
+    decoder_prefix,
+    explicit,
+    number_after,
+)
 from sleb_serve.errors import SlebError, first_line
-from sleb_serve.pruning import Pruning
-from sleb_vllm.architectures import CONFIG_KEY, DENSE_KEY, pruned_name
+from sleb_serve.protocol import CONFIG_KEY
+from sleb_serve.quantised_names import QUANTISATION_FILES, QUANTISATION_KEYS, Names, renumbered
 
 # Keys of config.json that say how it was written or loaded, not what the model computes. The same
 # weights saved by another version of Transformers must keep their digest.
 _NOT_THE_MODEL = frozenset(
     {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
-    | {"use_cache", "architectures_version"}
+    | {"use_cache", "architectures_version", CONFIG_KEY}
 )
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""`num_hidden_layers` goes by these names in config.json; Transformers maps them."""
 _WEIGHT_FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+_QUANTISATION = QUANTISATION_KEYS[0]
 _NOTHING: Mapping[int, str] = MappingProxyType({})
 _CONFIG_MAX_BYTES = 16 << 20
 _HEADER_MAX_BYTES = 100 << 20
@@ -71,21 +83,117 @@ class Checkpoint:
         Raises:
             SlebError: it does not say.
         """
-        for key in LAYER_COUNT_KEYS:
-            value = self.config.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-        raise SlebError(
-            f"{self.path}/config.json does not say how many layers the model has (looked for "
-            f"{', '.join(LAYER_COUNT_KEYS)}); only decoder-only text models are supported"
+        count = count_of(self.decoder_config)
+        if count is None:
+            raise SlebError(
+                f"{self.path}/config.json does not say how many layers the model has (looked for "
+                f"{', '.join(COUNT_KEYS)}, also in its text_config); give a model with a decoder"
+            )
+        return count
+
+    @property
+    def decoder_config(self) -> Mapping[str, Any]:
+        """What config.json says of the decoder: all of it, or a nested config."""
+        path = decoder_path(self.config)
+        return self.config if path is None else at(self.config, path) or {}
+
+    @cached_property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of all tensors; of shards that are not there, as the index says.
+
+        Raises:
+            SlebError: there are no weights, or a file is cut short.
+        """
+        for single, index in _WEIGHT_FILES:
+            if (self.path / single).is_file():
+                return tuple(_names_in(self.path / single))
+            if (self.path / index).is_file():
+                return tuple(_weight_map(self.path / index))
+        self.weight_files()
+        return ()
+
+    @cached_property
+    def layer_prefix(self) -> str:
+        """What comes before the decoder's layer numbers in tensors' names.
+
+        Raises:
+            SlebError: the weights are of fewer layers than config.json counts.
+        """
+        try:
+            return decoder_prefix(self.tensor_names, self.num_blocks)
+        except SlebError as error:
+            raise SlebError(f"{self.path}: {error}") from None
+
+    def module_names(self, cut: Cut) -> Names:
+        """The modules that have weights, and their names once `cut`."""
+        prefix = self.layer_prefix
+        return Names(
+            modules=frozenset(name.rpartition(".")[0] for name in self.tensor_names),
+            rename=lambda name: cut.name(name, prefix),
+            place=cut.place,
+            list_name=(prefix.split(".")[-2:-1] or [""])[0],
+            others=TOWERS,
         )
+
+    def cut_config(self, cut: Cut, derived: Mapping[str, Any] | None) -> dict[str, Any]:
+        """config.json of the shorter model.
+
+        Args:
+            cut: the layers that go.
+            derived: what Transformers makes of config.json; None where it does not know the model.
+
+        Raises:
+            SlebError: it cannot be said of fewer layers; the message names the key.
+        """
+        config = self.config if derived is None else explicit(self.config, derived)
+        try:
+            return cut_config(config, cut, self.module_names(cut))
+        except SlebError as error:
+            raise SlebError(f"{self.path}/config.json: {error}") from None
+
+    def quantisation_files(self) -> dict[str, Any]:
+        """Contents of the files beside config.json that say how the checkpoint is quantised."""
+        files = (self.path / name for name in QUANTISATION_FILES)
+        return {file.name: _json(file) for file in files if file.is_file()}
+
+    def cut_quantisation_files(self, cut: Cut) -> dict[str, Any]:
+        """These files' contents for the shorter model."""
+        files = self.quantisation_files()
+        if not files:
+            return {}
+        names = self.module_names(cut)
+        return {name: renumbered(content, names) for name, content in files.items()}
+
+    def with_quantisation(self, config: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
+        """A config with the layers that its quantisation names numbered as in the shorter model.
+
+        Args:
+            config: the dense one. Where it says nothing of a quantisation that a file beside it
+                does, the file's content is put into the result.
+            cut: the layers that go.
+        """
+        names = self.module_names(cut)
+        result = dict(config)
+        beside = self.quantisation_files()
+        if not isinstance(result.get(_QUANTISATION), Mapping) and beside:
+            result[_QUANTISATION] = next(iter(beside.values()))
+        elif "quantization" in (found := beside.get(QUANTISATION_FILES[0], {})):
+            # ModelOpt's list of layers by name may be in the file alone.
+            layers = found["quantization"].get("quantized_layers")
+            if layers is not None and "quantized_layers" not in result[_QUANTISATION]:
+                result[_QUANTISATION] = {**result[_QUANTISATION], "quantized_layers": layers}
+        for key in QUANTISATION_KEYS:
+            if isinstance(result.get(key), Mapping):
+                result[key] = renumbered(result[key], names)
+        return result
 
     @property
     def dtype(self) -> str:
         """The dtype of the weights, as config.json says; Transformers takes float32 without."""
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(name := self.config.get(key), str):
-                return name
+        for config in (self.config, self.decoder_config):
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(name := config.get(key), str):
+                    return name
         return "float32"
 
     def config_sha256(self) -> str:
@@ -201,8 +309,8 @@ class Checkpoint:
         return outside, inside
 
     def block_of(self, name: str) -> int | None:
-        """The block that a tensor belongs to: the first number among the parts of its name."""
-        index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        """The decoder block that a tensor belongs to; None outside them."""
+        index = number_after(name, self.layer_prefix)
         return index if index is not None and index < self.num_blocks else None
 
     def parameter_counts(self) -> tuple[int, list[int]] | None:
@@ -219,27 +327,6 @@ class Checkpoint:
                 else:
                     counts[index] += math.prod(shape)
         return outside, counts
-
-
-def pruned_config(config: Mapping[str, Any], pruning: Pruning) -> dict[str, Any]:
-    """A config.json that asks vLLM for the pruned model; `dense_config` undoes it."""
-    own = {
-        "architectures": [pruned_name(pruning.architecture)],
-        CONFIG_KEY: pruning.to_dict(),
-        # vLLM falls back to a model's own code where it does not know the architecture: with the
-        # plugin disabled that would be the dense model.
-        **({"auto_map": None} if "auto_map" in config else {}),
-    }
-    return {**config, **own, DENSE_KEY: {key: config[key] for key in own if key in config}}
-
-
-def dense_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What `pruned_config` was made from; any other config as it is."""
-    dense = config.get(DENSE_KEY)
-    if not isinstance(dense, dict):
-        return config
-    rest = {key: value for key, value in config.items() if key not in (CONFIG_KEY, DENSE_KEY)}
-    return {**rest, **dense}
 
 
 def open_checkpoint(
@@ -276,7 +363,7 @@ def open_checkpoint(
         ) from error
     if len(data) > _CONFIG_MAX_BYTES or not isinstance(config, dict):
         raise SlebError(f"{file} is not a model config; give a Transformers checkpoint")
-    return Checkpoint(path=file.parent, config=dense_config(config))
+    return Checkpoint(path=file.parent, config=config)
 
 
 def download_weights(model: str, revision: str | None = None) -> None:
@@ -300,15 +387,22 @@ def download_weights(model: str, revision: str | None = None) -> None:
         raise _no_such_model(model, error) from error
 
 
-def fetch_index(model: str, revision: str | None = None, cache_dir: str | None = None) -> None:
-    """Bring a hub model's index of shards into the local cache, if the model has one."""
+def fetch_index(model: str, revision: str | None = None, cache_dir: str | None = None) -> bool:
+    """Bring a hub model's index of shards into the local cache.
+
+    Returns:
+        Whether it is there; False for a folder, and a model with its weights in one file.
+    """
+    if Path(model).is_dir():
+        return False
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for _, index in _WEIGHT_FILES:
         with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
             hf_hub_download(model, index, revision=revision, cache_dir=cache_dir)
-            return
+            return True
+    return False
 
 
 def _hub_file(model: str, name: str, revision: str | None, cache_dir: str | None) -> str:
@@ -327,6 +421,29 @@ def _no_such_model(model: str, error: Exception) -> SlebError:
     elif type(error).__name__ not in {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
         why = first_line(error)
     return SlebError(f"no such model: {model} ({why}); give a checkpoint folder or a hub id")
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SlebError(
+            f"cannot read {file}: {first_line(error)}; download the model again"
+        ) from error
+
+
+def _names_in(file: Path) -> list[str]:
+    if file.suffix == ".safetensors":
+        return [name for name, _ in tensors_of(file)]
+    import torch
+
+    try:
+        weights = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+    except Exception as error:
+        raise SlebError(
+            f"cannot read {file}: {first_line(error)}; download the model again"
+        ) from error
+    return list(weights)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

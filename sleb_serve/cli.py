@@ -27,6 +27,7 @@ from sleb_serve.canary import canary, read_prompts
 from sleb_serve.check import check
 from sleb_serve.checkpoint import download_weights, open_checkpoint
 from sleb_serve.client import Client, ServerError
+from sleb_serve.draft import value_of
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation import EvalOptions, evaluate, with_evaluation
 from sleb_serve.export import export
@@ -52,8 +53,10 @@ from sleb_serve.serve import (
     check_plugin,
     draft_command,
     plugin_environment,
+    revision_of,
     serve_command,
 )
+from sleb_serve.shorter import check_countable, check_servable
 from sleb_serve.show import describe, evaluation_table
 from sleb_serve.support import support, support_markdown, support_text
 
@@ -142,7 +145,8 @@ def _show(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.manifest).prefix(options.blocks)
-    report = check(options.model, manifest, options.gpu and _gpu(options.gpu), options.tp)
+    gpu = options.gpu and _gpu(options.gpu)
+    report = check(options.model, manifest, gpu, options.tp, options.revision)
     if options.json:
         print(json.dumps({"passed": report.passed, **asdict(report)}, indent=2))
     else:
@@ -197,9 +201,12 @@ def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         command = draft_command(model, manifest, rest, options.draft_tokens)
     else:
         command = serve_command(model, manifest, rest)
-    if not options.dry_run:
-        check_plugin()
     pruning = manifest.pruning()
+    if options.dry_run:
+        revision = revision_of(model, manifest, value_of(rest, "--revision"))
+        check_servable(open_checkpoint(model, revision), pruning.cut)
+    else:
+        check_plugin()
     role = "draft for the whole model" if options.as_draft else "served"
     say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}, {role}")
     print(shlex.join(command), flush=True)
@@ -223,8 +230,9 @@ def _manifest(options: argparse.Namespace, model: str) -> Manifest:
     """The manifest of -m, or one made in memory of --removal-list."""
     if options.removal_list is None:
         return read_manifest(options.manifest)
-    download_weights(model)
-    checkpoint = open_checkpoint(model)
+    revision = getattr(options, "revision", None)
+    download_weights(model, revision)
+    checkpoint = open_checkpoint(model, revision)
     blocks = read_blocks(options.removal_list, checkpoint.num_blocks).blocks
     return manifest_of(model, checkpoint, blocks, "--removal-list")
 
@@ -238,10 +246,14 @@ def _eval(options: argparse.Namespace) -> int:
     texts = _names(options.perplexity) or (() if tasks else ("wikitext2",))
     if options.write_back and options.manifest is None:
         raise SlebError("--write-back puts results into a manifest: give one with -m")
-    download_weights(options.model)
-    checkpoint = open_checkpoint(options.model)
+    revision = options.revision
     if manifest is not None:
-        check_model(options.model, manifest.pruning(), servable=options.backend == "vllm")
+        revision = revision_of(options.model, manifest, revision)
+    download_weights(options.model, revision)
+    checkpoint = open_checkpoint(options.model, revision)
+    if manifest is not None:
+        check_model(options.model, manifest.pruning(), revision, servable=options.backend == "vllm")
+        check_servable(checkpoint, manifest.pruning().cut)
     keys = ("model", "output", "sequence_length", "windows", "limit", "num_fewshot", "backend")
     values = {key: getattr(options, key) for key in (*keys, "batch_size", "dtype", "resume")}
     engine = strict_json.load(options.engine_args.encode())
@@ -292,13 +304,18 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 def _export(options: argparse.Namespace) -> int:
     manifest = _manifest(options, options.model).prefix(options.blocks)
-    checkpoint = check_model(options.model, manifest.pruning(), servable=False)
+    revision = revision_of(options.model, manifest, options.revision)
+    checkpoint = check_model(
+        options.model, manifest.pruning(), revision, servable=False, fetch=True
+    )
+    for_vllm = options.for_ == "any"
     if options.format != "transformers":
         if manifest.repair is not None:
             raise SlebError(
                 f"--format {options.format} only names blocks, and this manifest has a repair; "
                 f"export it as a checkpoint, or select without --repair"
             )
+        check_countable(checkpoint, manifest.pruning().cut)
         text = llama_cpp_list(manifest) + "\n"
         if options.format == "mergekit":
             text = mergekit_config(options.model, manifest, checkpoint.dtype)
@@ -308,9 +325,8 @@ def _export(options: argparse.Namespace) -> int:
             check_writable(options.output)
             write_atomically(options.output, text.encode())
         return 0
-    download_weights(options.model)
     with ShardBar() as bar:
-        done = export(checkpoint, manifest, options.output, bar.shard_done)
+        done = export(checkpoint, manifest, options.output, bar.shard_done, for_vllm=for_vllm)
     print(
         f"wrote {done.folder}: {done.blocks} blocks, {format_size(done.size)} in {done.shards} "
         f"files (dense {format_size(done.source_size)})"
@@ -320,9 +336,10 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     check_writable(options.output)
-    download_weights(options.model)
-    checkpoint = open_checkpoint(options.model)
+    download_weights(options.model, options.revision)
+    checkpoint = open_checkpoint(options.model, options.revision)
     manifest = imported(options.source, options.model, checkpoint, options.run)
+    check_servable(checkpoint, manifest.pruning().cut)
     manifest.write(options.output)
     print(describe(manifest))
     print(f"\nwrote {options.output}")

@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sleb_serve.causal_lm import decoder_layers
+from sleb_serve.cut import COUNT_KEYS, Cut
 from sleb_serve.errors import SlebError
+from sleb_serve.likeness import apply, decoder_layers, decoder_of
 from sleb_serve.manifest import Golden
-from sleb_serve.pruning import MAP_EPSILON, gaps
-from sleb_serve.sidecar import gap_name
 
 
 @contextmanager
 def blocks_deleted(
     model: Any, removed: Sequence[int], repair: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """While this is open, `model` has only its other blocks, numbered anew, and is repaired.
+    """While this is open, `model` has only its other blocks, renumbered, and is repaired.
 
-    Layers keep the attention type and window they were built with, and a KV cache has one entry for
-    each that is left.
+    Layers keep the attention type and window they were built with, a KV cache has one entry for
+    each that is left, and its config is that of the shorter model.
 
     Args:
-        model: a causal LM; the dense model again afterwards.
+        model: a Transformers model with a decoder; the dense model again afterwards.
         removed: the blocks to leave out.
-        repair: tensors as in a sidecar: weights by name, maps and scales as ``gap.N``.
+        repair: weights by name, in the places of the model's own.
 
     Raises:
-        SlebError: the repair is for weights that the model does not have.
+        SlebError: the model cannot lose these blocks, or the repair is for weights that it does
+            not have.
     """
     layers = decoder_layers(model)
-    whole, config = list(layers), model.config.get_text_config()
-    kept = [index for index in range(len(whole)) if index not in set(removed)]
+    whole, cut = list(layers), Cut(len(layers), tuple(sorted(removed)))
     with ExitStack() as stack:
-        _mend(model, whole, removed, repair, stack)
-        for place, index in enumerate(kept):
+        _mend(whole, repair, stack)
+        for name, parameter in model.named_parameters():
+            dimension = cut.parts(name, parameter.shape)
+            if dimension is not None:
+                parts = parameter.data.unflatten(dimension, (cut.num_blocks, -1))
+                kept = parts.index_select(dimension, torch.tensor(cut.kept, device=parts.device))
+                _set(parameter, "data", kept.flatten(dimension, dimension + 1), stack)
+        for place, index in enumerate(cut.kept):
             for module in whole[index].modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
                     _set(module, "layer_idx", place, stack)
-        types = getattr(config, "layer_types", None)
-        _set(config, "num_hidden_layers", len(kept), stack)
-        if types is not None:
-            _set(config, "layer_types", [types[index] for index in kept], stack)
-        _fill(layers, [whole[index] for index in kept])
+        decoder = decoder_of(model.config)
+        before = apply(model.config, cut)
+        for name in sorted(before, key=lambda name: name not in COUNT_KEYS, reverse=True):
+            stack.callback(setattr, decoder, name, before[name])
+        _fill(layers, [whole[index] for index in cut.kept])
         stack.callback(_fill, layers, whole)
         yield
 
@@ -61,56 +66,19 @@ def _set(target: Any, name: str, value: Any, stack: ExitStack) -> None:
     setattr(target, name, value)
 
 
-def _mend(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    removed: Sequence[int],
-    repair: Mapping[str, Tensor],
-    stack: ExitStack,
-) -> None:
-    parameters = dict(model.named_parameters())
-    places = {gap_name(first): first for first, _ in gaps(removed)}
+def _mend(layers: Sequence[nn.Module], repair: Mapping[str, Tensor], stack: ExitStack) -> None:
     for name, tensor in repair.items():
-        if name in places:
-            first = places[name]
-            if first > 0:
-                hook = layers[first - 1].register_forward_hook(_behind(tensor))
-            else:
-                after = next(i for i in range(len(layers)) if i not in set(removed))
-                hook = layers[after].register_forward_pre_hook(_before(tensor), with_kwargs=True)
-            stack.callback(hook.remove)
-        elif name in parameters and parameters[name].shape == tensor.shape:
-            weight = parameters[name].data
-            stack.callback(weight.copy_, weight.clone())
-            weight.copy_(tensor)
-        else:
+        # The checkpoint's name, which may begin otherwise than Transformers'.
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+        index = int(parts[at]) if at else len(layers)
+        own = dict(layers[index].named_parameters()) if index < len(layers) else {}
+        parameter = own.get(".".join(parts[at + 1 :]))
+        if parameter is None or parameter.shape != tensor.shape:
             raise SlebError(f"the repair is for {name}, which this model does not have as it is")
-
-
-def _repaired(stream: Tensor, tensor: Tensor) -> Tensor:
-    tensor = tensor.to(stream.device, stream.dtype)
-    if tensor.ndim == 1:
-        return stream * tensor
-    unit = nn.functional.rms_norm(stream, stream.shape[-1:], eps=MAP_EPSILON)
-    return stream + unit @ tensor
-
-
-def _behind(tensor: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (_repaired(output[0], tensor), *output[1:])
-        return _repaired(output, tensor)
-
-    return hook
-
-
-def _before(tensor: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if args:
-            return (_repaired(args[0], tensor), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _repaired(kwargs["hidden_states"], tensor)}
-
-    return hook
+        weight = parameter.data
+        stack.callback(weight.copy_, weight.clone())
+        weight.copy_(tensor)
 
 
 @torch.inference_mode()
@@ -142,6 +110,8 @@ def golden(
     Returns:
         None where it cannot be told: a repaired model whose weights are on disk, or no numbers.
     """
+    if model.get_output_embeddings() is None:
+        return None
     if repair and any(parameter.is_meta for parameter in model.parameters()):
         return None
     prompt = list(tokens[:GOLDEN_TOKENS])

@@ -1,8 +1,8 @@
 """A pruned model as a folder of its own, for vLLM's draft-model speculation.
 
-vLLM takes a draft model by its folder and applies no ``--hf-overrides`` to it. So what the
-overrides say of a served model stands in the config.json of a folder whose other files are links
-to the checkpoint's: no weight is copied, and a vLLM without the plugin still cannot load it.
+vLLM takes a draft model by its folder and applies no ``--hf-overrides`` to it. So the manifest's
+content stands in the config.json of a folder whose other files are links to the checkpoint's: no
+weight is copied, and a vLLM without the plugin refuses the draft's load format.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sleb_serve.checkpoint import Checkpoint, download_weights, pruned_config
+from sleb_serve.checkpoint import Checkpoint, download_weights
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import shared_folder
+from sleb_serve.protocol import CONFIG_KEY, FORMAT
 from sleb_serve.pruning import Pruning
 
 _SPECULATIVE = re.compile(r"--spec(?!ialize)|-sc\b")
@@ -53,8 +54,11 @@ def draft_options(
         "num_speculative_tokens": tokens,
         # vLLM wants the draft split over as many ranks as the model.
         "draft_tensor_parallel_size": int(ranks) if ranks.isdecimal() else 1,
+        "draft_load_config": {"load_format": FORMAT},
     }
-    return ["--speculative-config", json.dumps(speculation, separators=(",", ":"))]
+    # The draft's config is parsed in the same format; the dense model's is left as it is.
+    text = json.dumps(speculation, separators=(",", ":"))
+    return ["--config-format", FORMAT, "--speculative-config", text]
 
 
 def draft_folder(checkpoint: Checkpoint, pruning: Pruning, root: Path) -> Path:
@@ -69,7 +73,7 @@ def draft_folder(checkpoint: Checkpoint, pruning: Pruning, root: Path) -> Path:
         for file in source.iterdir()
         if file.is_file() and not _NOT_LINKED.fullmatch(file.name)
     }
-    config = json.dumps(pruned_config(checkpoint.config, pruning), indent=2).encode()
+    config = json.dumps({**checkpoint.config, CONFIG_KEY: pruning.to_dict()}, indent=2).encode()
     # Two checkpoints of one content in two places are two folders.
     content = json.dumps([str(source), sorted(map(str, files.items()))]).encode() + config
     folder = root / f"{pruning.tag}-{hashlib.sha256(content).hexdigest()[:16]}"

@@ -119,7 +119,7 @@ def run_tasks(
 @contextmanager
 def vllm_judges(options: EvalOptions, checkpoint: Checkpoint, length: int) -> Iterator[JudgeOf]:
     """vLLM: an engine for each number of blocks, in a process of its own that ends with it."""
-    from sleb_serve.serve import check_model, check_plugin, pruned_overrides
+    from sleb_serve.serve import check_model, check_plugin, engine_arguments
 
     check_plugin()
     log = Path(os.devnull)
@@ -140,10 +140,7 @@ def vllm_judges(options: EvalOptions, checkpoint: Checkpoint, length: int) -> It
         if manifest is not None:
             pruning = manifest.pruning()
             check_model(options.model, pruning)
-            arguments["hf_overrides"] = {
-                **arguments.get("hf_overrides", {}),
-                **pruned_overrides(pruning, checkpoint),
-            }
+            arguments = engine_arguments(pruning, checkpoint, arguments)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             yield lambda: _VllmJudge(pool, arguments, log)
 

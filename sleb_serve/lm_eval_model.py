@@ -15,7 +15,7 @@ from typing import Any
 from lm_eval.api.registry import register_model
 
 from sleb_serve.manifest import read_manifest
-from sleb_serve.serve import check_model, check_plugin, pruned_overrides
+from sleb_serve.serve import check_model, check_plugin, engine_arguments
 from sleb_vllm.compat import vllm_version
 
 
@@ -50,7 +50,6 @@ class PrunedVLLM(VLLM):
         pretrained: the dense model, a folder or hub id.
         manifest: path of the manifest.
         blocks: only its first so many removals.
-        hf_overrides: more overrides of the model's config.
         kwargs: what lm-eval's ``vllm`` model takes.
 
     Raises:
@@ -62,14 +61,12 @@ class PrunedVLLM(VLLM):
         pretrained: str,
         manifest: str,
         blocks: int | None = None,
-        hf_overrides: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_plugin()
         pruning = read_manifest(Path(manifest)).prefix(blocks).pruning()
         checkpoint = check_model(pretrained, pruning, revision=kwargs.get("revision"))
-        overrides = {**(hf_overrides or {}), **pruned_overrides(pruning, checkpoint)}
-        super().__init__(pretrained=pretrained, hf_overrides=overrides, **kwargs)
+        super().__init__(pretrained=pretrained, **engine_arguments(pruning, checkpoint, kwargs))
 
 
 def run(arguments: Sequence[str]) -> None:

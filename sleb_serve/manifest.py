@@ -23,8 +23,9 @@ from sleb_serve.files import write_atomically
 from sleb_serve.pruning import Pruning, RepairFile, block_count, check_blocks, repair_kind
 
 SCHEMA_VERSION = 1
-OBJECTIVES = ("nll", "kl")
-"""What losses are: nats per predicted token of the text, or of divergence from the dense model."""
+OBJECTIVES = ("nll", "kl", "embedding")
+"""What losses are: nats per predicted token of the text, or of divergence from the dense model; or
+one minus the cosine of the last hidden states with the dense model's."""
 MAX_BYTES = 1 << 20
 
 

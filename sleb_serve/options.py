@@ -130,6 +130,7 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     _add_manifest(check, positional=True)
     check.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    _add_revision(check)
     check.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}: also its KV cache")
     check.add_argument("--tp", metavar="N", type=int, default=1, help="tensor parallelism (1)")
     check.add_argument("--json", action="store_true", help="for machines")
@@ -188,6 +189,15 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         type=Path,
         help="the folder to make; for mergekit and llama.cpp a file, or - for standard output",
     )
+    _add_revision(export)
+    export.add_argument(
+        "--for",
+        dest="for_",
+        choices=("any", "transformers"),
+        default="any",
+        help="who is to load it: any refuses what vLLM without sleb-serve would run otherwise than "
+        "Transformers (default: any)",
+    )
     export.add_argument(
         "--format",
         choices=("transformers", "mergekit", "llama.cpp"),
@@ -200,6 +210,7 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     importer.add_argument("source", metavar="SOURCE", help="a file, or the list itself")
     importer.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    _add_revision(importer)
     importer.add_argument("-o", "--output", metavar="M.json", type=Path, required=True)
     importer.add_argument(
         "--run", metavar="N", type=int, help="which of several runs in SLEB's results (the last)"
@@ -212,6 +223,7 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     bench = command("bench", "measure the pruned model against the dense one", BENCH_EXAMPLES)
     bench.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint folder or hub id")
     _add_removal(bench, required=False)
+    _add_revision(bench)
     add_bench(bench)
     add_report(
         command("report", "make a benchmark's report again, or compare two", REPORT_EXAMPLES)
@@ -248,6 +260,14 @@ def _add_removal(parser: argparse.ArgumentParser, required: bool) -> None:
         "--removal_list",
         metavar="'[5, 4, 9]'",
         help="the blocks to remove, in order, in place of a manifest",
+    )
+
+
+def _add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--revision",
+        metavar="REV",
+        help="branch, tag or commit of a hub model (default: the manifest's, or the main branch)",
     )
 
 
@@ -315,9 +335,9 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES,
-        default="nll",
         help="what to keep low: nll, the loss on the text, as the paper does; kl, the divergence "
-        "from the dense model's predictions (default: nll)",
+        "from the dense model's predictions; embedding, the distance of the last hidden states "
+        "(default: nll; for pooling models embedding)",
     )
     parser.add_argument(
         "--seeds",
@@ -332,8 +352,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         choices=("none", *REPAIRS),
         default="none",
         help="fit, in closed form, what stands in for the removed blocks: fold changes weights of "
-        "the blocks before them and costs nothing to serve; map adds a matrix at each gap; scale a "
-        "factor (default: none)",
+        "the blocks before them and costs nothing to serve (default: none)",
     )
     parser.add_argument(
         "--repair-sequences",
@@ -356,7 +375,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         help="memory for weights, states and work, as 16GiB; a model that is larger is read layer "
         "by layer (default: 80 %% of what is free)",
     )
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    _add_revision(parser)
     parser.add_argument(
         "--resume", action="store_true", help="take over the finished steps of a killed search"
     )
@@ -371,6 +390,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
     _add_removal(parser, required=False)
+    _add_revision(parser)
     parser.add_argument(
         "--blocks",
         metavar="K,K…",

@@ -9,7 +9,7 @@ from typing import Any
 from sleb_serve.client import Client, ServerError
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Manifest
-from sleb_vllm.architectures import MANIFEST_PATH
+from sleb_serve.protocol import MANIFEST_PATH
 
 TOLERANCE = 0.1
 """Mean difference of log-probabilities (nats) that rounding may cause: in 16 bits, half of this

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from sleb_serve import strict_json
+from sleb_serve.cut import Cut
 from sleb_serve.errors import SlebError
 
 MAX_BLOCKS = 100_000
 """More blocks than any model has; keeps a hostile block count from costing memory."""
 
 
-REPAIRS = ("scale", "fold", "map")
+REPAIRS = ("fold",)
 """What can be done at the gaps that removed blocks leave; see `sleb_serve.repair`."""
 
-MAP_EPSILON = 1e-6
-"""Added to the stream's mean square where a map takes it normalised."""
+_FORMER_REPAIRS = ("map", "scale")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Pruning:
     def known_sha256(self) -> dict[int, str]:
         """Digests of the removed blocks' weights, so that these need not be read to be checked."""
         return dict(zip(self.removed, self.removed_sha256, strict=bool(self.removed_sha256)))
+
+    @property
+    def cut(self) -> Cut:
+        """The layers that go, for the config and the tensors of the model without them."""
+        return Cut(self.num_blocks, self.removed)
 
     @property
     def num_kept(self) -> int:
@@ -176,6 +181,11 @@ def gaps(removed: Sequence[int]) -> tuple[tuple[int, int], ...]:
 def repair_kind(value: object, where: str) -> str:
     """The kind of a repair, read strictly."""
     kind = strict_json.line(value, where)
+    if kind in _FORMER_REPAIRS:
+        raise SlebError(
+            f"{where} is {kind}, which is no longer served: it needs code in every layer and gives "
+            f"back less than a fold; select again with --repair fold, or without a repair"
+        )
     if kind not in REPAIRS:
         raise SlebError(
             f"{where} is {strict_json.short(kind)}, this sleb-serve knows {', '.join(REPAIRS)}; "

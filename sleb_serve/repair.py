@@ -1,16 +1,11 @@
-"""Repair of a pruned model in closed form: what the removed blocks did, as far as it is linear.
+"""Repair of a pruned model in closed form: what the removed blocks did, where it is linear.
 
 A run of removed blocks leaves a gap. The dense model says which states should leave it; the pruned
 model, repaired at the gaps before, says which enter it. A ridge regression from what there is to
-what is missing is fitted gap by gap in one pass over the layers, and nothing is trained:
-
-- *scale*: one factor on the stream (Prune&Comp, arXiv 2507.18212).
-- *fold*: a change to the last projection of the block before the gap, from its own inputs to what
-  is missing. It is put into that weight, so serving costs nothing (as in ReplaceMe, arXiv
-  2505.02819, which folds a map of the projection's output).
-- *map*: a d x d matrix; the stream is normalised to a mean square of one, goes through it, and is
-  added to the stream. What blocks add depends on the normalised stream, too: without it, a map
-  leaves a fifth more perplexity behind at 9 of SmolLM2's 30 blocks, and harms on other text.
+what is missing is fitted gap by gap in one pass over the layers, and nothing is trained. A *fold*
+is a change to the last projection of the block before the gap, from its own inputs to what is
+missing. It is put into that weight, so serving costs nothing (as in ReplaceMe, arXiv 2505.02819,
+which folds a map of the projection's output).
 
 Only the block before a gap is refitted. Refitting those behind it as well was tried: it learns the
 text, not the model. Fitted on 48 windows of 512 tokens of WikiText-2, SmolLM2 without 6 blocks then
@@ -32,8 +27,7 @@ from torch import Tensor, nn
 
 from sleb_serve.causal_lm import Call, CausalLM
 from sleb_serve.errors import SlebError
-from sleb_serve.pruning import MAP_EPSILON, gaps
-from sleb_serve.sidecar import gap_name
+from sleb_serve.pruning import gaps
 from sleb_serve.vocabulary import Vocabulary
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
@@ -51,23 +45,18 @@ class Gap:
     Attributes:
         first: the first removed block of the run.
         last: the last one.
-        name: of the weight in the checkpoint that is replaced; None for a map or scale.
-        weight: the new weight [d, inputs], or the map [d, d]; for a scale [1].
+        name: of the weight in the checkpoint that is replaced.
+        weight: the new weight [d, inputs].
         ridge: the strength that was chosen.
         missing: the share of the missing part's (weighted) square that held-out windows still miss.
     """
 
     first: int
     last: int
-    name: str | None
+    name: str
     weight: Tensor
     ridge: float
     missing: float
-
-    @property
-    def tensor(self) -> str:
-        """The name of the weight in the sidecar."""
-        return self.name or gap_name(self.first)
 
 
 @torch.inference_mode()
@@ -75,8 +64,8 @@ def fit(
     model: CausalLM,
     windows: Sequence[Sequence[int]],
     removed: Sequence[int],
-    kind: str,
     dtype: torch.dtype | None = None,
+    prefix: str | None = None,
 ) -> tuple[list[Gap], float]:
     """Fit a repair for every gap, from the first to the last.
 
@@ -84,8 +73,8 @@ def fit(
         model: the dense model.
         windows: token ids; at least four windows, of which every fourth chooses the strength.
         removed: the blocks that are gone.
-        kind: one of `REPAIRS`.
         dtype: of the checkpoint's weights, which a fold's must have; None for the model's.
+        prefix: what comes before the layer numbers in the checkpoint's names; None for the model's.
 
     Returns:
         The repairs, and the loss on the same windows with them, in nats per predicted token.
@@ -101,10 +90,10 @@ def fit(
     runs = gaps(removed)
     ends = {last: first for first, last in runs}
     before = {first - 1 for first, _ in runs}
-    if kind == "fold" and -1 in before:
+    if -1 in before:
         raise SlebError(
             "--repair fold changes the block before each gap, and block 0 is removed; keep it "
-            "(--early-barrier 1) or use --repair map"
+            "(--early-barrier 1)"
         )
     begun = [model.begin(window) for window in windows]
     dense, calls = [state for state, _ in begun], [calls for _, calls in begun]
@@ -116,14 +105,13 @@ def fit(
             dense = [model.run(layer, [s], c[index])[0] for s, c in zip(dense, calls, strict=True)]
             if index not in set(removed):
                 work = [(layer, s, c[index]) for s, c in zip(pruned, calls, strict=True)]
-                if kind == "fold" and index in before:
-                    pruned, folded = _run_and_watch(model, index, work)
+                if index in before:
+                    pruned, folded = _run_and_watch(model, index, work, prefix)
                 else:
                     pruned = [model.run(layer, [s], c)[0] for layer, s, c in work]
         if index in ends:
-            gap, pruned = _mend(
-                kind, (ends[index], index), pruned, dense, folded, dtype or model.dtype
-            )
+            run = (ends[index], index)
+            gap, pruned = _mend(run, pruned, dense, folded, dtype or model.dtype)
             found.append(gap)
     vocabulary = Vocabulary(model)
     losses = []
@@ -142,57 +130,33 @@ class _Folded:
     inputs: list[Tensor]
 
 
+Piece = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+
+
 def _mend(
-    kind: str,
     run: tuple[int, int],
     pruned: list[Tensor],
     dense: list[Tensor],
     folded: _Folded,
     dtype: torch.dtype,
 ) -> tuple[Gap, list[Tensor]]:
-    """Fit one gap's repair, and the states behind it; a fold's weight has the given dtype."""
+    """Fit one gap's repair, whose weight has the given dtype, and the states behind it."""
 
     def piece(number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of one window: what is given [L, p], what is missing [L, d], how tokens count [L, 1]."""
         state, goal = pruned[number][0].double(), dense[number][0].double()
-        given = folded.inputs[number].double() if kind == "fold" else state
-        if kind == "map":
-            given = nn.functional.rms_norm(given, given.shape[-1:], eps=MAP_EPSILON)
         weight = goal.square().sum(1, keepdim=True).clamp(min=1e-12).reciprocal()
-        return given, goal - state, weight
+        return folded.inputs[number].double(), goal - state, weight
 
-    if kind == "scale":
-        gap, change = _scale(run, piece, len(pruned))
-    else:
-        change, ridge, left = _ridge(piece, len(pruned))
-        if kind == "fold":
-            name, old = folded.name, folded.weight
-            weight = (old.double() + change.T).to(dtype)
-            change = (weight.double() - old.double()).T
-        else:
-            name, weight = None, change.float()
-            change = weight.double()
-        gap = Gap(*run, name, weight.contiguous(), ridge, left)
-    moved = []
-    for number, state in enumerate(pruned):
-        given = piece(number)[0]
-        moved_by = given @ change if change.ndim == 2 else given * change
-        moved.append((state.double() + moved_by).to(state.dtype))
-    return gap, moved
-
-
-Piece = Callable[[int], tuple[Tensor, Tensor, Tensor]]
-
-
-def _scale(run: tuple[int, int], piece: Piece, count: int) -> tuple[Gap, Tensor]:
-    along = square = whole = 0.0
-    for number in range(count):
-        x, y, w = piece(number)
-        along += float((w * x * y).sum())
-        square += float((w * x * x).sum())
-        whole += float((w * y * y).sum())
-    change = torch.full((1,), along / square, dtype=torch.float64, device=piece(0)[0].device)
-    return Gap(*run, None, (1 + change).float(), 0.0, 1 - along**2 / square / whole), change
+    change, ridge, left = _ridge(piece, len(pruned))
+    old = folded.weight
+    weight = (old.double() + change.T).to(dtype)
+    change = (weight.double() - old.double()).T
+    moved = [
+        (state.double() + piece(number)[0] @ change).to(state.dtype)
+        for number, state in enumerate(pruned)
+    ]
+    return Gap(*run, folded.name, weight.contiguous(), ridge, left), moved
 
 
 def _ridge(piece: Piece, count: int) -> tuple[Tensor, float, float]:
@@ -232,7 +196,7 @@ def _ridge(piece: Piece, count: int) -> tuple[Tensor, float, float]:
 
 
 def _run_and_watch(
-    model: CausalLM, index: int, work: list[tuple[Any, Tensor, Call]]
+    model: CausalLM, index: int, work: list[tuple[Any, Tensor, Call]], prefix: str | None
 ) -> tuple[list[Tensor], _Folded]:
     """Run a layer on states, and keep what goes into its last projection.
 
@@ -244,11 +208,13 @@ def _run_and_watch(
         (m for n, m in block.named_modules() if n in _PROJECTIONS and isinstance(m, nn.Linear)),
         None,
     )
-    names = [n for n, p in model.model.named_parameters() if projection and p is projection.weight]
-    if projection is None or not names or not _is_last(model, projection, *work[0]):
+    own = next(
+        (n for n, p in block.named_parameters() if projection and p is projection.weight), None
+    )
+    if projection is None or own is None or not _is_last(model, projection, *work[0]):
         raise SlebError(
             f"--repair fold: {type(block).__name__} does not end in a projection whose output is "
-            f"added to the stream as it is; use --repair map"
+            f"added to the stream as it is; select without --repair"
         )
     inputs: list[Tensor] = []
     hook = projection.register_forward_pre_hook(
@@ -259,7 +225,9 @@ def _run_and_watch(
         moved = [model.run(layer, [state], call)[0] for layer, state, call in work]
     finally:
         hook.remove()
-    return moved, _Folded(names[0], projection.weight.detach().clone(), inputs)
+    if prefix is None:
+        prefix = next(n for n, m in model.model.named_modules() if m is model.layers) + "."
+    return moved, _Folded(f"{prefix}{index}.{own}", projection.weight.detach().clone(), inputs)
 
 
 def _is_last(model: CausalLM, projection: nn.Module, layer: Any, state: Tensor, call: Call) -> bool:

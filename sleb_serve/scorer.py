@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from sleb_serve.calibration import Windows
 from sleb_serve.causal_lm import CausalLM, load_model
 from sleb_serve.checkpoint import Checkpoint
+from sleb_serve.cut import count_of, shared_sources
 from sleb_serve.errors import SlebError
+from sleb_serve.likeness import decoder_of
 from sleb_serve.memory import USED_SHARE, BudgetError, default_budget, format_size, give_back_freed
 from sleb_serve.racing import FastSearch
 from sleb_serve.ranks import Ranks, processes_here
 from sleb_serve.repair import Gap, fit
 from sleb_serve.scoring import LayerSweep
 from sleb_serve.selection import Scores
+from sleb_serve.whole_model import EMBEDDING, WholeModel
 
 FAST_ERROR = 0.05
 """Probability that ``--search fast`` goes another way than the exact search, in any step."""
@@ -86,10 +90,15 @@ class Scorer:
         computed = checkpoint.dtype if dtype == "auto" else dtype
         states = states_in(computed)
 
-        def sweep(budget: int, dtype: str, weights: int, streamed: bool = False) -> LayerSweep:
+        def sweep(
+            budget: int, dtype: str, weights: int, streamed: bool = False
+        ) -> LayerSweep | WholeModel:
             model = load_model(checkpoint, dtype, streamed=streamed, device=ranks.device)
+            pieces = None if _is_whole(model, objective) else CausalLM(model, own[0])
+            if pieces is None or not pieces.separable:
+                return WholeModel(model, own, gather=ranks.gather, objective=objective)
             return LayerSweep(
-                CausalLM(model, own[0]),
+                pieces,
                 own,
                 budget=budget,
                 weights=weights,
@@ -98,7 +107,7 @@ class Scorer:
                 objective=objective,
             )
 
-        self.screen: LayerSweep | None = None
+        self.screen: LayerSweep | WholeModel | None = None
         half = resident // 2
         raced = fast and computed == "float32" and has_fast("bfloat16")
         if raced and 2 * states + resident + half < budget // 2:
@@ -114,9 +123,13 @@ class Scorer:
             streams = True
             self.sweep = sweep(budget, dtype, outside, streams)
         self._least = least
+        self._prefix = checkpoint.layer_prefix
         self._weights_dtype: torch.dtype | None = getattr(torch, checkpoint.dtype, None)
-        self.dtype = str(self.sweep.model.dtype).removeprefix("torch.")
-        found = len(self.sweep.model.layers)
+        whole = isinstance(self.sweep, WholeModel)
+        pieces = self.sweep if isinstance(self.sweep, WholeModel) else self.sweep.model
+        self.model: Any = pieces.whole if isinstance(pieces, WholeModel) else pieces.model
+        self.dtype = str(pieces.dtype).removeprefix("torch.")
+        found = len(pieces.layers)
         if found != checkpoint.num_blocks:
             raise SlebError(
                 f"{checkpoint.path}: config.json counts {checkpoint.num_blocks} blocks, the model "
@@ -124,11 +137,17 @@ class Scorer:
             )
         self._race = (
             FastSearch(self.sweep, error=FAST_ERROR, steps=steps, screen=self.screen)
-            if fast
+            if fast and isinstance(self.sweep, LayerSweep)
             else None
         )
         place = "read from disk layer by layer" if streams else "in memory"
-        race = f", raced in {'bfloat16' if self.screen else self.dtype}" if fast else ""
+        race = (
+            ""
+            if whole
+            else f", raced in {'bfloat16' if self.screen else self.dtype}"
+            if fast
+            else ""
+        )
         shares = f", one of {ranks.count} processes" if ranks.count > 1 else ""
         self.how = (
             f"weights {place} ({format_size(resident)} in {self.dtype}){race}, within "
@@ -148,13 +167,24 @@ class Scorer:
         return self.sweep.score(removed, candidates, on_layer=on_layer, least=self._least)
 
     def repair(
-        self, kind: str, windows: Sequence[Sequence[int]], removed: Sequence[int]
+        self, windows: Sequence[Sequence[int]], removed: Sequence[int]
     ) -> tuple[list[Gap], float]:
         """Fit a repair on all processes' windows: see `sleb_serve.repair.fit`."""
+        if isinstance(self.sweep, WholeModel):
+            raise SlebError(
+                "--repair fold: this model's layers use what other layers computed, so no block "
+                "can be fitted alone; select without --repair"
+            )
         result: tuple[list[Gap], float] = fit(
-            self.sweep.model, windows, removed, kind, self._weights_dtype
+            self.sweep.model, windows, removed, self._weights_dtype, self._prefix
         )
         return result
+
+
+def _is_whole(model: Any, objective: str) -> bool:
+    """Whether layers cannot be run one by one; see `sleb_serve.whole_model`."""
+    values = decoder_of(model.config).to_dict()
+    return objective == EMBEDDING or bool(shared_sources(values, count_of(values) or 0))
 
 
 def _weights(checkpoint: Checkpoint, dtype: str) -> tuple[int, int | None]:
@@ -173,7 +203,9 @@ def _weights(checkpoint: Checkpoint, dtype: str) -> tuple[int, int | None]:
 
 
 def _state_bytes(checkpoint: Checkpoint, length: int, dtype: str) -> int:
-    hidden = checkpoint.config.get("hidden_size", checkpoint.config.get("n_embd", 0))
+    hidden = checkpoint.decoder_config.get(
+        "hidden_size", checkpoint.decoder_config.get("n_embd", 0)
+    )
     return length * hidden * _ITEM_BYTES.get(dtype, 2) if isinstance(hidden, int) else 0
 
 

@@ -14,6 +14,7 @@ from sleb_serve import __version__
 from sleb_serve.binding import bind
 from sleb_serve.calibration import Windows, make_windows
 from sleb_serve.checkpoint import Checkpoint, download_weights, open_checkpoint
+from sleb_serve.cut import removable
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import check_writable
 from sleb_serve.manifest import Manifest, ModelBinding, Removal, Repair, Selection
@@ -27,10 +28,12 @@ from sleb_serve.selection import (
     Step,
     beam,
     blocks_to_remove,
+    candidates,
     greedy,
     recorded,
     swap,
 )
+from sleb_serve.shorter import check_servable
 from sleb_serve.sidecar import sidecar_path, write_sidecar
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ class SelectOptions:
     late_barrier: int = 1
     dtype: str = "auto"
     search: str = "greedy"
-    objective: str = "nll"
+    objective: str | None = None
     seeds: int = 1
     repair: str = "none"
     repair_sequences: int | None = None
@@ -130,9 +133,9 @@ def parse_search(options: SelectOptions) -> Search:
     if options.repair_search < 1 or options.repair == "none":
         raise SlebError(
             "--repair-search N judges the N best blocks of each step as they are once repaired: "
-            "give a number and --repair fold, map or scale"
+            "give a number and --repair fold"
         )
-    if name != "greedy" or options.objective != "nll":
+    if name != "greedy" or options.objective not in (None, "nll"):
         raise SlebError(
             "--repair-search goes with --search greedy and --objective nll only; leave the other "
             "option out"
@@ -180,9 +183,11 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
         SlebError: what was asked for cannot be done; nothing was written, or nothing more than the
             log of the steps that were finished.
     """
-    from sleb_serve.causal_lm import check_causal_lm
+    from sleb_serve.causal_lm import generates
     from sleb_serve.deletion import golden
+    from sleb_serve.likeness import decoder_of, transformers_config
     from sleb_serve.scorer import Scorer
+    from sleb_serve.whole_model import EMBEDDING
 
     search = parse_search(options)
     if options.seeds < 1:
@@ -191,10 +196,26 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
     if search.repair is not None and ranks.count > 1:
         raise SlebError("--repair-search is for one process; start it without a launcher")
     checkpoint = open_checkpoint(options.model, options.revision)
-    check_causal_lm(checkpoint)
+    objective = options.objective or ("nll" if generates(checkpoint) else EMBEDDING)
+    if objective != EMBEDDING and not generates(checkpoint):
+        raise SlebError(
+            f"--objective {objective} needs predictions, which {checkpoint.architecture} has not; "
+            f"use --objective {EMBEDDING}"
+        )
+    config = transformers_config(checkpoint.path)
+    values = checkpoint.decoder_config if config is None else decoder_of(config).to_dict()
+    among = removable(values, checkpoint.num_blocks)
     count = blocks_to_remove(
         options.remove, checkpoint.num_blocks, options.early_barrier, options.late_barrier
     )
+    most = len(
+        candidates(checkpoint.num_blocks, (), options.early_barrier, options.late_barrier, among)
+    )
+    if count > most:
+        raise SlebError(
+            f"--remove {options.remove}: {most} of the blocks between the barriers can go, the "
+            f"others hold what later blocks use; ask for fewer"
+        )
     check_writable(options.output)
     budget = parse_size(options.memory_budget) if options.memory_budget else None
     download_weights(options.model, options.revision)
@@ -228,7 +249,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
             budget=budget,
             steps=count,
             fast=search.name == "fast",
-            objective=options.objective,
+            objective=objective,
             least=search.exact,
         )
         binding = binding or bind(options.model, checkpoint)
@@ -237,7 +258,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
             early_barrier=options.early_barrier,
             late_barrier=options.late_barrier,
             dtype=scorer.dtype,
-            objective=options.objective,
+            objective=objective,
         )
         log = SearchLog(
             log_path(options.output, sample),
@@ -260,6 +281,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
             remove=count,
             early_barrier=options.early_barrier,
             late_barrier=options.late_barrier,
+            among=among,
         )
         return _Found(choices, dense(), scorer, windows, selection)
 
@@ -268,11 +290,11 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
     removed = [choice.block for choice in found.choices]
     repair, tensors = None, {}
     if options.repair != "none" and ranks.index == 0:
-        mended, loss = found.scorer.repair(options.repair, more_windows.tokens, removed)
+        mended, loss = found.scorer.repair(more_windows.tokens, removed)
         progress.repaired(mended, loss)
         sidecar = sidecar_path(options.output)
         about = {"weights_sha256": binding.weights_sha256, "removed": sorted(removed)}
-        tensors = {gap.tensor: gap.weight for gap in mended}
+        tensors = {gap.name: gap.weight for gap in mended}
         digest = write_sidecar(sidecar, tensors, about)
         repair = Repair(
             options.repair, sidecar.name, digest, more_windows.calibration.sequences, loss
@@ -284,7 +306,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
         calibration=found.windows.calibration,
         selection=found.selection,
         repair=repair,
-        golden=golden(found.scorer.sweep.model.model, found.windows.tokens[0], removed, tensors),
+        golden=golden(found.scorer.model, found.windows.tokens[0], removed, tensors),
         created_by={
             "sleb_serve": __version__,
             "torch": version("torch"),
@@ -296,6 +318,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
         tuple(choice.block for choice in search_on(sample).choices)
         for sample in range(1, options.seeds)
     ]
+    check_servable(checkpoint, manifest.pruning().cut)
     assert manifest.selection is not None
     selection = replace(manifest.selection, samples=tuple(others))
     manifest = replace(manifest, selection=selection)
@@ -331,8 +354,7 @@ def _logged(
             progress.repairs_begin(number, min(search.shortlist, len(candidates)))
 
             def loss_of(block: int) -> float:
-                assert search.repair is not None
-                _, loss = scorer.repair(search.repair, windows.tokens, [*removed, block])
+                _, loss = scorer.repair(windows.tokens, [*removed, block])
                 progress.advance()
                 return loss
 
@@ -394,7 +416,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Callable[[str], Sequence[int]]:
 def context_length(checkpoint: Checkpoint) -> int:
     """How many positions the model was made for, as its config says; 2,048 where it does not."""
     for key in ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length"):
-        value = checkpoint.config.get(key)
+        value = checkpoint.decoder_config.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return OFFICIAL_SEQUENCE_LENGTH

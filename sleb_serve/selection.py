@@ -103,7 +103,11 @@ def blocks_to_remove(text: str, num_blocks: int, early_barrier: int, late_barrie
 
 
 def candidates(
-    num_blocks: int, removed: Sequence[int], early_barrier: int, late_barrier: int
+    num_blocks: int,
+    removed: Sequence[int],
+    early_barrier: int,
+    late_barrier: int,
+    among: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """The blocks that may go next: all alive but the first `early_barrier` and last `late_barrier`.
 
@@ -111,7 +115,8 @@ def candidates(
     """
     gone = set(removed)
     alive = [block for block in range(num_blocks) if block not in gone]
-    return tuple(alive[early_barrier : len(alive) - late_barrier])
+    found = alive[early_barrier : len(alive) - late_barrier]
+    return tuple(block for block in found if among is None or block in among)
 
 
 def recorded(
@@ -179,9 +184,7 @@ def greedy(
     path: Path = ()
     while len(path) < remove:
         removed = _blocks(path)
-        eligible = candidates(num_blocks, removed, early_barrier, late_barrier)
-        if among is not None:
-            eligible = tuple(block for block in eligible if block in set(among))
+        eligible = candidates(num_blocks, removed, early_barrier, late_barrier, among)
         losses = score(removed, eligible).losses
         best = losses.index(min(losses))
         path += (Choice(eligible[best], losses[best]),)
@@ -196,6 +199,7 @@ def beam(
     remove: int,
     early_barrier: int = 1,
     late_barrier: int = 1,
+    among: Sequence[int] | None = None,
 ) -> Path:
     """Follow the `width` best sets of removed blocks of each size, instead of one.
 
@@ -207,7 +211,7 @@ def beam(
         found: dict[frozenset[int], Path] = {}
         for path in paths:
             removed = _blocks(path)
-            eligible = candidates(num_blocks, removed, early_barrier, late_barrier)
+            eligible = candidates(num_blocks, removed, early_barrier, late_barrier, among)
             scores = score(removed, eligible)
             for block, loss, exact in zip(eligible, scores.losses, scores.exact, strict=True):
                 if exact:
@@ -224,6 +228,7 @@ def swap(
     remove: int,
     early_barrier: int = 1,
     late_barrier: int = 1,
+    among: Sequence[int] | None = None,
 ) -> Path:
     """Improve the greedy choice by exchanging one block at a time, until no exchange lowers a loss.
 
@@ -238,12 +243,12 @@ def swap(
         early_barrier=early_barrier,
         late_barrier=late_barrier,
     )
-    start = search()
+    start = search(among=among)
     chosen, least = list(_blocks(start)), start[-1].loss
     tried = 0  # blocks in a row that nothing better was found for
     while tried < remove:
         rest = tuple(chosen[1:])
-        eligible = candidates(num_blocks, rest, early_barrier, late_barrier)
+        eligible = candidates(num_blocks, rest, early_barrier, late_barrier, among)
         losses = score(rest, eligible).losses
         best = eligible[losses.index(min(losses))]
         if best != chosen[0] and min(losses) < least:

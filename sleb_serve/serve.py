@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from sleb_serve import strict_json
-from sleb_serve.checkpoint import Checkpoint, open_checkpoint, pruned_config
+from sleb_serve.checkpoint import Checkpoint, download_weights, open_checkpoint
 from sleb_serve.draft import draft_options, value_of
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Manifest
+from sleb_serve.protocol import CONFIG_KEY, ENTRY_POINT, FORMAT, READER_KEY, READERS, guard_name
 from sleb_serve.pruning import Pruning
 from sleb_serve.sidecar import check_sidecar
-from sleb_vllm.architectures import ARCHITECTURES, CONFIG_KEY, ENTRY_POINT, why_refused
+from sleb_serve.support import status, why_refused
 from sleb_vllm.compat import check_version, vllm_version
 
 _OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)
@@ -36,6 +37,7 @@ def draft_command(model: str, manifest: Manifest, options: Sequence[str], tokens
         SlebError: as `serve_command`, or an option sets up speculation, too.
     """
     pruning = manifest.pruning()
+    options = _pinned(model, manifest, options)
     checkpoint = check_model(model, pruning, revision=value_of(options, "--revision"))
     return server_command(
         model, [*options, *draft_options(model, checkpoint, pruning, options, tokens)]
@@ -58,11 +60,14 @@ def serve_command(model: str, manifest: Manifest, options: Sequence[str]) -> lis
     rest, own = _take_overrides(options)
     if any(_MODEL.match(option) for option in rest):
         raise SlebError("--model is given twice: name the model once, right after `serve`")
+    rest = _pinned(model, manifest, rest)
     checkpoint = check_model(model, pruning, revision=value_of(rest, "--revision"))
     overrides = {**own, **pruned_overrides(pruning, checkpoint)}
+    rest = _take_formats(rest)
     if not any(re.match(r"--served[-_]model[-_]name(=|\Z)", option) for option in rest):
         rest += ["--served-model-name", served_name(model, pruning)]
     # Last, so that whatever stands before it cannot replace it: argparse takes the last.
+    rest += ["--config-format", FORMAT, "--load-format", FORMAT]
     rest += ["--hf-overrides", json.dumps(overrides, separators=(",", ":"))]
     return server_command(model, rest)
 
@@ -79,17 +84,35 @@ def server_command(model: str, options: Sequence[str]) -> list[str]:
     return [_script("vllm"), "serve", model, *options]
 
 
+def revision_of(model: str, manifest: Manifest, given: str | None) -> str | None:
+    """The revision of a hub model: the one that is given, or else the manifest's own."""
+    if given is not None or Path(model).is_dir() or model != manifest.model.id:
+        return given
+    return manifest.model.revision
+
+
 def check_model(
-    model: str, pruning: Pruning, revision: str | None = None, servable: bool = True
+    model: str,
+    pruning: Pruning,
+    revision: str | None = None,
+    servable: bool = True,
+    fetch: bool = False,
 ) -> Checkpoint:
     """Refuse a model that is not the manifest's, or if `servable`, that the plugin cannot serve.
 
-    Weights that are not on this machine yet are left to the plugin, which looks at them after vLLM
-    has fetched them.
+    Args:
+        model: folder or hub id.
+        pruning: the manifest's content.
+        revision: of a hub model; None for its default branch.
+        servable: whether the plugin is to serve it.
+        fetch: bring a hub model's weights to this machine first. Without, weights that are not
+            here are left to the plugin, which compares them once vLLM has fetched them.
 
     Raises:
         SlebError: naming what was expected and what was found.
     """
+    if fetch:
+        download_weights(model, revision)
     checkpoint = open_checkpoint(model, revision)
     pruning.check_binding(
         model,
@@ -97,14 +120,32 @@ def check_model(
         num_blocks=checkpoint.num_blocks,
         config_sha256=checkpoint.config_sha256(),
     )
-    if Path(model).is_dir():
-        found = checkpoint.weights_sha256(pruning.known_sha256)
-        pruning.check_binding(model, weights_sha256=found)
-    if servable and pruning.architecture not in ARCHITECTURES:
+    compare_weights(model, checkpoint, pruning)
+    if servable and status(pruning.architecture)[0] == "refused":
         raise SlebError(why_refused(pruning.architecture))
     if pruning.repair is not None:
         check_sidecar(pruning.repair)
     return checkpoint
+
+
+def compare_weights(model: str, checkpoint: Checkpoint, pruning: Pruning) -> bool:
+    """Refuse weights that are not the manifest's.
+
+    Returns:
+        Whether they were compared; not where a hub model's are not on this machine.
+
+    Raises:
+        SlebError: they are others, or a folder lacks some.
+    """
+    known = pruning.known_sha256
+    try:
+        checkpoint.weight_files(frozenset(known))
+    except SlebError:
+        if Path(model).is_dir():
+            raise
+        return False
+    pruning.check_binding(model, weights_sha256=checkpoint.weights_sha256(known))
+    return True
 
 
 def check_plugin() -> None:
@@ -152,15 +193,41 @@ def plugin_environment() -> dict[str, str]:
 
 
 def pruned_overrides(pruning: Pruning, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The ``--hf-overrides`` that ask vLLM for the pruned model."""
-    config = pruned_config(checkpoint.config, pruning)
-    return {k: config[k] for k in ("architectures", CONFIG_KEY, "auto_map") if k in config}
+    """The ``--hf-overrides`` that ask vLLM for the pruned model, in its config and load format.
+
+    The plugin's config parser takes them out of the overrides. Where it does not run, vLLM knows no
+    such architecture, nor may it fall back on a model's own code, which would be the dense model.
+    """
+    own = {"architectures": [guard_name(pruning.architecture)], CONFIG_KEY: [pruning.to_dict()]}
+    return {**own, **({"auto_map": None} if "auto_map" in checkpoint.config else {})}
+
+
+def engine_arguments(
+    pruning: Pruning, checkpoint: Checkpoint, own: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` that ask for the pruned model, joined with a user's `own`.
+
+    Raises:
+        SlebError: the user's load format reads other files.
+    """
+    own = own or {}
+    overrides = {**(own.get("hf_overrides") or {}), **pruned_overrides(pruning, checkpoint)}
+    extra = _reader(own.get("load_format"), own.get("model_loader_extra_config") or {})
+    found = {**own, "hf_overrides": overrides, "config_format": FORMAT, "load_format": FORMAT}
+    return {**found, **({"model_loader_extra_config": extra} if extra else {})}
 
 
 def served_name(model: str, pruning: Pruning) -> str:
     """The name under which the pruned model is served: the model's, the block count, the digest."""
     path = Path(model)
     return f"{path.resolve().name if path.is_dir() else model}-{pruning.tag}"
+
+
+def _pinned(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]:
+    """The options with the revision that the manifest was made on, unless they name one."""
+    given = value_of(options, "--revision")
+    revision = revision_of(model, manifest, given)
+    return [*options, *(["--revision", revision] if revision and given is None else [])]
 
 
 def _take_overrides(options: Sequence[str]) -> tuple[list[str], Mapping[str, Any]]:
@@ -194,6 +261,52 @@ def _take_overrides(options: Sequence[str]) -> tuple[list[str], Mapping[str, Any
                 f'--hf-overrides: "{key}" is set from the manifest; leave it out of the overrides'
             )
     return rest, found
+
+
+def _take_formats(options: Sequence[str]) -> list[str]:
+    """The options without ``--load-format``, whose value becomes that of the loader's reader."""
+    if value_of(options, "--config-format") is not None:
+        raise SlebError("--config-format is set from the manifest; leave the option out")
+    rest, found = _without(options, "--load-format")
+    rest, extra = _without(rest, "--model-loader-extra-config")
+    given = {}
+    if extra is not None:
+        name = "--model-loader-extra-config"
+        given = dict(strict_json.any_object(strict_json.load(extra.encode()), name))
+    given = _reader(found, given)
+    if given:
+        rest += ["--model-loader-extra-config", json.dumps(given, separators=(",", ":"))]
+    return rest
+
+
+def _reader(load_format: str | None, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The loader's extra configuration with the load format that is to read the files."""
+    reader = extra.get(READER_KEY) if load_format in (None, "auto", FORMAT) else load_format
+    if reader is None:
+        return dict(extra)
+    if reader not in READERS:
+        raise SlebError(
+            f"--load-format {reader} reads other files than the checkpoint that the manifest was "
+            f"made on, so they cannot be held against it; leave the option out"
+        )
+    return {**extra, READER_KEY: reader}
+
+
+def _without(options: Sequence[str], name: str) -> tuple[list[str], str | None]:
+    """The options without one, and its value; the last one counts."""
+    rest: list[str] = []
+    value = None
+    pending = list(options)
+    while pending:
+        option = pending.pop(0)
+        key, equals, own = option.partition("=")
+        if key.replace("_", "-") != name:
+            rest.append(option)
+        elif equals:
+            value = own
+        elif pending:
+            value = pending.pop(0)
+    return rest, value
 
 
 def _script(name: str) -> str:

@@ -1,8 +1,7 @@
 """The sidecar of a repaired manifest: a safetensors file with the weights that repair its gaps.
 
-A fold's tensors have the names and shapes of the checkpoint's, in whose place they are loaded; a
-map's or a scale's are named ``gap.N`` after the first block of the gap. The manifest names the file
-and its SHA-256, and lies beside it.
+Its tensors have the names and shapes of the checkpoint's, in whose place they are loaded. The
+manifest names the file and its SHA-256, and lies beside it.
 """
 
 from __future__ import annotations
@@ -23,11 +22,6 @@ _CHUNK = 1 << 24
 def sidecar_path(output: Path) -> Path:
     """Where the sidecar of the manifest `output` lies."""
     return output.with_name(f"{output.name}.repair.safetensors")
-
-
-def gap_name(first: int) -> str:
-    """The name of the tensor that repairs the gap whose first removed block is `first`."""
-    return f"gap.{first}"
 
 
 def write_sidecar(path: Path, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -81,7 +75,7 @@ def read_sidecar(pruning: Pruning) -> dict[str, Any]:
     """The tensors that repair a pruning, on the CPU; none if it is not repaired.
 
     Raises:
-        SlebError: as `check_sidecar`, or a gap has no tensor.
+        SlebError: as `check_sidecar`.
     """
     if pruning.repair is None:
         return {}
@@ -89,13 +83,6 @@ def read_sidecar(pruning: Pruning) -> dict[str, Any]:
 
     check_sidecar(pruning.repair)
     tensors: dict[str, Any] = load_file(pruning.repair.path)
-    if pruning.repair.kind != "fold":
-        wanted = {gap_name(first) for first, _ in pruning.gaps}
-        if tensors.keys() != wanted:
-            raise SlebError(
-                f"the repair {pruning.repair.path} holds {', '.join(sorted(tensors))}, the removed "
-                f"blocks leave the gaps {', '.join(sorted(wanted))}; select with --repair anew"
-            )
     return tensors
 
 

@@ -11,7 +11,7 @@ def head_share(checkpoint: Checkpoint) -> float | None:
     None where the checkpoint does not say: PyTorch's own format, or sizes of other names.
     """
     counts = checkpoint.parameter_counts()
-    config = checkpoint.config
+    config = checkpoint.decoder_config
     hidden, vocabulary = config.get("hidden_size", config.get("n_embd")), config.get("vocab_size")
     if counts is None or not isinstance(hidden, int) or not isinstance(vocabulary, int):
         return None

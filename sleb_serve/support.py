@@ -1,16 +1,58 @@
-"""Which architectures can be served pruned: for people, documents and machines."""
+"""Which architectures can be served pruned: data, and how people and machines read it.
+
+*Proven*: prompt log-probabilities and a greedy continuation of a tiny random model, pruned in vLLM,
+equal Transformers' with the blocks skipped. *Expected*: the same mechanism, not proven. *Refused*:
+the model cannot be said with fewer layers.
+"""
 
 from __future__ import annotations
 
-from sleb_vllm.architectures import EXPECTED, PROVEN, REFUSED
+import functools
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from types import MappingProxyType
+from typing import Any
+
+UNLISTED = "it is not in the support matrix of this release"
 
 
-def support() -> dict[str, dict[str, str]]:
+@functools.cache
+def _data() -> Mapping[str, Any]:
+    text = files("sleb_serve").joinpath("support.json").read_text(encoding="utf-8")
+    return MappingProxyType(json.loads(text))
+
+
+def made() -> tuple[str, Mapping[str, str]]:
+    """The date of the matrix, and the versions it was made with."""
+    return _data()["date"], _data()["versions"]
+
+
+def status(architecture: str) -> tuple[str, str]:
+    """What is known of an architecture: ``proven``, ``expected`` or ``refused``, and why."""
+    found = support().get(architecture)
+    if found is None:
+        return "expected", UNLISTED
+    return found["status"], found.get("reason", "")
+
+
+def why_refused(architecture: str) -> str:
+    """Why an architecture of the refused ones is not served pruned, as a message."""
+    return (
+        f"{architecture} cannot be served pruned: {status(architecture)[1]}; `sleb-serve "
+        f"architectures` lists those that can"
+    )
+
+
+@functools.cache
+def support() -> Mapping[str, Mapping[str, str]]:
     """Per architecture: ``status`` (proven, expected, refused) and, unless proven, ``reason``."""
-    found = {name: {"status": "proven"} for name in PROVEN}
-    for status, reasons in (("expected", EXPECTED), ("refused", REFUSED)):
-        found |= {name: {"status": status, "reason": why} for name, why in reasons.items()}
-    return dict(sorted(found.items()))
+    data = _data()
+    found: dict[str, dict[str, str]] = {name: {"status": "proven"} for name in data["proven"]}
+    for kind in ("expected", "refused"):
+        for reason, names in data[kind].items():
+            found |= {name: {"status": kind, "reason": reason} for name in names}
+    return MappingProxyType(dict(sorted(found.items())))
 
 
 def support_text() -> str:
@@ -25,12 +67,13 @@ def support_text() -> str:
 
 def support_markdown() -> str:
     """The support matrix as a table of a row per status and reason."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, row in support().items():
-        group = (row["status"], row.get("reason", "held against Transformers, blocks deleted"))
-        groups.setdefault(group, []).append(name.removesuffix("ForCausalLM"))
-    order = ("proven", "expected", "refused")
-    lines = ["| | why | architectures (…ForCausalLM) |", "|---|---|---|"]
-    for (status, reason), names in sorted(groups.items(), key=lambda g: order.index(g[0][0])):
-        lines.append(f"| {status} | {reason} | {', '.join(names)} |")
+    data = _data()
+    lines = ["| | why | architectures (…ForCausalLM, if no more is said) |", "|---|---|---|"]
+    groups = [("proven", "equal to Transformers with the blocks skipped", data["proven"])]
+    groups += [
+        (kind, why, names) for kind in ("expected", "refused") for why, names in data[kind].items()
+    ]
+    for kind, reason, names in groups:
+        short = ", ".join(name.removesuffix("ForCausalLM") for name in names)
+        lines.append(f"| {kind} | {reason} | {short} |")
     return "\n".join(lines)

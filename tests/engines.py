@@ -20,6 +20,7 @@ from conftest import ROOT
 from sleb_serve.binding import bind
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.manifest import Manifest, Removal
+from sleb_serve.protocol import FORMAT
 from sleb_serve.pruning import Pruning
 from sleb_serve.serve import pruned_overrides
 
@@ -39,12 +40,13 @@ class Case:
         return f"{self.model}-{'_'.join(map(str, self.removed)) or 'dense'}-{self.dtype}"
 
     def job(self, path: Path, **engine: Any) -> dict[str, Any]:
+        formats = {"config_format": FORMAT, "load_format": FORMAT} if self.removed else {}
         return {
             "model": str(path),
             "overrides": overrides(path, self.removed) if self.removed else {},
             "prompts": PROMPTS,
             "max_tokens": NEW_TOKENS,
-            "engine": {"dtype": self.dtype, **engine},
+            "engine": {"dtype": self.dtype, **formats, **engine},
         }
 
 

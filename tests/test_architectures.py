@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sleb_vllm.architectures import EXPECTED, PROVEN, REFUSED
 
 import oracle
 from engines import PROMPTS, Case, check_equal, check_size, differences, greedy_equal, run_jobs
 from sleb_serve.checkpoint import open_checkpoint
-from sleb_vllm.architectures import EXPECTED, PROVEN, REFUSED
 from tiny import TINY
 
 Models = Callable[[str], Path]

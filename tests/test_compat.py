@@ -6,12 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sleb_vllm.features import check_features
 
 from sleb_serve.errors import SlebError
 from sleb_serve.serve import check_plugin
 from sleb_vllm import compat
 from sleb_vllm.compat import check_version, vllm_version
-from sleb_vllm.features import check_features
 
 
 @pytest.fixture(autouse=True)

@@ -245,9 +245,8 @@ def test_tensors_of_removed_layers_are_never_asked_for(
 ) -> None:
     """Through vLLM's own reader, with the safetensors library watched."""
     import safetensors
-    from vllm.model_executor.model_loader import weight_utils
-
     from sleb_vllm.weights import removed_weights_skipped
+    from vllm.model_executor.model_loader import weight_utils
 
     asked: list[str] = []
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sleb_vllm.proof import Watched, check_ranks
 
 from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
-from sleb_vllm.proof import Watched, check_ranks
 
 PRUNING = Pruning("LlamaForCausalLM", 6, "0" * 64, "1" * 64, (2, 3))
 

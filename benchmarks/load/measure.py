@@ -22,7 +22,7 @@ from sleb_bench.report import geometric_mean_interval
 from sleb_serve.binding import bind
 from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.manifest import Manifest, Removal
-from sleb_serve.serve import pruned_overrides
+from sleb_serve.serve import engine_arguments
 
 REMOVED = (4, 7, 11, 14, 17)
 LAYERS = 22
@@ -43,7 +43,7 @@ def main() -> None:
         _make(model)
     checkpoint = open_checkpoint(str(model))
     manifest = Manifest(bind(str(model), checkpoint), tuple(Removal(b) for b in REMOVED))
-    pruned = pruned_overrides(manifest.pruning(), checkpoint)
+    pruned = engine_arguments(manifest.pruning(), checkpoint)
     kept, skipped = checkpoint.tensor_bytes(frozenset(REMOVED)) or (0, 0)
     records = []
     # Round 0 warms the page cache and is not counted.
@@ -106,7 +106,7 @@ def _load(model: Path, overrides: dict[str, Any]) -> dict[str, float]:
     start = time.perf_counter()
     LLM(
         str(model),
-        hf_overrides=overrides,
+        **overrides,
         max_model_len=128,
         enforce_eager=True,
         skip_tokenizer_init=True,

@@ -26,11 +26,11 @@ from sleb_serve.checkpoint import Checkpoint, open_checkpoint
 from sleb_serve.manifest import Manifest, Removal, Repair, read_manifest
 from sleb_serve.repair import fit
 from sleb_serve.select import load_tokenizer
-from sleb_serve.serve import pruned_overrides
+from sleb_serve.serve import engine_arguments
 from sleb_serve.sidecar import sidecar_path, write_sidecar
 
 REMOVED = (5, 4, 26, 25, 6, 7)
-KINDS = ("none", "fold", "map")
+KINDS = ("none", "fold")
 BATCHES, PROMPT, OUTPUT = (1, 8), 16, 64
 
 
@@ -51,7 +51,7 @@ def main() -> None:
             "max_num_seqs": max(BATCHES),
             "enable_prefix_caching": False,
             "disable_log_stats": False,
-            "hf_overrides": overrides(checkpoint, model, kind, options.folder),
+            **asked(checkpoint, model, kind, options.folder),
         }
         for kind in KINDS
     }
@@ -69,7 +69,7 @@ def main() -> None:
         print(line)
 
 
-def overrides(checkpoint: Checkpoint, model: str, kind: str, folder: Path) -> dict[str, Any]:
+def asked(checkpoint: Checkpoint, model: str, kind: str, folder: Path) -> dict[str, Any]:
     """What asks vLLM for the pruned model with this repair."""
     output = folder / f"{kind}.json"
     repair = None
@@ -77,14 +77,12 @@ def overrides(checkpoint: Checkpoint, model: str, kind: str, folder: Path) -> di
         windows = make_windows(
             EMBEDDED, load_tokenizer(checkpoint), sequences=8, sequence_length=256
         ).tokens
-        found, loss = fit(
-            CausalLM(load_model(checkpoint, "auto"), windows[0]), windows, REMOVED, kind
-        )
+        found, loss = fit(CausalLM(load_model(checkpoint, "auto"), windows[0]), windows, REMOVED)
         sidecar = sidecar_path(output)
-        digest = write_sidecar(sidecar, {gap.tensor: gap.weight for gap in found}, {})
+        digest = write_sidecar(sidecar, {gap.name: gap.weight for gap in found}, {})
         repair = Repair(kind, sidecar.name, digest, len(windows), loss)
     Manifest(bind(model, checkpoint), tuple(map(Removal, REMOVED)), repair=repair).write(output)
-    return pruned_overrides(read_manifest(output).pruning(), checkpoint)
+    return engine_arguments(read_manifest(output).pruning(), checkpoint)
 
 
 def measure(

@@ -236,7 +236,7 @@ class Study:
         removed = choose()
         gaps = self.repair(kind, removed) if kind else []
         model = load_model(self.checkpoint, self.dtype)
-        with blocks_deleted(model, removed, {gap.tensor: gap.weight for gap in gaps}):
+        with blocks_deleted(model, removed, {gap.name: gap.weight for gap in gaps}):
             entry: dict[str, Any] = {
                 "model": name,
                 "removed_count": count,

@@ -12,7 +12,7 @@ from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.export import export
 from sleb_serve.manifest import Manifest
 from sleb_serve.pruning import Pruning
-from sleb_serve.serve import pruned_overrides
+from sleb_serve.serve import engine_arguments
 
 DENSE = "dense"
 BESIDE = ("dense", "export", "capped", "transformers")
@@ -110,9 +110,7 @@ def _of(
     pruning = manifest.pruning()
     count = len(manifest.removed)
     name = f"sleb{count}"
-    theirs = arguments.get("hf_overrides") or {}
-    overrides = {**theirs, **pruned_overrides(pruning, checkpoint)}
-    pruned = EngineSpec("vllm", {**arguments, "hf_overrides": overrides})
+    pruned = EngineSpec("vllm", engine_arguments(pruning, checkpoint, arguments))
     found = [Variant(name, count, pruned, pruning)]
     if "capped" in beside:
         found.append(Variant(f"{name}{_CAPPED}", count, pruned, pruning, capped=True))

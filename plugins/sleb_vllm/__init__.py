@@ -1,9 +1,10 @@
-"""vLLM plugin: build vLLM's own model definitions without the decoder layers a manifest removes.
+"""vLLM plugin: serve a model without the decoder layers that a manifest removes.
 
-A pruned model is asked for by an architecture name of this plugin, ``SlebLlamaForCausalLM`` for
-``LlamaForCausalLM``, and by the content of a manifest, both in ``--hf-overrides``. That makes a
-vLLM without the plugin refuse to start: it knows no such architecture. The overrides travel to
-every worker inside vLLM's own configuration, and they are part of torch.compile's cache key.
+A pruned model is an ordinary model with fewer layers. The plugin registers a config parser that
+says so (``--config-format sleb``) and a model loader that passes over the tensors of removed layers
+and renumbers the others (``--load-format sleb``), both by vLLM's own registries. vLLM's unchanged
+model class does the rest. What is removed travels in ``--hf-overrides``, and from there in the
+Hugging Face config: to every worker, and into torch.compile's cache key.
 
 Importing this package costs nothing; vLLM is imported when the plugin is loaded.
 """
@@ -12,20 +13,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from sleb_vllm.architectures import ARCHITECTURES, CONFIG_KEY, pruned_name
-
-__all__ = ["ARCHITECTURES", "CONFIG_KEY", "endpoint", "pruned_name", "register"]
+__all__ = ["endpoint", "register"]
 
 
 def register() -> None:
-    """Entry point of ``vllm.general_plugins``: make the pruned architectures known to vLLM.
+    """Entry point of ``vllm.general_plugins``, which vLLM calls in every process."""
+    from sleb_vllm.config_parser import register_parser
+    from sleb_vllm.loader import register_loader
 
-    vLLM calls it in every process, possibly more than once. A process that loads none of these
-    architectures runs none of this package's other code.
-    """
-    from sleb_vllm.registry import register_pruned_architectures
-
-    register_pruned_architectures()
+    register_parser()
+    register_loader()
 
 
 def endpoint() -> Any:

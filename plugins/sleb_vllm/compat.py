@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sleb_serve.errors import SlebError
 
-FIRST, LAST = (0, 27), (0, 32)
+FIRST, LAST = (0, 26), (0, 32)
 """Oldest and newest minor version tested, both included."""
 
 ALLOW = "SLEB_ALLOW_UNTESTED_VLLM"

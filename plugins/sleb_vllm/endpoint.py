@@ -13,9 +13,9 @@ import sys
 import threading
 from typing import Any
 
+from sleb_serve.protocol import CONFIG_KEY, ENTRY_POINT, MANIFEST_PATH
 from sleb_serve.pruning import Pruning
-from sleb_vllm.architectures import CONFIG_KEY, ENTRY_POINT, MANIFEST_PATH
-from sleb_vllm.proof import REPORT, check_ranks
+from sleb_vllm.verify import REPORT, check_ranks
 
 _GRACE_SECONDS = 10.0
 """For open connections, once the engine has stopped."""

@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
+from sleb_serve.likeness import decoder_of as decoder_config_of
+from sleb_serve.protocol import FORMAT
 from sleb_serve.pruning import Pruning
 
 REPORT = "sleb_report"
 """The workers' method that tells of a rank; see `rank_report`."""
+
+
+def check_config(model_config: Any, pruning: Pruning) -> None:
+    """Refuse a config that is not the manifest's cut of the dense one, by the key that differs.
+
+    Raises:
+        SlebError: something else changed what the config says of the layers.
+    """
+    from vllm.transformers_utils.config import HFConfigParser
+
+    from sleb_vllm.config_parser import shorten
+
+    # Read once more: overrides of the user's own come after the parser.
+    _, config = HFConfigParser().parse(
+        model_config.model, model_config.trust_remote_code, revision=model_config.revision
+    )
+    changed = shorten(config, pruning)
+    expected = decoder_config_of(config).to_dict()
+    found = decoder_config_of(model_config.hf_config).to_dict()
+    for key in sorted(changed):
+        if expected.get(key) != found.get(key):
+            raise SlebError(
+                f"the config says {key} = {found.get(key)!r} where the manifest leaves "
+                f"{expected.get(key)!r}; do not override it, and use --config-format {FORMAT}, as "
+                f"`sleb-serve serve --dry-run` prints"
+            )
+
+
+def decoder_of(model: Any, vllm_config: Any, pruning: Pruning) -> tuple[str, Any]:
+    """The name and the list of the decoder's layers in a model that vLLM built.
+
+    Raises:
+        SlebError: it has another number of layers than the manifest leaves.
+    """
+    from torch import nn
+
+    count = len(pruning.cut.kept)
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    states = vllm_config.compilation_config.static_forward_context
+    # The layers that keep a state for each request are the decoder's, not a tower's.
+    used = {name for name in lists if any(key.startswith(f"{name}.") for key in states)}
+    outer = [name for name in used if not any(name.startswith(f"{o}.") for o in used)]
+    if len(outer) != 1:
+        found = ", ".join(sorted(outer)) or "none"
+        raise SlebError(
+            f"{type(model).__name__} has {len(outer)} lists of {count} decoder layers ({found}) "
+            f"where the manifest leaves one; this vLLM cannot serve it pruned"
+        )
+    return outer[0], lists[outer[0]]
 
 
 def rank_report(worker: Any) -> dict[str, Any] | None:
@@ -51,7 +106,7 @@ def check_ranks(pruning: Pruning, reports: Sequence[Mapping[str, Any] | None]) -
                 f"{pruning.digest[:8]}; restart it with one manifest"
             )
         held |= set(report["layers"])
-    kept = set(range(pruning.num_blocks)) - set(pruning.removed)
+    kept = set(pruning.cut.kept)
     if held != kept:
         raise SlebError(
             f"the ranks hold decoder layers {sorted(held)} where the manifest leaves "
@@ -81,28 +136,27 @@ def check_same_digest(pruning: Pruning) -> None:
 
 
 class Watched:
-    """Passes a checkpoint's tensors on and remembers which blocks they belong to."""
+    """Remembers which blocks a checkpoint gave tensors of."""
 
     def __init__(self, checkpoint: Checkpoint, pruning: Pruning) -> None:
         self._checkpoint, self._pruning = checkpoint, pruning
         self._seen: set[int] = set()
 
-    def watch(self, weights: Iterable[Any]) -> Iterator[Any]:
-        """The same tensors.
+    def see(self, name: str) -> None:
+        """A tensor was given to the model, under its name in the checkpoint.
 
         Raises:
-            SlebError: one belongs to a removed block.
+            SlebError: it belongs to a removed block.
         """
-        for name, *rest in weights:
-            block = self._checkpoint.block_of(name)
-            if block is not None:
-                self._seen.add(block)
-                if block in self._pruning.removed:
-                    raise SlebError(
-                        f"vLLM read {name} of removed block {block}; this vLLM cannot serve the "
-                        f"model pruned"
-                    )
-            yield (name, *rest)
+        block = self._checkpoint.block_of(name)
+        if block is None:
+            return
+        self._seen.add(block)
+        if block in self._pruning.removed:
+            raise SlebError(
+                f"vLLM was given {name} of removed block {block}; this vLLM cannot serve the model "
+                f"pruned"
+            )
 
     def check(self) -> None:
         """Refuse a checkpoint that had nothing for a block that stays.
@@ -110,8 +164,7 @@ class Watched:
         Raises:
             SlebError: naming the blocks.
         """
-        kept = set(range(self._pruning.num_blocks)) - set(self._pruning.removed)
-        missing = sorted(kept - self._seen)
+        missing = sorted(set(self._pruning.cut.kept) - self._seen)
         if missing:
             raise SlebError(
                 f"the checkpoint gave no tensor of blocks {missing}; is a shard missing from "

@@ -1,0 +1,143 @@
+"""``--config-format sleb``: the Hugging Face config of the model with fewer layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.transformers_utils.config import HFConfigParser, get_config_parser, register_config_parser
+
+from sleb_serve.checkpoint import Checkpoint, download_weights, fetch_index, open_checkpoint
+from sleb_serve.cut import at, decoder_path
+from sleb_serve.errors import SlebError
+from sleb_serve.likeness import apply, check_likeness
+from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name
+from sleb_serve.pruning import Pruning
+from sleb_serve.quantised_names import QUANTISATION_KEYS
+from sleb_vllm.compat import check_version, vllm_version
+
+# A child of vLLM's own logger, so that the lines appear where vLLM's do.
+logger = init_logger("vllm.plugins.sleb")
+
+
+class SlebConfigParser(HFConfigParser):
+    """vLLM's own parser, and the result cut by the manifest in the overrides or in config.json.
+
+    A config that comes with neither is left as it is: it is a draft model's, which vLLM parses in
+    the format of its target.
+    """
+
+    def parse(
+        self, model: str | Path, trust_remote_code: bool, revision: str | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """The config that vLLM builds the model by. It runs before any worker starts.
+
+        Raises:
+            SlebError: the manifest is for another model, or the model cannot be cut so.
+        """
+        overrides = kwargs.get("hf_overrides")
+        found, config = super().parse(model, trust_remote_code, revision=revision, **kwargs)
+        content = found.get(CONFIG_KEY)
+        if isinstance(overrides, dict):
+            content = overrides.get(CONFIG_KEY, content)
+        if content is None:
+            return found, config
+        pruning = parse_content(content)
+        check_version(vllm_version())
+        checkpoint = open_checkpoint(str(model), revision)
+        check_binding(checkpoint, str(model), pruning)
+        dense = copy.deepcopy(config)
+        shorten(config, pruning)
+        if not check_likeness(dense, config, pruning.architecture, pruning.cut):
+            logger.warning(
+                "Transformers has no %s, so the layers that stay were not compared with the dense "
+                "model's before the start",
+                pruning.architecture,
+            )
+        setattr(config, CONFIG_KEY, pruning.to_dict())
+        found = _with_quantisation(found, checkpoint, str(model), revision, pruning)
+        for key in QUANTISATION_KEYS:
+            if key in found:
+                setattr(config, key, found[key])
+        if isinstance(overrides, dict):
+            # vLLM applies what is left of them to the config that is returned.
+            _take_own(overrides, pruning)
+        return found, config
+
+
+def register_parser() -> None:
+    """Make the format known to vLLM. Idempotent."""
+    try:
+        known = isinstance(get_config_parser(FORMAT), SlebConfigParser)
+    except ValueError:
+        known = False
+    if not known:
+        register_config_parser(FORMAT)(SlebConfigParser)
+
+
+def parse_content(content: object) -> Pruning:
+    """The pruning that a config's entry holds.
+
+    Raises:
+        SlebError: it is malformed.
+    """
+    # A list in the overrides: vLLM would take a dict for a nested config's.
+    if isinstance(content, list) and len(content) == 1:
+        (content,) = content
+    return Pruning.from_dict(content)
+
+
+def check_binding(checkpoint: Checkpoint, model: str, pruning: Pruning) -> None:
+    """Refuse a model that is not the manifest's, by its config; its weights are looked at later.
+
+    Raises:
+        SlebError: naming what was expected and what was found.
+    """
+    pruning.check_binding(
+        model,
+        architecture=checkpoint.architecture,
+        num_blocks=checkpoint.num_blocks,
+        config_sha256=checkpoint.config_sha256(),
+    )
+
+
+def shorten(config: Any, pruning: Pruning) -> dict[str, Any]:
+    """Cut a dense config in place; see `sleb_serve.likeness.apply`."""
+    try:
+        return apply(config, pruning.cut)
+    except SlebError as error:
+        raise SlebError(f"{pruning.architecture} cannot be served pruned: {error}") from None
+
+
+def _take_own(overrides: dict[str, Any], pruning: Pruning) -> None:
+    if overrides.get("architectures") != [guard_name(pruning.architecture)]:
+        raise SlebError(
+            f"the overrides ask for architectures {overrides.get('architectures')}; use the "
+            f"arguments that `sleb-serve serve --dry-run` prints"
+        )
+    for key in ("architectures", CONFIG_KEY, "auto_map"):
+        overrides.pop(key, None)
+
+
+def _with_quantisation(
+    found: dict[str, Any],
+    checkpoint: Checkpoint,
+    model: str,
+    revision: str | None,
+    pruning: Pruning,
+) -> dict[str, Any]:
+    """`found`, with the layers that its quantisation names numbered as in the shorter model.
+
+    What a file beside config.json says of it is put into the config, since vLLM would read the
+    file with the dense model's numbers.
+    """
+    parts = (found, at(found, decoder_path(found) or ()) or {})
+    inside = any(isinstance(part.get(key), Mapping) for part in parts for key in QUANTISATION_KEYS)
+    if not inside and not checkpoint.quantisation_files():
+        return found
+    if not Path(model).is_dir() and not fetch_index(model, revision):
+        download_weights(model, revision)
+    return checkpoint.with_quantisation(found, pruning.cut)

@@ -1,0 +1,362 @@
+"""``--load-format sleb``: vLLM's own readers, without the tensors of removed layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from vllm.distributed import get_world_group
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import (
+    BaseModelLoader,
+    get_model_loader,
+    register_model_loader,
+    weight_utils,
+)
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from sleb_serve.checkpoint import Checkpoint, fetch_index, open_checkpoint
+from sleb_serve.errors import SlebError
+from sleb_serve.protocol import CONFIG_KEY, FORMAT, READER_KEY, READERS
+from sleb_serve.pruning import Pruning
+from sleb_serve.sidecar import read_sidecar
+from sleb_serve.support import status
+from sleb_vllm.config_parser import check_binding, parse_content
+from sleb_vllm.lora import Renumbered
+from sleb_vllm.positions import dense_remainders
+from sleb_vllm.verify import (
+    Watched,
+    check_config,
+    check_same_digest,
+    decoder_of,
+    install_report,
+)
+
+logger = init_logger("vllm.plugins.sleb")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What one rank holds: decoder layers by original index, numbers in its parameters.
+
+    ``weights_read_bytes`` are those of the checkpoint's tensors outside the removed layers,
+    ``weights_skipped_bytes`` those inside; None before they are loaded, and for a checkpoint in
+    PyTorch's own format, which is read whole.
+    """
+
+    pruning: Pruning
+    layers: tuple[int, ...]
+    parameters: int
+    weights_read_bytes: int | None = None
+    weights_skipped_bytes: int | None = None
+
+
+class SlebModelLoader(BaseModelLoader):
+    """Builds vLLM's own model by the cut config, and gives it the tensors under their new names.
+
+    ``--model-loader-extra-config '{"reader": …}'`` names the load format that reads the files,
+    ``hf`` without it; its other entries are for that one.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(load_config)
+        extra = dict(load_config.model_loader_extra_config or {})
+        self._format = str(extra.pop(READER_KEY, READERS[0]))
+        if self._format not in READERS:
+            raise SlebError(
+                f"--load-format {self._format} reads other files than the checkpoint that the "
+                f"manifest was made on, so they cannot be held against it; leave the option out"
+            )
+        self._extra = extra
+        self._vllm_config: Any = None
+
+    def download_model(self, model_config: Any) -> None:
+        """Fetch the files of all layers that stay."""
+        pruning = pruning_of(model_config)
+        self._reader(model_config, pruning).download_model(model_config)
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """The model without its removed layers.
+
+        Raises:
+            SlebError: there is no manifest, it is not the model's, or what vLLM built or read is
+                not what it leaves.
+        """
+        pruning = pruning_of(model_config)
+        if pruning is None:
+            if model_config.runner_type != "draft":
+                raise SlebError(
+                    f"--load-format {FORMAT} was asked for without a manifest; use the arguments "
+                    f"that `sleb-serve serve --dry-run` prints"
+                )
+            reader = self._reader(model_config, None)
+            model: nn.Module = reader.load_model(
+                vllm_config=vllm_config, model_config=model_config, prefix=prefix
+            )
+            return model
+        check_binding(self._checkpoint(model_config), model_config.model, pruning)
+        check_config(model_config, pruning)
+        install_report()
+        self._vllm_config = vllm_config
+        with dense_remainders(pruning.cut):
+            return super().load_model(
+                vllm_config=vllm_config, model_config=model_config, prefix=prefix
+            )
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Read the checkpoint into a model that was built by a cut config."""
+        pruning = pruning_of(model_config)
+        assert pruning is not None
+        checkpoint = self._checkpoint(model_config)
+        path, layers = decoder_of(model, self._vllm_config, pruning)
+        held = [i for i, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer)]
+        built = Built(pruning, tuple(pruning.cut.kept[i] for i in held), _count(model))
+        check_same_digest(pruning)
+        reader = self._reader(model_config, pruning)
+        if self._format == "dummy":
+            reader.load_weights(model, model_config)
+        else:
+            tensors = _Tensors(checkpoint, pruning)
+            with only_needed(checkpoint, pruning):
+                reader.load_weights(_Renaming(model, tensors, checkpoint, pruning), model_config)
+            tensors.check()
+            if get_world_group().local_rank == 0:
+                # A model from the hub is on this machine only now; one rank looks at it for all.
+                found = checkpoint.weights_sha256(pruning.known_sha256)
+                pruning.check_binding(model_config.model, weights_sha256=found)
+            read, skipped = checkpoint.tensor_bytes(frozenset(pruning.removed)) or (None, None)
+            # Counted again, since loading may add a parameter (a head's bias), and now rather than
+            # later, since backends repack weights once they are loaded.
+            built = replace(
+                built,
+                parameters=_count(model),
+                weights_read_bytes=read,
+                weights_skipped_bytes=skipped,
+            )
+        model.sleb = built
+        stock = getattr(model, "hf_to_vllm_mapper", None)
+        model.hf_to_vllm_mapper = Renumbered.over(stock, path, pruning.cut)
+        _log(built, self._vllm_config)
+
+    def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[Any]:
+        """The tensors under their new names, for vLLM to load a second time in place."""
+        pruning = pruning_of(model_config)
+        assert pruning is not None
+        checkpoint = self._checkpoint(model_config)
+        reader = self._reader(model_config, pruning)
+        with only_needed(checkpoint, pruning):
+            yield from _Tensors(checkpoint, pruning)(reader.get_all_weights(model_config, model))
+
+    def _checkpoint(self, model_config: Any) -> Checkpoint:
+        directory = self.load_config.download_dir
+        return open_checkpoint(model_config.model, model_config.revision, directory)
+
+    def _reader(self, model_config: Any, pruning: Pruning | None) -> Any:
+        config = replace(
+            self.load_config, load_format=self._format, model_loader_extra_config=self._extra
+        )
+        model, revision = model_config.model, model_config.revision
+        if pruning is not None and fetch_index(model, revision, config.download_dir):
+            unneeded = self._checkpoint(model_config).unneeded_files(frozenset(pruning.removed))
+            given = config.ignore_patterns
+            given = [given] if isinstance(given, str) else list(given)
+            config = replace(config, ignore_patterns=[*given, *sorted(unneeded)])
+        return get_model_loader(config)
+
+
+class _Tensors:
+    """A checkpoint's tensors on their way into the shorter model: renamed, repaired, watched."""
+
+    def __init__(self, checkpoint: Checkpoint, pruning: Pruning) -> None:
+        self._checkpoint, self._cut = checkpoint, pruning.cut
+        self._repair = read_sidecar(pruning)
+        self._repair_path = "" if pruning.repair is None else pruning.repair.path
+        self._watched = Watched(checkpoint, pruning)
+
+    def __call__(self, tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        left = dict(self._repair)
+        prefix = self._checkpoint.layer_prefix
+        for name, tensor in tensors:
+            new_name = self._cut.name(name, prefix)
+            if new_name is None:
+                # A reader of whole files cannot pass over it.
+                continue
+            self._watched.see(name)
+            mended = left.pop(name, None)
+            if mended is not None:
+                if (mended.shape, mended.dtype) != (tensor.shape, tensor.dtype):
+                    raise SlebError(
+                        f"the repair {self._repair_path} has {name} as {mended.dtype} "
+                        f"{list(mended.shape)}, the checkpoint as {tensor.dtype} "
+                        f"{list(tensor.shape)}; select with --repair again"
+                    )
+                tensor = mended
+            yield new_name, self._sliced(name, tensor)
+        if left:
+            raise SlebError(
+                f"the repair {self._repair_path} has weights that the checkpoint did not give: "
+                f"{', '.join(sorted(left))}; select with --repair again"
+            )
+
+    def check(self) -> None:
+        """Refuse a checkpoint that had nothing for a layer that stays."""
+        self._watched.check()
+
+    def _sliced(self, name: str, tensor: Any) -> Any:
+        dimension = self._cut.parts(name, tensor.shape)
+        if dimension is None:
+            return tensor
+        parts = tensor.unflatten(dimension, (self._cut.num_blocks, -1))
+        kept = parts.new_tensor(self._cut.kept).long().to(parts.device)
+        return parts.index_select(dimension, kept).flatten(dimension, dimension + 1)
+
+
+class _Renaming:
+    """Stands for a model while a reader loads it: the same, but for the tensors it is given."""
+
+    def __init__(
+        self, model: nn.Module, tensors: _Tensors, checkpoint: Checkpoint, pruning: Pruning
+    ) -> None:
+        self._model, self._tensors = model, tensors
+        self._checkpoint, self._removed = checkpoint, frozenset(pruning.removed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
+        return self._model.load_weights(self._tensors(weights), *args, **kwargs)
+
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        """VLLM leaves out shards in which no tensor is used."""
+        unused = getattr(self._model, "is_unused_checkpoint_weight", None)
+        removed = self._checkpoint.block_of(name) in self._removed
+        return removed or (unused is not None and bool(unused(name)))
+
+
+@contextmanager
+def only_needed(checkpoint: Checkpoint, pruning: Pruning) -> Iterator[None]:
+    """While this is open, vLLM's safetensors readers do not see the tensors of removed layers.
+
+    Those are not read, and a file that holds nothing else is not opened. Files that the manifest's
+    digest does not cover (a copy of the weights in a vendor's own format) are not opened either.
+    """
+    stock, removed = weight_utils.safe_open, frozenset(pruning.removed)
+
+    def is_needed(name: str) -> bool:
+        return checkpoint.block_of(name) not in removed
+
+    # Only when the first file is opened: a model from the hub is on this machine only then.
+    @functools.cache
+    def needed() -> frozenset[str]:
+        return frozenset(file.name for file in checkpoint.weight_files(without=removed))
+
+    def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(file).rpartition("/")[2] not in needed():
+            return _File(None, is_needed)
+        return _File(stock(file, *args, **kwargs), is_needed)
+
+    weight_utils.safe_open = opened
+    try:
+        yield
+    finally:
+        weight_utils.safe_open = stock
+
+
+class _File:
+    """A safetensors file of which only some tensors are seen; of no file, none."""
+
+    def __init__(self, file: Any, is_needed: Callable[[str], bool]) -> None:
+        self._file, self._is_needed = file, is_needed
+
+    def __enter__(self) -> _File:
+        if self._file is not None:
+            self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def keys(self) -> list[str]:
+        names = [] if self._file is None else self._file.keys()
+        return [name for name in names if self._is_needed(name)]
+
+
+def pruning_of(model_config: Any) -> Pruning | None:
+    """The pruning in a model's Hugging Face config; None if there is none."""
+    content = getattr(model_config.hf_config, CONFIG_KEY, None)
+    return None if content is None else parse_content(content)
+
+
+def register_loader() -> None:
+    """Make the format known to vLLM, and keep others away from a pruned model. Idempotent."""
+    try:
+        from vllm.config.load import LoadConfig
+
+        get_model_loader(LoadConfig(load_format=FORMAT))
+    except ValueError:
+        register_model_loader(FORMAT)(SlebModelLoader)
+        _guard_others()
+
+
+def _guard_others() -> None:
+    """Let every other loader refuse a pruned model: it would load the wrong layers into it."""
+    pending = [BaseModelLoader]
+    while pending:
+        loader = pending.pop()
+        pending += loader.__subclasses__()
+        if "load_model" in vars(loader) and loader is not SlebModelLoader:
+            loader.load_model = _guarded(loader.load_model)
+
+
+def _guarded(load_model: Any) -> Any:
+    @functools.wraps(load_model)
+    def guarded(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(model_config.hf_config, CONFIG_KEY, None) is not None and not isinstance(
+            self, SlebModelLoader
+        ):
+            raise SlebError(
+                f"the config asks for a pruned model and --load-format is "
+                f"{self.load_config.load_format}, which loads dense ones; use --load-format "
+                f"{FORMAT}, as `sleb-serve serve --dry-run` prints"
+            )
+        return load_model(self, *args, vllm_config=vllm_config, model_config=model_config, **kwargs)
+
+    return guarded
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _log(built: Built, vllm_config: Any) -> None:
+    pruning = built.pruning
+    logger.info(
+        "Pruned by manifest %s: %d of %d decoder layers built, removed %s; %d parameters on this "
+        "rank, %s bytes of weights read, %s bytes of removed layers skipped",
+        pruning.tag,
+        len(built.layers),
+        pruning.num_blocks,
+        list(pruning.removed),
+        built.parameters,
+        built.weights_read_bytes,
+        built.weights_skipped_bytes,
+    )
+    found, why = status(pruning.architecture)
+    if found != "proven":
+        logger.warning(
+            "%s is expected to be right when pruned, not proven: %s", pruning.architecture, why
+        )
+    if vllm_config.lora_config is not None:
+        logger.info(
+            "LoRA adapters: layers are renumbered, what they hold for the removed ones %s is "
+            "ignored",
+            list(pruning.removed),
+        )
