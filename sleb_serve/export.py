@@ -273,7 +273,7 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         )
         yield temporary
         temporary.chmod(0o755)
-        for file in temporary.iterdir():
+        for file in (path for path in temporary.rglob("*") if path.is_file()):
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
         os.replace(temporary, folder)

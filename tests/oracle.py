@@ -73,17 +73,20 @@ def delete_blocks(model: Any, removed: Sequence[int]) -> Any:
 
 
 def pruned(path: Path, removed: Sequence[int], dtype: torch.dtype = torch.float32) -> Any:
-    return delete_blocks(load(path, dtype), removed)
+    return skip_blocks(load(path, dtype), removed)
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """Numbers that a model learned and that its checkpoint holds, tied ones once.
+    """Numbers that a model learned and that its checkpoint holds, tied ones once, no skipped ones.
 
     The latter has saved buffers, too; vLLM makes parameters of some (a router's correction bias)
     and buffers of others (an activation's constants).
     """
-    learned = {p.data_ptr(): p.numel() for p in model.parameters()}
+    skipped = [m for m in model.modules() if isinstance(m, Skipped)]
+    gone = {t.data_ptr() for m in skipped for t in m.state_dict().values()}
+    learned = {p.data_ptr(): p.numel() for p in model.parameters() if p.data_ptr() not in gone}
     saved = {t.data_ptr(): t.numel() for t in model.state_dict().values()}
+    saved = {place: count for place, count in saved.items() if place not in gone}
     return sum(learned.values()), sum(saved.values())
 
 
