@@ -6,6 +6,21 @@ from pathlib import Path
 
 from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.manifest import ModelBinding
+from sleb_serve.pruning import Pruning
+
+
+def check_config_binding(checkpoint: Checkpoint, model: str, pruning: Pruning) -> None:
+    """Refuse a model that is not the manifest's, by its config alone.
+
+    Raises:
+        SlebError: naming what was expected and what was found.
+    """
+    pruning.check_binding(
+        model,
+        architecture=checkpoint.architecture,
+        num_blocks=checkpoint.num_blocks,
+        config_sha256=checkpoint.config_sha256(),
+    )
 
 
 def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:

@@ -15,7 +15,7 @@ from sleb_serve.pruning import Pruning
 from sleb_serve.serve import check_model, check_plugin, compare_weights, revision_of, served_name
 from sleb_serve.shorter import check_servable
 from sleb_serve.support import status, why_refused
-from sleb_vllm.compat import vllm_version
+from sleb_serve.vllm_versions import vllm_version
 
 OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "unknown"
 

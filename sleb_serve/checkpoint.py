@@ -151,6 +151,15 @@ class Checkpoint:
         except SlebError as error:
             raise SlebError(f"{self.path}/config.json: {error}") from None
 
+    def is_quantised(self) -> bool:
+        """Whether config.json or a file beside it says how the weights are quantised."""
+        inside = (
+            c.get(key) for c in (self.config, self.decoder_config) for key in QUANTISATION_KEYS
+        )
+        return any(isinstance(value, Mapping) for value in inside) or bool(
+            self.quantisation_files()
+        )
+
     def quantisation_files(self) -> dict[str, Any]:
         """Contents of the files beside config.json that say how the checkpoint is quantised."""
         files = (self.path / name for name in QUANTISATION_FILES)

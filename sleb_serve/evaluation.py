@@ -197,7 +197,7 @@ def _versions(options: EvalOptions) -> dict[str, str]:
     names = ["torch", "transformers"] + (["lm_eval"] if options.tasks else [])
     found = {name: version(name) for name in names}
     if options.backend == "vllm":
-        from sleb_vllm.compat import vllm_version
+        from sleb_serve.vllm_versions import vllm_version
 
         found["vllm"] = vllm_version() or "unknown"
     return found

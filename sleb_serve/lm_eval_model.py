@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 
 from sleb_serve.manifest import read_manifest
 from sleb_serve.serve import check_model, check_plugin, engine_arguments
-from sleb_vllm.compat import vllm_version
+from sleb_serve.vllm_versions import vllm_version
 
 
 def _vllm_model() -> Any:

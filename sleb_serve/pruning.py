@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sleb_serve import strict_json
 from sleb_serve.cut import Cut
 from sleb_serve.errors import SlebError
+from sleb_serve.protocol import CONFIG_KEY
 
 MAX_BLOCKS = 100_000
 """More blocks than any model has; keeps a hostile block count from costing memory."""
@@ -96,6 +98,20 @@ class Pruning:
         if self.repair is not None:
             content["repair"] = dict(vars(self.repair))
         return content
+
+    @classmethod
+    def of_config(cls, config: Any) -> Pruning | None:
+        """The pruning in a Hugging Face config, or in overrides of one; None if there is none.
+
+        Raises:
+            SlebError: it is malformed.
+        """
+        get = config.get if isinstance(config, Mapping) else partial(getattr, config)
+        content = get(CONFIG_KEY, None)
+        # A list in the overrides: vLLM would take a dict for a nested config's.
+        if isinstance(content, list) and len(content) == 1:
+            (content,) = content
+        return None if content is None else cls.from_dict(content)
 
     @classmethod
     def from_dict(cls, value: object) -> Pruning:

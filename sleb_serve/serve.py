@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_serve import strict_json
+from sleb_serve.binding import check_config_binding
 from sleb_serve.checkpoint import Checkpoint, download_weights, open_checkpoint
 from sleb_serve.draft import draft_options, value_of
 from sleb_serve.errors import SlebError
@@ -22,7 +23,7 @@ from sleb_serve.protocol import CONFIG_KEY, ENTRY_POINT, FORMAT, READER_KEY, REA
 from sleb_serve.pruning import Pruning
 from sleb_serve.sidecar import check_sidecar
 from sleb_serve.support import status, why_refused
-from sleb_vllm.compat import check_version, vllm_version
+from sleb_serve.vllm_versions import check_version, vllm_version
 
 _OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)
 _LIKE_OVERRIDES = re.compile(r"--hf[-_]o")
@@ -114,12 +115,7 @@ def check_model(
     if fetch:
         download_weights(model, revision)
     checkpoint = open_checkpoint(model, revision)
-    pruning.check_binding(
-        model,
-        architecture=checkpoint.architecture,
-        num_blocks=checkpoint.num_blocks,
-        config_sha256=checkpoint.config_sha256(),
-    )
+    check_config_binding(checkpoint, model, pruning)
     compare_weights(model, checkpoint, pruning)
     if servable and status(pruning.architecture)[0] == "refused":
         raise SlebError(why_refused(pruning.architecture))

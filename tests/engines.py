@@ -147,11 +147,12 @@ def check_equal(result: dict[str, Any], path: Path, case: Case, limit: float = 1
 def check_size(result: dict[str, Any], path: Path, case: Case) -> None:
     """The engine holds the kept layers' KV cache and exactly a pruned model's parameters."""
     count = open_checkpoint(str(path)).num_blocks
+    kept = [index for index in range(count) if index not in case.removed]
     for rank in result["ranks"]:
         parts = [part for name in rank["kv_cache_layers"] for part in name.split(".")]
-        layers = {int(part) for part in parts if part.isdigit()}
-        assert layers == set(range(count)) - set(case.removed)
-        assert len(rank["kv_cache_layers"]) == count - len(case.removed)
+        assert {int(part) for part in parts if part.isdigit()} == set(range(len(kept)))
+        assert len(rank["kv_cache_layers"]) == len(kept)
+        assert not case.removed or rank["layers"] == kept
     if case.removed and len(result["ranks"]) == 1:
         expected = oracle.parameter_counts(oracle.pruned(path, case.removed))
         assert result["ranks"][0]["parameters"] in expected

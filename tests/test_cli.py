@@ -331,7 +331,7 @@ def test_resuming_can_go_further(models: Models, tmp_path: Path) -> None:
     [
         "import sleb_serve.cli, sleb_serve.show, sleb_serve.serve, sleb_serve.select",
         "import sleb_serve.manifest, sleb_serve.checkpoint, sleb_serve.selection",
-        "import sleb_vllm, sleb_vllm.architectures",
+        "import sleb_vllm, sleb_serve.support, sleb_serve.shorter, sleb_serve.likeness",
         "import sleb_bench.run, sleb_bench.report, sleb_bench.engine",
     ],
 )

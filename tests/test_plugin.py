@@ -146,29 +146,30 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
 ) -> None:
     llama, opt = find("llama"), find("opt")
     good = overrides(llama, (2, 5))
-    sleb = good["sleb"]
+    (sleb,) = good["sleb"]
+
+    formats = {"config_format": "sleb", "load_format": "sleb"}
 
     def case(model: Path = llama, **changes: Any) -> dict[str, Any]:
-        job = {"model": str(model), "overrides": good, "only_configure": True}
+        job = {"model": str(model), "overrides": good, "only_configure": True, "engine": formats}
         return {**job, **changes}
 
     def with_sleb(**changes: Any) -> dict[str, Any]:
-        return {**good, "sleb": {**sleb, **changes}}
+        return {**good, "sleb": [{**sleb, **changes}]}
 
     cases = [
         (case(), None),
         (case(opt), "another model than .*opt.*LlamaForCausalLM, found OPTForCausalLM"),
         (case(find("mistral")), "architecture expected LlamaForCausalLM"),
-        (case(overrides=with_sleb(weights_sha256="0" * 64)), "weights_sha256 expected 0000"),
         (case(overrides=with_sleb(config_sha256="0" * 64)), "config_sha256 expected 0000"),
         (case(overrides=with_sleb(num_blocks=9)), "number of decoder blocks expected 9, found 8"),
         (case(overrides=with_sleb(removed=[2, 8])), "must be between 0 and 7"),
         (case(overrides=with_sleb(extra=1)), "unknown key 'extra'"),
-        (case(overrides=with_sleb(architecture="OPTForCausalLM")), "with a manifest for OPT"),
-        (case(overrides={"architectures": good["architectures"]}), "without a manifest"),
-        (case(overrides={**good, "num_hidden_layers": 6}), "do not override num_hidden_layers"),
-        (case(engine={"load_format": "tensorizer"}), "--load-format tensorizer reads other"),
-        (case(overrides={"architectures": ["SlebFooForCausalLM"]}), "not supported for now"),
+        (case(overrides=with_sleb(architecture="OPTForCausalLM")), "expected OPTForCausalLM"),
+        (case(overrides={"architectures": good["architectures"]}), "not supported for now"),
+        (case(overrides={"sleb": good["sleb"]}), "the overrides ask for architectures None"),
+        (case(engine={"load_format": "sleb"}), "SlebLlamaForCausalLM.* not supported for now"),
+        (case(engine={}), "SlebLlamaForCausalLM.* not supported for now"),
     ]
     results = run_jobs([job for job, _ in cases], tmp_path)
     for (_, message), result in zip(cases, results, strict=True):
@@ -176,6 +177,46 @@ def test_what_does_not_fit_is_refused_before_any_worker_starts(
             assert "error" not in result
         else:
             assert re.search(message, result.get("error", "accepted")), (message, result)
+
+
+def test_what_is_asked_for_in_part_is_refused_by_the_loader(
+    find: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Each in an engine's own process: none of them answers."""
+    path = find("llama")
+    good = Case("llama", (2, 5)).job(path)
+    own, engine = good["overrides"], good["engine"]
+    plain = {k: v for k, v in engine.items() if not k.endswith("_format")}
+
+    def overridden(**changes: Any) -> dict[str, Any]:
+        return {**good, "overrides": {**own, **changes}}
+
+    jobs = {
+        "--load-format sleb was asked for without a manifest": {
+            **good,
+            "overrides": {},
+            "engine": {**plain, "load_format": "sleb"},
+        },
+        "without a manifest; use": {**good, "overrides": {}},
+        "--load-format is auto, which loads dense ones": {
+            **good,
+            "engine": {**plain, "config_format": "sleb"},
+        },
+        "--load-format is dummy, which loads dense ones": {
+            **good,
+            "engine": {**engine, "load_format": "dummy"},
+        },
+        "num_hidden_layers = 5 where the manifest leaves 6": overridden(num_hidden_layers=5),
+        "--load-format tensorizer reads other files": {
+            **good,
+            "engine": {**engine, "model_loader_extra_config": {"reader": "tensorizer"}},
+        },
+        "weights_sha256 expected 0000": overridden(
+            sleb=[{**own["sleb"][0], "weights_sha256": "0" * 64}]
+        ),
+    }
+    for message, result in zip(jobs, run_jobs(list(jobs.values()), tmp_path), strict=True):
+        assert message in result.get("error", "accepted"), message
 
 
 @pytest.fixture
@@ -207,7 +248,7 @@ def test_a_shard_of_removed_layers_alone_need_not_be_there(
     jobs = [
         Case("sharded", (2, 3)).job(sharded),
         Case("sharded", (2, 3, 6)).job(sharded),
-        {**Case("sharded", (2,)).job(sharded), "only_configure": True},
+        Case("sharded", (2,)).job(sharded),
         Case("sharded", (2, 3, 6)).job(find("llama")),
     ]
     shard = sharded / "model-00002-of-00004.safetensors"
@@ -245,8 +286,9 @@ def test_tensors_of_removed_layers_are_never_asked_for(
 ) -> None:
     """Through vLLM's own reader, with the safetensors library watched."""
     import safetensors
-    from sleb_vllm.weights import removed_weights_skipped
     from vllm.model_executor.model_loader import weight_utils
+
+    from sleb_vllm.loader import only_needed
 
     asked: list[str] = []
 
@@ -271,7 +313,7 @@ def test_tensors_of_removed_layers_are_never_asked_for(
     monkeypatch.setattr(weight_utils, "safe_open", Watched)
     path = find("llama")
     files = [str(path / "model.safetensors")]
-    with removed_weights_skipped(open_checkpoint(str(path)), pruning(path, (2, 5))):
+    with only_needed(open_checkpoint(str(path)), pruning(path, (2, 5))):
         read = dict(weight_utils.safetensors_weights_iterator(files, use_tqdm_on_load=False))
     assert list(read) == asked
     blocks = {int(name.split(".")[2]) for name in asked if ".layers." in name}

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sleb_vllm.proof import Watched, check_ranks
+import torch
+from safetensors.torch import save_file
 
 from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
+from sleb_serve.served import check_ranks
+from sleb_serve.tensors import ShorterTensors
 
 PRUNING = Pruning("LlamaForCausalLM", 6, "0" * 64, "1" * 64, (2, 3))
 
@@ -41,21 +44,34 @@ def test_ranks_that_differ_are_refused(reports: list[Any], message: str) -> None
         check_ranks(PRUNING, reports)
 
 
-def names(*blocks: int) -> list[tuple[str, None]]:
-    return [("model.embed.weight", None), *((f"model.layers.{b}.w", None) for b in blocks)]
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """Six blocks with a weight each, and one outside."""
+    names = ["model.embed.weight", *(f"model.layers.{block}.w" for block in range(6))]
+    save_file({name: torch.zeros(2) for name in names}, tmp_path / "model.safetensors")
+    return Checkpoint(tmp_path, {"num_hidden_layers": 6})
 
 
-def test_weights_of_removed_blocks_must_not_come_and_those_of_kept_ones_must() -> None:
-    checkpoint = Checkpoint(Path("m"), {"num_hidden_layers": 6})
-    watched = Watched(checkpoint, PRUNING)
-    assert list(watched.watch(names(0, 1, 4, 5))) == names(0, 1, 4, 5)
-    watched.check()
+def tensors(*blocks: int) -> list[tuple[str, Any]]:
+    named = [("model.embed.weight", 0), *((f"model.layers.{b}.w", b) for b in blocks)]
+    return [(name, torch.full((2,), float(value))) for name, value in named]
 
-    watched = Watched(checkpoint, PRUNING)
-    with pytest.raises(SlebError, match=r"vLLM read model\.layers\.3\.w of removed block 3"):
-        list(watched.watch(names(0, 3)))
 
-    watched = Watched(checkpoint, PRUNING)
-    list(watched.watch(names(0, 4)))
+def test_weights_of_removed_blocks_are_left_out_the_others_renumbered_and_none_may_be_missing(
+    checkpoint: Checkpoint,
+) -> None:
+    shorter = ShorterTensors(checkpoint, PRUNING)
+    found = [(name, int(tensor[0])) for name, tensor in shorter(tensors(0, 1, 2, 3, 4, 5))]
+    assert found == [
+        ("model.embed.weight", 0),
+        ("model.layers.0.w", 0),
+        ("model.layers.1.w", 1),
+        ("model.layers.2.w", 4),
+        ("model.layers.3.w", 5),
+    ]
+    shorter.check()
+
+    shorter = ShorterTensors(checkpoint, PRUNING)
+    list(shorter(tensors(0, 4)))
     with pytest.raises(SlebError, match=r"no tensor of blocks \[1, 5\]"):
-        watched.check()
+        shorter.check()

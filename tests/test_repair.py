@@ -31,55 +31,30 @@ Models = Callable[[str], Path]
 REMOVED = (2, 3, 6)
 
 
-def fitted(
-    path: Path, removed: Sequence[int], kind: str, count: int = 20, length: int = 240
-) -> list[Gap]:
+def fitted(path: Path, removed: Sequence[int], count: int = 20, length: int = 240) -> list[Gap]:
     windows, checkpoint = random_windows(count, length), open_checkpoint(str(path))
     model = CausalLM(load_model(checkpoint, "float32"), windows[0])
     own: torch.dtype = getattr(torch, checkpoint.dtype)
-    found: list[Gap] = fit(model, windows, removed, kind, own)[0]
+    found: list[Gap] = fit(model, windows, removed, own)[0]
     return found
 
 
 def repaired(path: Path, removed: Sequence[int], tensors: dict[str, torch.Tensor]) -> Any:
-    """Transformers with the blocks deleted and a repair's weights put where they belong."""
+    """Transformers with the blocks skipped and a repair's weights put where they belong."""
     model = oracle.load(path)
     own = dict(model.named_parameters())
-    layers = next(
-        m
-        for m in model.modules()
-        if isinstance(m, torch.nn.ModuleList) and len(m) == model.config.num_hidden_layers
-    )
-
-    def mend(weight: torch.Tensor) -> Callable[..., Any]:
-        def hook(module: Any, args: Any, output: Any) -> Any:
-            stream = output[0] if isinstance(output, tuple) else output
-            change = unit(stream) @ weight if weight.ndim == 2 else stream * (weight - 1)
-            return (stream + change, *output[1:]) if isinstance(output, tuple) else stream + change
-
-        return hook
-
     for name, tensor in tensors.items():
-        if name.startswith("gap."):
-            layers[int(name[4:]) - 1].register_forward_hook(mend(tensor))
-        else:
-            own[name].data.copy_(tensor)
-    return oracle.delete_blocks(model, removed)
+        own[name].data.copy_(tensor)
+    return oracle.skip_blocks(model, removed)
 
 
-def unit(states: torch.Tensor) -> torch.Tensor:
-    return states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def manifest_of(
-    path: Path, removed: Sequence[int], kind: str, output: Path, **text: int
-) -> Manifest:
-    found = fitted(path, removed, kind, **text)
-    digest = write_sidecar(sidecar_path(output), {gap.tensor: gap.weight for gap in found}, {})
+def manifest_of(path: Path, removed: Sequence[int], output: Path, **text: int) -> Manifest:
+    found = fitted(path, removed, **text)
+    digest = write_sidecar(sidecar_path(output), {gap.name: gap.weight for gap in found}, {})
     manifest = Manifest(
         bind(str(path), open_checkpoint(str(path))),
         tuple(Removal(block) for block in removed),
-        repair=Repair(kind, sidecar_path(output).name, digest, 12),
+        repair=Repair("fold", sidecar_path(output).name, digest, 12),
     )
     manifest.write(output)
     return read_manifest(output)
@@ -90,13 +65,12 @@ def test_gaps_are_runs_of_removed_blocks() -> None:
     assert gaps([0]) == ((0, 0),)
 
 
-@pytest.mark.parametrize("kind", ["scale", "fold", "map"])
 def test_the_first_gap_is_weighted_ridge_regression_on_the_dense_models_states(
-    models: Models, kind: str
+    models: Models,
 ) -> None:
     """Held against numpy's least squares on states that Transformers gives out."""
     path = models("llama")
-    gap = fitted(path, REMOVED, kind)[0]
+    gap = fitted(path, REMOVED)[0]
     assert (gap.first, gap.last) == (2, 3)
     model = oracle.load(path)
     inputs: list[torch.Tensor] = []
@@ -110,16 +84,8 @@ def test_the_first_gap_is_weighted_ridge_regression_on_the_dense_models_states(
             before.append(states[2][0])
             after.append(states[4][0])
     entering, leaving = (torch.cat(part).double().numpy() for part in (before, after))
-    given = {
-        "fold": torch.cat(inputs).double().numpy(),
-        "map": unit(torch.from_numpy(entering)).numpy(),
-        "scale": entering,
-    }[kind]
+    given = torch.cat(inputs).double().numpy()
     root = 1 / np.linalg.norm(leaving, axis=1, keepdims=True)
-    if kind == "scale":
-        x, y = (given * root).ravel(), ((leaving - entering) * root).ravel()
-        assert float(gap.weight) == pytest.approx(1 + x @ y / (x @ x), rel=1e-4)
-        return
     strength = gap.ridge * np.mean(np.square(given * root).sum(0))
     penalty = np.sqrt(strength) * np.eye(given.shape[1])
     zeros = np.zeros((given.shape[1], entering.shape[1]))
@@ -128,18 +94,16 @@ def test_the_first_gap_is_weighted_ridge_regression_on_the_dense_models_states(
         np.vstack([(leaving - entering) * root, zeros]),
         rcond=None,
     )[0]
-    found = gap.weight.double().numpy()
-    if kind == "fold":
-        assert gap.name == "model.layers.1.mlp.down_proj.weight"
-        found = (found - model.model.layers[1].mlp.down_proj.weight.double().detach().numpy()).T
+    assert gap.name == "model.layers.1.mlp.down_proj.weight"
+    own = model.model.layers[1].mlp.down_proj.weight.double().detach().numpy()
+    found = (gap.weight.double().numpy() - own).T
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max() + 1e-6
 
 
-@pytest.mark.parametrize("kind", ["fold", "map"])
-def test_a_repair_brings_the_states_closer_to_the_dense_ones(models: Models, kind: str) -> None:
+def test_a_repair_brings_the_states_closer_to_the_dense_ones(models: Models) -> None:
     """On text that nothing was fitted to, behind the last gap."""
     path = models("llama")
-    tensors = {gap.tensor: gap.weight for gap in fitted(path, REMOVED, kind)}
+    tensors = {gap.name: gap.weight for gap in fitted(path, REMOVED)}
     window = torch.tensor(random_windows(1, 48, seed=9))
     with torch.no_grad():
         goal = oracle.load(path).model(window, use_cache=False).last_hidden_state
@@ -150,13 +114,13 @@ def test_a_repair_brings_the_states_closer_to_the_dense_ones(models: Models, kin
 
 def test_what_cannot_be_folded_is_refused(models: Models) -> None:
     with pytest.raises(SlebError, match="does not end in a projection whose output is added"):
-        fitted(models("gemma3"), (2,), "fold")  # a norm stands behind its projection
+        fitted(models("gemma3"), (2,))  # a norm stands behind its projection
     with pytest.raises(SlebError, match="block 0 is removed"):
-        fitted(models("llama"), (0, 4), "fold")
+        fitted(models("llama"), (0, 4))
     windows = random_windows(3, 48)
     model = CausalLM(load_model(open_checkpoint(str(models("llama"))), "float32"), windows[0])
     with pytest.raises(SlebError, match="at least 4 windows"):
-        fit(model, windows, [2], "map")
+        fit(model, windows, [2])
 
 
 @pytest.fixture
@@ -244,27 +208,31 @@ def test_a_sidecar_that_is_not_the_manifests_is_refused_in_one_line(
     assert "must be a file's name beside the manifest" in refusal()
 
 
-SERVED = [
-    ("llama", REMOVED, "fold"),
-    ("llama", REMOVED, "map"),
-    ("llama", (3, 7), "map"),
-    ("llama", REMOVED, "scale"),
-    ("opt", (1, 3), "fold"),
-    ("opt", (1, 3), "map"),
-    ("gemma3", (1, 2), "map"),
-    ("gpt2", (2, 3), "map"),
-    ("qwen2", (1, 3), "fold"),
-    ("olmo2", (1, 3), "map"),  # in vLLM's Transformers backend
-]
+def test_a_kind_of_repair_that_is_no_more_is_refused_in_one_line(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = models("llama")
+    manifest_of(path, (2, 3), tmp_path / "m.json", count=8, length=48)
+    text = json.loads((tmp_path / "m.json").read_text())
+    for kind in ("map", "scale"):
+        text["repair"]["kind"] = kind
+        (tmp_path / "m.json").write_text(json.dumps(text))
+        assert main(["serve", str(path), "-m", str(tmp_path / "m.json"), "--dry-run"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"repair.kind is {kind}, which is no longer served" in line
+        assert "select again with --repair fold" in line
+
+
+SERVED = [("llama", REMOVED), ("opt", (1, 3)), ("qwen2", (1, 3))]
 
 
 @pytest.fixture
 def jobs(models: Models, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    def make(cases: Sequence[tuple[str, tuple[int, ...], str]], **engine: Any) -> Any:
+    def make(cases: Sequence[tuple[str, tuple[int, ...]]], **engine: Any) -> Any:
         made = []
-        for number, (name, removed, kind) in enumerate(cases):
+        for number, (name, removed) in enumerate(cases):
             path = models(name)
-            manifest = manifest_of(path, removed, kind, tmp_path / f"{number}.json")
+            manifest = manifest_of(path, removed, tmp_path / f"{number}.json")
             job = Case(name, removed).job(path, **engine)
             checkpoint = open_checkpoint(str(path))
             made.append({**job, "overrides": pruned_overrides(manifest.pruning(), checkpoint)})
@@ -275,11 +243,11 @@ def jobs(models: Models, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
 def check(
     results: list[dict[str, Any]],
-    cases: Sequence[tuple[str, tuple[int, ...], str]],
+    cases: Sequence[tuple[str, tuple[int, ...]]],
     models: Models,
     folder: Path,
 ) -> None:
-    for number, (result, (name, removed, _)) in enumerate(zip(results, cases, strict=True)):
+    for number, (result, (name, removed)) in enumerate(zip(results, cases, strict=True)):
         manifest = read_manifest(folder / f"{number}.json")
         model = repaired(models(name), removed, read_sidecar(manifest.pruning()))
         assert max(differences(result, model)) < 1e-3
@@ -322,20 +290,15 @@ def test_smollm2_repaired_in_vllm_is_smollm2_repaired_in_transformers(
     smollm2: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm")
-    removed, kinds = (17, 18), ("fold", "map")
-    checkpoint = open_checkpoint(str(smollm2))
-    made = []
-    for kind in kinds:
-        output = tmp_path / f"{kind}.json"
-        manifest = manifest_of(smollm2, removed, kind, output, count=8, length=96)
-        job = Case("smollm2", removed).job(smollm2)
-        made.append({**job, "overrides": pruned_overrides(manifest.pruning(), checkpoint)})
-    for kind, result in zip(kinds, run_jobs(made, tmp_path), strict=True):
-        tensors = read_sidecar(read_manifest(tmp_path / f"{kind}.json").pruning())
-        model = repaired(smollm2, removed, tensors)
-        assert max(differences(result, model)) < 1e-3
-        assert greedy_equal(result, model)
-        assert max(differences(result, oracle.pruned(smollm2, removed))) > 1e-2
+    removed, checkpoint = (17, 18), open_checkpoint(str(smollm2))
+    manifest = manifest_of(smollm2, removed, tmp_path / "m.json", count=8, length=96)
+    job = Case("smollm2", removed).job(smollm2)
+    job["overrides"] = pruned_overrides(manifest.pruning(), checkpoint)
+    (result,) = run_jobs([job], tmp_path)
+    model = repaired(smollm2, removed, read_sidecar(manifest.pruning()))
+    assert max(differences(result, model)) < 1e-3
+    assert greedy_equal(result, model)
+    assert max(differences(result, oracle.pruned(smollm2, removed))) > 1e-2
 
 
 def test_an_engine_refuses_a_sidecar_that_changed(
@@ -343,7 +306,7 @@ def test_an_engine_refuses_a_sidecar_that_changed(
 ) -> None:
     pytest.importorskip("vllm")
     good, bad = jobs([SERVED[0], SERVED[1]])
-    Path(bad["overrides"]["sleb"]["repair"]["path"]).write_bytes(b"")
+    Path(bad["overrides"]["sleb"][0]["repair"]["path"]).write_bytes(b"")
     for job in (good, bad):
         job["only_configure"] = True
     results = run_jobs([good, bad], tmp_path)

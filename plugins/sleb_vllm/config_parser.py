@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.transformers_utils.config import HFConfigParser, get_config_parser, register_config_parser
 
-from sleb_serve.checkpoint import Checkpoint, download_weights, fetch_index, open_checkpoint
-from sleb_serve.cut import at, decoder_path
+from sleb_serve.binding import check_config_binding
+from sleb_serve.checkpoint import download_weights, fetch_index, open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.likeness import apply, check_likeness
 from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name
 from sleb_serve.pruning import Pruning
 from sleb_serve.quantised_names import QUANTISATION_KEYS
-from sleb_vllm.compat import check_version, vllm_version
+from sleb_serve.sidecar import check_sidecar
+from sleb_serve.vllm_versions import check_version, vllm_version
 
 # A child of vLLM's own logger, so that the lines appear where vLLM's do.
 logger = init_logger("vllm.plugins.sleb")
@@ -38,17 +38,17 @@ class SlebConfigParser(HFConfigParser):
         Raises:
             SlebError: the manifest is for another model, or the model cannot be cut so.
         """
-        overrides = kwargs.get("hf_overrides")
+        given = kwargs.get("hf_overrides")
+        overrides: dict[str, Any] = given if isinstance(given, dict) else {}
         found, config = super().parse(model, trust_remote_code, revision=revision, **kwargs)
-        content = found.get(CONFIG_KEY)
-        if isinstance(overrides, dict):
-            content = overrides.get(CONFIG_KEY, content)
-        if content is None:
+        pruning = Pruning.of_config(overrides) or Pruning.of_config(found)
+        if pruning is None:
             return found, config
-        pruning = parse_content(content)
         check_version(vllm_version())
         checkpoint = open_checkpoint(str(model), revision)
-        check_binding(checkpoint, str(model), pruning)
+        check_config_binding(checkpoint, str(model), pruning)
+        if pruning.repair is not None:
+            check_sidecar(pruning.repair)
         dense = copy.deepcopy(config)
         shorten(config, pruning)
         if not check_likeness(dense, config, pruning.architecture, pruning.cut):
@@ -58,11 +58,14 @@ class SlebConfigParser(HFConfigParser):
                 pruning.architecture,
             )
         setattr(config, CONFIG_KEY, pruning.to_dict())
-        found = _with_quantisation(found, checkpoint, str(model), revision, pruning)
-        for key in QUANTISATION_KEYS:
-            if key in found:
-                setattr(config, key, found[key])
-        if isinstance(overrides, dict):
+        if checkpoint.is_quantised():
+            if not Path(model).is_dir() and not fetch_index(str(model), revision):
+                download_weights(str(model), revision)
+            found = checkpoint.with_quantisation(found, pruning.cut)
+            for key in QUANTISATION_KEYS:
+                if key in found:
+                    setattr(config, key, found[key])
+        if CONFIG_KEY in overrides:
             # vLLM applies what is left of them to the config that is returned.
             _take_own(overrides, pruning)
         return found, config
@@ -76,32 +79,6 @@ def register_parser() -> None:
         known = False
     if not known:
         register_config_parser(FORMAT)(SlebConfigParser)
-
-
-def parse_content(content: object) -> Pruning:
-    """The pruning that a config's entry holds.
-
-    Raises:
-        SlebError: it is malformed.
-    """
-    # A list in the overrides: vLLM would take a dict for a nested config's.
-    if isinstance(content, list) and len(content) == 1:
-        (content,) = content
-    return Pruning.from_dict(content)
-
-
-def check_binding(checkpoint: Checkpoint, model: str, pruning: Pruning) -> None:
-    """Refuse a model that is not the manifest's, by its config; its weights are looked at later.
-
-    Raises:
-        SlebError: naming what was expected and what was found.
-    """
-    pruning.check_binding(
-        model,
-        architecture=checkpoint.architecture,
-        num_blocks=checkpoint.num_blocks,
-        config_sha256=checkpoint.config_sha256(),
-    )
 
 
 def shorten(config: Any, pruning: Pruning) -> dict[str, Any]:
@@ -120,24 +97,3 @@ def _take_own(overrides: dict[str, Any], pruning: Pruning) -> None:
         )
     for key in ("architectures", CONFIG_KEY, "auto_map"):
         overrides.pop(key, None)
-
-
-def _with_quantisation(
-    found: dict[str, Any],
-    checkpoint: Checkpoint,
-    model: str,
-    revision: str | None,
-    pruning: Pruning,
-) -> dict[str, Any]:
-    """`found`, with the layers that its quantisation names numbered as in the shorter model.
-
-    What a file beside config.json says of it is put into the config, since vLLM would read the
-    file with the dense model's numbers.
-    """
-    parts = (found, at(found, decoder_path(found) or ()) or {})
-    inside = any(isinstance(part.get(key), Mapping) for part in parts for key in QUANTISATION_KEYS)
-    if not inside and not checkpoint.quantisation_files():
-        return found
-    if not Path(model).is_dir() and not fetch_index(model, revision):
-        download_weights(model, revision)
-    return checkpoint.with_quantisation(found, pruning.cut)

@@ -6,16 +6,16 @@ vLLM loads an endpoint plugin only where ``VLLM_PLUGINS`` names it, as `sleb-ser
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
 import os
 import sys
 import threading
 from typing import Any
 
-from sleb_serve.protocol import CONFIG_KEY, ENTRY_POINT, MANIFEST_PATH
+from sleb_serve.protocol import ENTRY_POINT, MANIFEST_PATH
 from sleb_serve.pruning import Pruning
-from sleb_vllm.verify import REPORT, check_ranks
+from sleb_serve.served import check_ranks, publish
+from sleb_vllm.verify import REPORT
 
 _GRACE_SECONDS = 10.0
 """For open connections, once the engine has stopped."""
@@ -54,10 +54,9 @@ class ManifestEndpoint:
         if engine_client is None:
             return
         model_config = engine_client.vllm_config.model_config
-        content = getattr(model_config.hf_config, CONFIG_KEY, None)
-        if content is None:
+        pruning = Pruning.of_config(model_config.hf_config)
+        if pruning is None:
             return
-        pruning = Pruning.from_dict(content)
         _Ending(engine_client)
         reports = await engine_client.collective_rpc(REPORT)
         check_ranks(pruning, reports)
@@ -105,32 +104,3 @@ class _Ending:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(bool(self._died)))
-
-
-def publish(pruning: Pruning, name: str, reports: list[dict[str, Any]]) -> None:
-    """Set the manifest's metrics; with several API servers each sets the same."""
-    info, removed, loaded, skipped = _gauges()
-    info.labels(digest=pruning.digest, tag=pruning.tag, model_name=name).set(1)
-    removed.labels(model_name=name).set(len(pruning.removed))
-    layers = {layer for report in reports for layer in report["layers"]}
-    loaded.labels(model_name=name).set(len(layers))
-    # Every rank passes over the same tensors of the same files.
-    skipped.labels(model_name=name).set(max(r["weights_skipped_bytes"] or 0 for r in reports))
-
-
-@functools.cache
-def _gauges() -> tuple[Any, ...]:
-    from prometheus_client import Gauge
-
-    def gauge(name: str, text: str, *labels: str) -> Any:
-        # vLLM adds up over the files of its API servers: all say the same, the last one stands.
-        return Gauge(
-            f"sleb_serve_{name}", text, ["model_name", *labels], multiprocess_mode="mostrecent"
-        )
-
-    return (
-        gauge("manifest_info", "The removal manifest that is served.", "digest", "tag"),
-        gauge("blocks_removed", "Decoder blocks that the manifest removes."),
-        gauge("blocks_loaded", "Decoder blocks that the ranks hold."),
-        gauge("weights_skipped_bytes", "Bytes of removed blocks' weights that were not read."),
-    )

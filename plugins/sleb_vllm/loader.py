@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,22 +19,16 @@ from vllm.model_executor.model_loader import (
 )
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from sleb_serve.binding import check_config_binding
 from sleb_serve.checkpoint import Checkpoint, fetch_index, open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.protocol import CONFIG_KEY, FORMAT, READER_KEY, READERS
 from sleb_serve.pruning import Pruning
-from sleb_serve.sidecar import read_sidecar
 from sleb_serve.support import status
-from sleb_vllm.config_parser import check_binding, parse_content
+from sleb_serve.tensors import NeededOnly, ShorterTensors
 from sleb_vllm.lora import Renumbered
 from sleb_vllm.positions import dense_remainders
-from sleb_vllm.verify import (
-    Watched,
-    check_config,
-    check_same_digest,
-    decoder_of,
-    install_report,
-)
+from sleb_vllm.verify import check_config, check_same_digest, decoder_of, install_report
 
 logger = init_logger("vllm.plugins.sleb")
 
@@ -76,7 +70,7 @@ class SlebModelLoader(BaseModelLoader):
 
     def download_model(self, model_config: Any) -> None:
         """Fetch the files of all layers that stay."""
-        pruning = pruning_of(model_config)
+        pruning = Pruning.of_config(model_config.hf_config)
         self._reader(model_config, pruning).download_model(model_config)
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
@@ -86,7 +80,7 @@ class SlebModelLoader(BaseModelLoader):
             SlebError: there is no manifest, it is not the model's, or what vLLM built or read is
                 not what it leaves.
         """
-        pruning = pruning_of(model_config)
+        pruning = Pruning.of_config(model_config.hf_config)
         if pruning is None:
             if model_config.runner_type != "draft":
                 raise SlebError(
@@ -98,7 +92,7 @@ class SlebModelLoader(BaseModelLoader):
                 vllm_config=vllm_config, model_config=model_config, prefix=prefix
             )
             return model
-        check_binding(self._checkpoint(model_config), model_config.model, pruning)
+        check_config_binding(self._checkpoint(model_config), model_config.model, pruning)
         check_config(model_config, pruning)
         install_report()
         self._vllm_config = vllm_config
@@ -109,7 +103,7 @@ class SlebModelLoader(BaseModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Read the checkpoint into a model that was built by a cut config."""
-        pruning = pruning_of(model_config)
+        pruning = Pruning.of_config(model_config.hf_config)
         assert pruning is not None
         checkpoint = self._checkpoint(model_config)
         path, layers = decoder_of(model, self._vllm_config, pruning)
@@ -120,9 +114,9 @@ class SlebModelLoader(BaseModelLoader):
         if self._format == "dummy":
             reader.load_weights(model, model_config)
         else:
-            tensors = _Tensors(checkpoint, pruning)
-            with only_needed(checkpoint, pruning):
-                reader.load_weights(_Renaming(model, tensors, checkpoint, pruning), model_config)
+            tensors = ShorterTensors(checkpoint, pruning)
+            with only_needed(checkpoint, pruning) as opener:
+                reader.load_weights(_Renaming(model, tensors, opener), model_config)
             tensors.check()
             if get_world_group().local_rank == 0:
                 # A model from the hub is on this machine only now; one rank looks at it for all.
@@ -144,12 +138,13 @@ class SlebModelLoader(BaseModelLoader):
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[Any]:
         """The tensors under their new names, for vLLM to load a second time in place."""
-        pruning = pruning_of(model_config)
+        pruning = Pruning.of_config(model_config.hf_config)
         assert pruning is not None
         checkpoint = self._checkpoint(model_config)
         reader = self._reader(model_config, pruning)
         with only_needed(checkpoint, pruning):
-            yield from _Tensors(checkpoint, pruning)(reader.get_all_weights(model_config, model))
+            tensors = ShorterTensors(checkpoint, pruning)
+            yield from tensors(reader.get_all_weights(model_config, model))
 
     def _checkpoint(self, model_config: Any) -> Checkpoint:
         directory = self.load_config.download_dir
@@ -168,61 +163,11 @@ class SlebModelLoader(BaseModelLoader):
         return get_model_loader(config)
 
 
-class _Tensors:
-    """A checkpoint's tensors on their way into the shorter model: renamed, repaired, watched."""
-
-    def __init__(self, checkpoint: Checkpoint, pruning: Pruning) -> None:
-        self._checkpoint, self._cut = checkpoint, pruning.cut
-        self._repair = read_sidecar(pruning)
-        self._repair_path = "" if pruning.repair is None else pruning.repair.path
-        self._watched = Watched(checkpoint, pruning)
-
-    def __call__(self, tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        left = dict(self._repair)
-        prefix = self._checkpoint.layer_prefix
-        for name, tensor in tensors:
-            new_name = self._cut.name(name, prefix)
-            if new_name is None:
-                # A reader of whole files cannot pass over it.
-                continue
-            self._watched.see(name)
-            mended = left.pop(name, None)
-            if mended is not None:
-                if (mended.shape, mended.dtype) != (tensor.shape, tensor.dtype):
-                    raise SlebError(
-                        f"the repair {self._repair_path} has {name} as {mended.dtype} "
-                        f"{list(mended.shape)}, the checkpoint as {tensor.dtype} "
-                        f"{list(tensor.shape)}; select with --repair again"
-                    )
-                tensor = mended
-            yield new_name, self._sliced(name, tensor)
-        if left:
-            raise SlebError(
-                f"the repair {self._repair_path} has weights that the checkpoint did not give: "
-                f"{', '.join(sorted(left))}; select with --repair again"
-            )
-
-    def check(self) -> None:
-        """Refuse a checkpoint that had nothing for a layer that stays."""
-        self._watched.check()
-
-    def _sliced(self, name: str, tensor: Any) -> Any:
-        dimension = self._cut.parts(name, tensor.shape)
-        if dimension is None:
-            return tensor
-        parts = tensor.unflatten(dimension, (self._cut.num_blocks, -1))
-        kept = parts.new_tensor(self._cut.kept).long().to(parts.device)
-        return parts.index_select(dimension, kept).flatten(dimension, dimension + 1)
-
-
 class _Renaming:
     """Stands for a model while a reader loads it: the same, but for the tensors it is given."""
 
-    def __init__(
-        self, model: nn.Module, tensors: _Tensors, checkpoint: Checkpoint, pruning: Pruning
-    ) -> None:
-        self._model, self._tensors = model, tensors
-        self._checkpoint, self._removed = checkpoint, frozenset(pruning.removed)
+    def __init__(self, model: nn.Module, tensors: ShorterTensors, opener: NeededOnly) -> None:
+        self._model, self._tensors, self._opener = model, tensors, opener
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -231,68 +176,21 @@ class _Renaming:
         return self._model.load_weights(self._tensors(weights), *args, **kwargs)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """VLLM leaves out shards in which no tensor is used."""
-        unused = getattr(self._model, "is_unused_checkpoint_weight", None)
-        removed = self._checkpoint.block_of(name) in self._removed
-        return removed or (unused is not None and bool(unused(name)))
+        # Asked by vLLM to leave out whole files, from 0.32.
+        unused = getattr(self._model, "is_unused_checkpoint_weight", lambda name: False)
+        return not self._opener.is_needed(name) or bool(unused(name))
 
 
 @contextmanager
-def only_needed(checkpoint: Checkpoint, pruning: Pruning) -> Iterator[None]:
-    """While this is open, vLLM's safetensors readers do not see the tensors of removed layers.
-
-    Those are not read, and a file that holds nothing else is not opened. Files that the manifest's
-    digest does not cover (a copy of the weights in a vendor's own format) are not opened either.
-    """
-    stock, removed = weight_utils.safe_open, frozenset(pruning.removed)
-
-    def is_needed(name: str) -> bool:
-        return checkpoint.block_of(name) not in removed
-
-    # Only when the first file is opened: a model from the hub is on this machine only then.
-    @functools.cache
-    def needed() -> frozenset[str]:
-        return frozenset(file.name for file in checkpoint.weight_files(without=removed))
-
-    def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(file).rpartition("/")[2] not in needed():
-            return _File(None, is_needed)
-        return _File(stock(file, *args, **kwargs), is_needed)
-
-    weight_utils.safe_open = opened
+def only_needed(checkpoint: Checkpoint, pruning: Pruning) -> Iterator[NeededOnly]:
+    """While this is open, vLLM's safetensors readers do not see the tensors of removed layers."""
+    stock = weight_utils.safe_open
+    opener = NeededOnly(checkpoint, pruning, stock)
+    weight_utils.safe_open = opener
     try:
-        yield
+        yield opener
     finally:
         weight_utils.safe_open = stock
-
-
-class _File:
-    """A safetensors file of which only some tensors are seen; of no file, none."""
-
-    def __init__(self, file: Any, is_needed: Callable[[str], bool]) -> None:
-        self._file, self._is_needed = file, is_needed
-
-    def __enter__(self) -> _File:
-        if self._file is not None:
-            self._file.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.__exit__(*error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def keys(self) -> list[str]:
-        names = [] if self._file is None else self._file.keys()
-        return [name for name in names if self._is_needed(name)]
-
-
-def pruning_of(model_config: Any) -> Pruning | None:
-    """The pruning in a model's Hugging Face config; None if there is none."""
-    content = getattr(model_config.hf_config, CONFIG_KEY, None)
-    return None if content is None else parse_content(content)
 
 
 def register_loader() -> None:

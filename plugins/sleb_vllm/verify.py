@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.likeness import decoder_of as decoder_config_of
 from sleb_serve.protocol import FORMAT
@@ -90,30 +88,6 @@ def install_report() -> None:
     setattr(WorkerBase, REPORT, rank_report)
 
 
-def check_ranks(pruning: Pruning, reports: Sequence[Mapping[str, Any] | None]) -> None:
-    """Refuse ranks that do not together hold exactly what the manifest leaves.
-
-    Raises:
-        SlebError: naming the rank and what it holds.
-    """
-    held: set[int] = set()
-    for number, report in enumerate(reports):
-        if report is None:
-            raise SlebError(f"rank {number} serves no pruned model; restart the server")
-        if report["digest"] != pruning.digest:
-            raise SlebError(
-                f"rank {report['rank']} holds manifest {report['digest'][:8]}, the server "
-                f"{pruning.digest[:8]}; restart it with one manifest"
-            )
-        held |= set(report["layers"])
-    kept = set(pruning.cut.kept)
-    if held != kept:
-        raise SlebError(
-            f"the ranks hold decoder layers {sorted(held)} where the manifest leaves "
-            f"{sorted(kept)}; this vLLM cannot serve the model pruned"
-        )
-
-
 def check_same_digest(pruning: Pruning) -> None:
     """Refuse to go on where ranks were given different manifests. Every rank must call it.
 
@@ -133,40 +107,3 @@ def check_same_digest(pruning: Pruning) -> None:
             f"the ranks were given different manifests: {', '.join(d[:8] for d in digests)}; start "
             f"all of them with the same arguments"
         )
-
-
-class Watched:
-    """Remembers which blocks a checkpoint gave tensors of."""
-
-    def __init__(self, checkpoint: Checkpoint, pruning: Pruning) -> None:
-        self._checkpoint, self._pruning = checkpoint, pruning
-        self._seen: set[int] = set()
-
-    def see(self, name: str) -> None:
-        """A tensor was given to the model, under its name in the checkpoint.
-
-        Raises:
-            SlebError: it belongs to a removed block.
-        """
-        block = self._checkpoint.block_of(name)
-        if block is None:
-            return
-        self._seen.add(block)
-        if block in self._pruning.removed:
-            raise SlebError(
-                f"vLLM was given {name} of removed block {block}; this vLLM cannot serve the model "
-                f"pruned"
-            )
-
-    def check(self) -> None:
-        """Refuse a checkpoint that had nothing for a block that stays.
-
-        Raises:
-            SlebError: naming the blocks.
-        """
-        missing = sorted(set(self._pruning.cut.kept) - self._seen)
-        if missing:
-            raise SlebError(
-                f"the checkpoint gave no tensor of blocks {missing}; is a shard missing from "
-                f"{self._checkpoint.path}?"
-            )
