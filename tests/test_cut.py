@@ -1,0 +1,403 @@
+"""The cut of a config and of tensors' names, held against a slow and plain oracle."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from sleb_serve.cut import (
+    BY_LAYER,
+    FIRST_LAYERS,
+    LAYER_LETTERS,
+    LAYER_NUMBERS,
+    PER_LAYER,
+    TOWERS,
+    Cut,
+    cut_config,
+    decoder_path,
+    decoder_prefix,
+    explicit,
+    removable,
+    shared_sources,
+)
+from sleb_serve.errors import SlebError
+from sleb_serve.quantised_names import Names, renumbered
+
+NESTED: tuple[tuple[str, ...], ...] = (
+    (),
+    ("text_config",),
+    ("thinker_config", "text_config"),
+    ("llm_config",),
+    ("language_config",),
+)
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> Cut:
+    count = draw(st.integers(2, 14))
+    removed = draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=count - 1))
+    return Cut(count, tuple(sorted(removed)))
+
+
+@st.composite
+def decoders(draw: st.DrawFn) -> tuple[Cut, dict[str, Any]]:
+    """A cut, and a decoder's config of the same number of layers with random entries of each."""
+    cut = draw(cuts())
+    count = cut.num_blocks
+    layers = st.sets(st.integers(0, count - 1)).map(sorted)
+    values: dict[str, Any] = {draw(st.sampled_from(["num_hidden_layers", "n_layer"])): count}
+    for key in draw(st.sets(st.sampled_from(sorted(PER_LAYER)), max_size=4)):
+        values[key] = draw(st.lists(st.integers(-5, 5), min_size=count, max_size=count))
+    for key in draw(st.sets(st.sampled_from(sorted(LAYER_NUMBERS - {"mlp_only_layers"})))):
+        values[key] = draw(layers)
+    for key in draw(st.sets(st.sampled_from(sorted(FIRST_LAYERS)))):
+        values[key] = draw(st.integers(0, count + 3))
+    for key in draw(st.sets(st.sampled_from(sorted(LAYER_LETTERS)))):
+        values[key] = "".join(
+            draw(st.lists(st.sampled_from("M*-E"), min_size=count, max_size=count))
+        )
+    for key in draw(st.sets(st.sampled_from(sorted(BY_LAYER)))):
+        values[key] = {str(layer): {"head_dim": layer + 1} for layer in draw(layers)}
+    if draw(st.booleans()):
+        values["decoder_sparse_step"] = draw(st.integers(1, 4))
+        values["mlp_only_layers"] = draw(layers)
+    values["vocab_size"] = count
+    values["eos_token_id"] = [1] * count
+    return cut, values
+
+
+def told(values: dict[str, Any], layer: int) -> dict[str, Any]:
+    """All that a decoder's config says of one layer, each thing by its own plain rule."""
+    facts: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in PER_LAYER or key in LAYER_LETTERS:
+            facts[key] = value[layer]
+        elif key in LAYER_NUMBERS - {"mlp_only_layers"}:
+            facts[key] = layer in value
+        elif key in FIRST_LAYERS:
+            facts[key] = layer < value
+        elif key in BY_LAYER:
+            facts[key] = value.get(str(layer))
+    step, plain = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers", [])
+    facts["experts"] = layer not in plain and (layer + 1) % step == 0
+    return facts
+
+
+@given(decoders(), st.sampled_from(NESTED), st.booleans())
+def test_a_cut_config_says_of_each_layer_what_the_dense_one_says(
+    drawn: tuple[Cut, dict[str, Any]], path: tuple[str, ...], tower: bool
+) -> None:
+    cut, values = drawn
+    config: dict[str, Any] = values
+    for key in reversed(path):
+        config = {key: config}
+    if tower:
+        # As many layers and lists as the decoder's, which are not its.
+        config = {
+            **config,
+            "vision_config": {"num_hidden_layers": cut.num_blocks, "depths": [1] * 9},
+        }
+    assert decoder_path(config) == path
+    found = cut_config(config, cut)
+    assert found.get("vision_config") == config.get("vision_config")
+    inner = found
+    for key in path:
+        inner = inner[key]
+    count = inner.get("num_hidden_layers", inner.get("n_layer"))
+    kept = [layer for layer in range(cut.num_blocks) if layer not in cut.removed]
+    assert count == len(kept)
+    for new, old in enumerate(kept):
+        assert told(inner, new) == told(values, old)
+    assert inner["vocab_size"] == cut.num_blocks
+    assert inner["eos_token_id"] == values["eos_token_id"]
+    json.dumps(found)
+
+
+@given(cuts(), st.integers(1, 14), st.booleans())
+def test_shared_keys_and_values_keep_their_source_or_the_cut_is_refused(
+    cut: Cut, shared: int, alternate: bool
+) -> None:
+    count = cut.num_blocks
+    types = ["sliding" if alternate and layer % 2 else "full" for layer in range(count)]
+    values = {"num_hidden_layers": count, "num_kv_shared_layers": shared, "layer_types": types}
+
+    def sources(values: dict[str, Any]) -> dict[int, int | None]:
+        """By layer: the layer whose keys and values it uses."""
+        number, types = values["num_hidden_layers"], values["layer_types"]
+        first = max(0, number - values["num_kv_shared_layers"])
+        found: dict[int, int | None] = {}
+        for layer in range(number):
+            before = [i for i in range(first) if types[i] == types[layer]]
+            found[layer] = layer if layer < first else (before[-1] if before else None)
+        return found
+
+    kept = [layer for layer in range(count) if layer not in cut.removed]
+    dense = sources(values)
+    lost = any(dense[layer] in cut.removed for layer in kept if dense[layer] is not None)
+    if shared >= count:
+        return  # no layer has any of its own: no such model
+    if lost:
+        with pytest.raises(SlebError, match="holds the keys and values that later blocks use"):
+            cut.values(values)
+        return
+    found = sources(cut.values(values))
+    for new, old in enumerate(kept):
+        source, place = dense[old], found[new]
+        assert (None if source is None else kept.index(source)) == place
+
+
+def test_blocks_that_others_need_are_not_removable() -> None:
+    types = ["sliding_attention", "full_attention"] * 3
+    values = {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": types}
+    assert shared_sources(values, 6) == {2: frozenset({4}), 3: frozenset({5})}
+    assert removable(values, 6) == (0, 1, 4, 5)
+    # Behind the last block nothing moves.
+    assert removable({"num_hidden_layers": 6, "attn_layer_period": 3}, 6) == (5,)
+    with pytest.raises(SlebError, match="compute with their own number"):
+        removable({"num_hidden_layers": 6, "scale_attn_by_inverse_layer_idx": True}, 6)
+
+
+@pytest.mark.parametrize(
+    ("values", "removed", "message"),
+    [
+        ({"moe_layer_freq": 2}, (1, 4), "moe_layer_freq makes every 2th layer"),
+        ({"sliding_window_pattern": 6}, (1, 4), "sliding_window_pattern makes every 6th"),
+        ({"scale_attn_by_inverse_layer_idx": True}, (1,), "compute with their own number"),
+        ({"secret": [1, 2, 3, 4, 5, 6]}, (1,), "secret lists 6 values, one a layer as it seems"),
+        ({"moe_layer_freq": 2}, (1, 2), None),  # what stays keeps its remainder
+        ({"moe_layer_freq": 1, "secret": [1, 2]}, (1,), None),
+    ],
+)
+def test_what_cannot_be_said_of_fewer_layers_is_refused_by_its_key(
+    values: dict[str, Any], removed: tuple[int, ...], message: str | None
+) -> None:
+    cut = Cut(6, removed)
+    config = {"num_hidden_layers": 6, **values}
+    if message is None:
+        assert cut.values(config)["num_hidden_layers"] == 6 - len(removed)
+        return
+    with pytest.raises(SlebError, match=message):
+        cut.values(config)
+
+
+def test_what_depends_on_the_number_of_layers_is_compensated() -> None:
+    found = Cut(8, (1, 2, 3, 4, 5, 6)).values({"num_hidden_layers": 8, "scale_depth": 1.4})
+    assert found["scale_depth"] / 2**0.5 == pytest.approx(1.4 / 8**0.5)
+
+
+def test_what_transformers_derives_is_made_explicit() -> None:
+    config = {"text_config": {"num_hidden_layers": 3, "moe_layers": [], "layer_types": None}}
+    derived = {
+        "text_config": {
+            "num_hidden_layers": 3,
+            "layer_types": ["a", "b", "a"],
+            "moe_layers": [1],
+            "first_k_dense_replace": 2,
+            "hidden_size": 5,
+        }
+    }
+    assert explicit(config, derived) == {
+        "text_config": {
+            "num_hidden_layers": 3,
+            "layer_types": ["a", "b", "a"],
+            "moe_layers": [1],
+            "first_k_dense_replace": 2,
+        }
+    }
+
+
+PREFIXES = ("model.layers.", "model.language_model.layers.", "h.", "transformer.h.", "layers.")
+
+
+@given(cuts(), st.sampled_from(PREFIXES), st.integers(0, 2), st.sampled_from(sorted(TOWERS)))
+def test_only_the_decoders_tensors_are_renumbered(
+    cut: Cut, prefix: str, extra: int, tower: str
+) -> None:
+    """A tower of as many layers, a projector's numbers and experts' keep theirs."""
+    count = cut.num_blocks
+    inside = [
+        f"{prefix}{layer}.mlp.experts.{e}.w" for layer in range(count + extra) for e in (0, 7)
+    ]
+    outside = [f"{tower}.blocks.{layer}.norm.weight" for layer in range(count)]
+    outside += [f"model.{tower}.merger.mlp.2.weight", "model.embed_tokens.weight", "lm_head.weight"]
+    assert decoder_prefix([*outside, *inside], count) == prefix
+    kept = [layer for layer in range(count) if layer not in cut.removed]
+    # Layers behind the last are for multi-token prediction and follow the last that stays.
+    places = [*kept, *range(count, count + extra)]
+    expected = {
+        f"{prefix}{old}.mlp.experts.{e}.w": f"{prefix}{new}.mlp.experts.{e}.w"
+        for new, old in enumerate(places)
+        for e in (0, 7)
+    }
+    assert {n: cut.name(n, prefix) for n in inside if cut.name(n, prefix)} == expected
+    assert all(cut.name(name, prefix) == name for name in outside)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([f"model.layers.{i}.w" for i in range(6)], "has weights of 6, under model.layers"),
+        (["model.embed.weight"], "has weights of none"),
+        (
+            [f"{part}.layers.{i}.w" for part in ("one", "two") for i in range(8)],
+            "2 lists of 8 layers",
+        ),
+        (
+            [f"model.layers.{i}.w" for i in range(6)] + [f"visual.blocks.{i}.w" for i in range(8)],
+            "has weights of 6, under model.layers",
+        ),
+    ],
+)
+def test_weights_of_another_number_of_layers_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(SlebError, match=message):
+        decoder_prefix(names, 8)
+
+
+PARTS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "mlp.experts.3.up_proj")
+
+
+def quantised(cut: Cut) -> Names:
+    modules = {f"model.layers.{i}.{part}" for i in range(cut.num_blocks) for part in PARTS}
+    modules |= {"lm_head", "visual.layers.1.mlp.down_proj"}
+    return Names(
+        modules=frozenset(modules),
+        rename=lambda name: cut.name(name, "model.layers."),
+        place=cut.place,
+        list_name="layers",
+        others=TOWERS,
+    )
+
+
+@st.composite
+def patterns(draw: st.DrawFn) -> str:
+    layer = draw(st.integers(0, 13))
+    part = draw(st.sampled_from(PARTS))
+    return draw(
+        st.sampled_from(
+            [
+                f"model.layers.{layer}.{part}",
+                rf"re:.*layers\.{layer}\..*",
+                rf"re:model\.layers\.{layer}\.mlp.*",
+                rf"re:.*layers\.({layer}|{layer + 1})\.self_attn.*",
+                rf"re:.*layers\.[{layer % 10}-9]\..*",
+                r"re:.*self_attn\..*",
+                f"model.layers.{layer}.self_attn*",
+                f"*layers.{layer % 10}*down_proj",
+                "lm_head",
+                "re:visual.*",
+                "visual.layers.1.mlp.down_proj",
+            ]
+        )
+    )
+
+
+def matches(pattern: str, name: str) -> bool:
+    """As compressed-tensors and ModelOpt do."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
+@given(cuts(), st.lists(patterns(), max_size=5))
+def test_a_quantisations_list_names_the_same_modules_under_their_new_numbers(
+    cut: Cut, ignore: list[str]
+) -> None:
+    names = quantised(cut)
+    found = renumbered({"ignore": ignore, "other": {"targets": ["Linear"]}}, names)
+    assert found["other"] == {"targets": ["Linear"]}
+    for old in names.modules:
+        new = names.rename(old)
+        if new is not None:
+            before = any(matches(pattern, old) for pattern in ignore)
+            assert any(matches(pattern, new) for pattern in found["ignore"]) == before, (old, new)
+
+
+@given(cuts(), st.dictionaries(st.integers(0, 13), st.sampled_from([2, 4, 8]), max_size=4))
+def test_gptqmodels_dynamic_rules_hold_for_the_same_modules(cut: Cut, bits: dict[int, int]) -> None:
+    """Rules are tried in order; ``-:`` leaves a module out."""
+    names = quantised(cut)
+    rules = {rf"+:model\.layers\.{layer}\.mlp.*": {"bits": b} for layer, b in bits.items()}
+    rules[r"-:.*\.layers\.1\..*q_proj.*"] = {}
+
+    def rule(rules: dict[str, Any], name: str) -> Any:
+        for pattern, value in rules.items():
+            if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+                return value if pattern[0] == "+" else False
+        return None
+
+    found = renumbered({"dynamic": rules}, names)["dynamic"]
+    for old, new in names.kept:
+        assert rule(found, new) == rule(rules, old)
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    with pytest.raises(SlebError, match="which is no regular expression"):
+        renumbered({"ignore": ["re:layers.(3"]}, quantised(Cut(4, (1,))))
+
+
+def test_the_cut_needs_no_torch() -> None:
+    script = "import sys, sleb_serve.cut, sleb_serve.checkpoint; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 4}, "layer_type is .sliding"),
+        ({"intermediate_size": 128}, "mlp.intermediate_size is 256 there and 128 here"),
+        ({"sliding_window": 8}, "sliding_window is 16 there and 8 here"),
+        ({"rms_norm_eps": 1e-2}, "eps is 1e-06 there and 0.01 here"),
+        ({"num_hidden_layers": 3}, "has 3 layers where 4 stay"),
+    ],
+)
+def test_a_layer_that_would_not_be_as_it_was_is_refused_by_its_attribute(
+    changes: dict[str, Any], message: str
+) -> None:
+    from sleb_serve.likeness import apply, check_likeness
+    from tiny import make_config
+
+    dense, short = make_config("gemma2"), make_config("gemma2")
+    cut = Cut(6, (1, 4))
+    apply(short, cut)
+    assert check_likeness(dense, short, "Gemma2ForCausalLM", cut)
+    short.update(changes)
+    with pytest.raises(SlebError, match=message):
+        check_likeness(dense, short, "Gemma2ForCausalLM", cut)
+    assert not check_likeness(dense, short, "NoSuchForCausalLM", cut)
+
+
+def test_a_layer_that_computes_with_the_number_of_layers_is_refused() -> None:
+    from transformers import MiniMaxConfig
+
+    from sleb_serve.likeness import apply, check_likeness
+    from tiny import make_config
+
+    values = {**make_config("mixtral").to_dict(), "layer_types": ["linear_attention"] * 6}
+    values = {k: v for k, v in values.items() if k not in ("model_type", "architectures")}
+    dense, short = (MiniMaxConfig(**values) for _ in range(2))
+    cut = Cut(6, (1, 4))
+    apply(short, cut)
+    with pytest.raises(SlebError, match=r"number of layers|num_hidden_layers"):
+        check_likeness(dense, short, "MiniMaxForCausalLM", cut)
+
+
+def test_a_config_that_is_read_from_a_file_can_be_cut(tmp_path: Path) -> None:
+    """Of a model type that neither Transformers nor this package knows."""
+    from sleb_serve.checkpoint import Checkpoint
+    from sleb_serve.shorter import check_servable
+
+    config = {"architectures": ["NewForCausalLM"], "num_hidden_layers": 6, "model_type": "new"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not check_servable(Checkpoint(tmp_path, config), Cut(6, (1,)))
+    with pytest.raises(SlebError, match="moe_layer_freq"):
+        check_servable(Checkpoint(tmp_path, {**config, "moe_layer_freq": 2}), Cut(6, (1,)))
