@@ -24,6 +24,7 @@ from sleb_serve.checkpoint import open_checkpoint
 from sleb_serve.cli import main
 from sleb_serve.draft import draft_folder
 from sleb_serve.manifest import Manifest, Removal
+from sleb_serve.protocol import FORMAT, READER_KEY
 
 pytest.importorskip("vllm")
 
@@ -31,6 +32,11 @@ REMOVED = (5, 25, 17, 16, 18, 12)
 CASE = Case("smollm2", REMOVED)
 LONG = [[1, *range(40, 130)], [1, *range(40, 130), 7]]
 REPETITIVE = [[504, 3575, 282, 4649, 314] * 4]
+
+
+def reader(name: str) -> dict[str, Any]:
+    """What reads the files for the plugin's loader."""
+    return {"model_loader_extra_config": {READER_KEY: name}}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +51,31 @@ def jobs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
         return {**job(**engine), "only_configure": True}
 
     drafts = draft_folder(open_checkpoint(str(smollm2)), pruning(smollm2, REMOVED), folder / "d")
-    draft = {"method": "draft_model", "model": str(drafts), "num_speculative_tokens": 3}
+    draft = {
+        "method": "draft_model",
+        "model": str(drafts),
+        "num_speculative_tokens": 3,
+        "draft_load_config": {"load_format": FORMAT},
+    }
     counted: dict[str, Any] = {"counters": True, "no_logprobs": True}
     found = {
-        "chunked prefill": job(max_num_batched_tokens=16, load_format="safetensors"),
+        "chunked prefill": job(max_num_batched_tokens=16, **reader("safetensors")),
+        "eager reader": job(safetensors_load_strategy="eager"),
+        "many readers": job(model_loader_extra_config={"enable_multithread_load": True}),
+        "transformers": job(model_impl="transformers"),
+        "kv transfer": {
+            **job(
+                kv_transfer_config={
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {"shared_storage_path": str(folder / "kv")},
+                },
+                block_size=32,
+            ),
+            "prompts": LONG,
+            "again": 1,
+            "no_logprobs": True,
+        },
         "prefix caching": {
             **job(enable_prefix_caching=True, block_size=32),
             "prompts": LONG,
@@ -73,7 +100,7 @@ def jobs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
             "prompts": REPETITIVE,
         },
         "reload": {**job(), "reload": True},
-        "dummy": job(load_format="dummy"),
+        "dummy": job(**reader("dummy")),
         "lora": {
             # vLLM's LoRA on a CPU fails on prompt log-probabilities, dense as well.
             **job(enable_lora=True, max_lora_rank=8),
@@ -81,15 +108,12 @@ def jobs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
             "no_logprobs": True,
         },
         "sleep": refused(enable_sleep_mode=True),
-        "sharded_state": refused(load_format="sharded_state"),
-        "mistral": refused(load_format="mistral"),
+        "sharded_state": job(load_format="sharded_state"),
+        "mistral": job(load_format="mistral"),
+        "another reader": job(**reader("tensorizer")),
         "expert balancing": refused(
             enable_eplb=True, enable_expert_parallel=True, tensor_parallel_size=2
         ),
-        "kv transfer": refused(
-            kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-        ),
-        "transformers": refused(model_impl="transformers"),
     }
     for name in ("int8", "fp8", "gptq", "awq"):
         quantised = getattr(checkpoints, name)(smollm2, folder / name)
@@ -100,7 +124,9 @@ def jobs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
         found[name] = {**CASE.job(quantised, dtype="bfloat16"), **form}
         found[f"{name} twin"] = {**Case("twin", ()).job(twin, dtype="bfloat16"), **form}
     found["as draft"] = {
-        **Case("dense", ()).job(smollm2, speculative_config=draft, disable_log_stats=False),
+        **Case("dense", ()).job(
+            smollm2, speculative_config=draft, config_format=FORMAT, disable_log_stats=False
+        ),
         **counted,
     }
     return found
@@ -126,7 +152,9 @@ def check_greedy(result: dict[str, Any], model: Any, prompts: list[list[int]]) -
         assert tokens == oracle.greedy(model, prompt, NEW_TOKENS)
 
 
-@pytest.mark.parametrize("form", ["chunked prefill", "reload"])
+@pytest.mark.parametrize(
+    "form", ["chunked prefill", "reload", "eager reader", "many readers", "transformers"]
+)
 def test_equal_to_transformers_with_the_blocks_deleted(
     form: str, results: dict[str, dict[str, Any]], smollm2: Path
 ) -> None:
@@ -138,6 +166,17 @@ def test_prefixes_are_cached_and_answers_stay(
 ) -> None:
     check_greedy(results["prefix caching"], oracle.pruned(smollm2, REMOVED), LONG)
     assert min(results["prefix caching"]["cached"]) >= 64
+
+
+def test_caches_that_go_through_a_connector_are_the_shorter_models(
+    results: dict[str, dict[str, Any]], jobs: dict[str, dict[str, Any]], smollm2: Path
+) -> None:
+    """A connector counts the layers in the config: one file for each that is left."""
+    check_greedy(results["kv transfer"], oracle.pruned(smollm2, REMOVED), LONG)
+    config = jobs["kv transfer"]["engine"]["kv_transfer_config"]["kv_connector_extra_config"]
+    stored = Path(config["shared_storage_path"])
+    layers = {file.name.split(".")[2] for file in stored.rglob("*.safetensors")}
+    assert {int(layer) for layer in layers} == set(range(24))
 
 
 def test_structured_outputs_keep_to_their_form(
@@ -207,11 +246,10 @@ def test_quantised_equals_its_physically_pruned_twin(
     ("form", "message"),
     [
         ("sleep", "Sleep mode is not supported on current platform"),  # vLLM's own
-        ("sharded_state", "--load-format sharded_state reads other files"),
-        ("mistral", "--load-format mistral reads other files"),
+        ("sharded_state", "--load-format is sharded_state, which loads dense ones"),
+        ("mistral", "--load-format is mistral, which loads dense ones"),
+        ("another reader", "--load-format tensorizer reads other files"),
         ("expert balancing", "load balancing is only supported on"),  # vLLM's own, on a CPU
-        ("kv transfer", "--kv-transfer-config: connectors count"),
-        ("transformers", "SlebLlamaForCausalLM' is not a registered model"),  # vLLM's own
     ],
 )
 def test_what_cannot_be_served_is_refused(
@@ -301,7 +339,10 @@ def test_as_draft_prints_the_dense_model_with_its_pruned_self(
         "model": str(folder),
         "num_speculative_tokens": 5,
         "draft_tensor_parallel_size": 2,
+        "draft_load_config": {"load_format": "sleb"},
     }
+    assert command[command.index("--config-format") + 1] == "sleb"
+    assert "--load-format" not in command
     for option in ("--speculative-config={}", "--spec-model=x", "-sc"):
         assert main([*arguments, option]) == 2
         assert "--as-draft sets up speculative decoding itself" in capsys.readouterr().err
@@ -338,11 +379,10 @@ def test_a_draft_folder_is_found_again_and_changes_with_its_content(
     assert other != folder
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([folder.name, other.name])
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["SlebLlamaForCausalLM"]
-    assert config["sleb"] == overrides(checkpoint.path, (2, 5))["sleb"]
+    assert [config["sleb"]] == overrides(checkpoint.path, (2, 5))["sleb"]
     # To everything of this project the folder is the dense model's.
     seen = open_checkpoint(str(folder))
-    assert dict(seen.config) == dict(checkpoint.config)
+    assert seen.config_sha256() == checkpoint.config_sha256()
     assert seen.weights_sha256() == checkpoint.weights_sha256()
 
 
@@ -352,7 +392,12 @@ def test_a_draft_is_refused_without_the_plugin(
     checkpoint = open_checkpoint(str(models("llama")))
     folder = draft_folder(checkpoint, pruning(checkpoint.path, (2, 5)), tmp_path / "drafts")
     draft = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}
-    job = Case("llama", ()).job(checkpoint.path, speculative_config=draft)
-    (result,) = run_jobs([{**job, "only_configure": True}], tmp_path, VLLM_PLUGINS="none")
-    assert "SlebLlamaForCausalLM" in result["error"]
-    assert "not supported for now" in result["error"]
+    whole = {**draft, "draft_load_config": {"load_format": FORMAT}}
+    dense = Case("llama", ())
+    jobs = [
+        dense.job(checkpoint.path, speculative_config=whole, config_format=FORMAT),
+        dense.job(checkpoint.path, speculative_config=whole),
+    ]
+    results = run_jobs(jobs, tmp_path, VLLM_PLUGINS="none")
+    assert "Unknown config format `sleb`" in results[0]["error"]
+    assert "Load format `sleb` is not supported" in results[1]["error"]

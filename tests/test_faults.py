@@ -195,3 +195,29 @@ def check_end_under_load(server: Any, manifest: Manifest, kill: bool) -> None:
         assert client.error is not None
     _, alive = psutil.wait_procs(family, timeout=WITHIN)
     assert not alive
+
+
+@pytest.mark.slow
+def test_vllm_by_itself_ends_with_0_when_its_engine_has_died(
+    models: Models, tmp_path: Path
+) -> None:
+    """Once this fails, the plugin's endpoint need not see to the exit code any more."""
+    pytest.importorskip("vllm")
+    import psutil
+
+    from sleb_bench.server import Server, free_port
+
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(models("llama")), "--enforce-eager", "--max-model-len", "256"]
+    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    server = Server(command, port, tmp_path / "log", {"VLLM_PLUGINS": "none"})
+    try:
+        server.wait(300)
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        for engine in family:
+            if "EngineCore" in " ".join(engine.cmdline()) + engine.name():
+                engine.kill()
+        assert server.process.wait(WITHIN) == 0
+    finally:
+        server.stop()

@@ -230,38 +230,153 @@ def run_until_end(command: list[str], port: int, log: Path, **environment: str) 
     return process.returncode, log.read_text()
 
 
-def test_without_the_plugin_neither_way_starts(
+def without(command: list[str], *options: str) -> list[str]:
+    """A command less some options and their values."""
+    rest: list[str] = []
+    for number, part in enumerate(command):
+        if part not in options and command[max(0, number - 1)] not in options:
+            rest.append(part)
+    return rest
+
+
+def with_value(command: list[str], option: str, change: Callable[[str], str]) -> list[str]:
+    at = command.index(option) + 1
+    return [*command[:at], change(command[at]), *command[at + 1 :]]
+
+
+def edited(**changes: Any) -> Callable[[list[str]], list[str]]:
+    """Changes what the overrides hold of the manifest."""
+
+    def edit(text: str) -> str:
+        overrides = json.loads(text)
+        overrides["sleb"][0] |= changes
+        return json.dumps(overrides)
+
+    return lambda command: with_value(command, "--hf-overrides", edit)
+
+
+def more_overrides(**more: Any) -> Callable[[list[str]], list[str]]:
+    return lambda command: with_value(
+        command, "--hf-overrides", lambda text: json.dumps({**json.loads(text), **more})
+    )
+
+
+def same(command: list[str]) -> list[str]:
+    return command
+
+
+FORMATS = ("--load-format", "--config-format")
+WAYS: dict[str, tuple[Callable[[list[str]], list[str]], dict[str, str], str]] = {
+    "VLLM_PLUGINS=none": (same, {"VLLM_PLUGINS": "none"}, "Unknown config format `sleb`"),
+    "VLLM_PLUGINS names another plugin": (
+        same,
+        {"VLLM_PLUGINS": "lora_filesystem_resolver"},
+        "Unknown config format `sleb`",
+    ),
+    "no plugin, and neither format": (
+        lambda command: without(command, *FORMATS),
+        {"VLLM_PLUGINS": "none"},
+        "['SlebLlamaForCausalLM'] are not supported for now",
+    ),
+    "neither format": (
+        lambda command: without(command, *FORMATS),
+        {},
+        "['SlebLlamaForCausalLM'] are not supported for now",
+    ),
+    "overrides without --load-format": (
+        lambda command: without(command, "--load-format"),
+        {},
+        "--load-format is auto, which loads dense ones",
+    ),
+    "another --load-format": (
+        lambda command: with_value(command, "--load-format", lambda _: "safetensors"),
+        {},
+        "--load-format is safetensors, which loads dense ones",
+    ),
+    "overrides without --config-format": (
+        lambda command: without(command, "--config-format"),
+        {},
+        "['SlebLlamaForCausalLM'] are not supported for now",
+    ),
+    "formats without overrides": (
+        lambda command: without(command, "--hf-overrides"),
+        {},
+        "asked for without a manifest",
+    ),
+    "overrides edited: other blocks": (edited(removed=[1, 2, 3]), {}, "weights_sha256 expected"),
+    "overrides edited: another model's digest": (
+        edited(config_sha256="0" * 64),
+        {},
+        "config_sha256 expected 0000",
+    ),
+    "overrides that count other layers": (
+        more_overrides(num_hidden_layers=4),
+        {},
+        "num_hidden_layers = 4 where the manifest leaves 5",
+    ),
+    "two --model": (
+        lambda command: [*command, "--model", "{opt}"],
+        {},
+        "architecture expected LlamaForCausalLM, found OPTForCausalLM",
+    ),
+}
+"""Ways to ask for the pruned model wrongly, and what is said."""
+
+
+@pytest.mark.slow
+def test_no_way_to_ask_wrongly_ends_in_a_server_that_answers(
     models: Models, manifest: Path, tmp_path: Path
 ) -> None:
     port = free_port()
     options = [*OPTIONS, "--host", "127.0.0.1", "--port", str(port)]
     command = printed_command(models("llama"), manifest, *options)
-    code, output = run_until_end(command, port, tmp_path / "log", VLLM_PLUGINS="none")
-    assert code > 0
-    assert "['SlebLlamaForCausalLM'] are not supported for now" in output
+    rows = []
+    for way, (change, environment, message) in WAYS.items():
+        asked = [part.replace("{opt}", str(models("opt"))) for part in change(command)]
+        code, output = run_until_end(asked, port, tmp_path / "log", **environment)
+        assert code > 0, way
+        assert message in output, (way, output[-3000:])
+        rows.append(f"| {way} | {code} | {message} |")
+    if table := os.environ.get("SLEB_TEST_FAIL_CLOSED_TABLE"):
+        head = ["| asked for with | exit code | the log says |", "|---|---|---|"]
+        Path(table).write_text("\n".join([*head, *rows]) + "\n")
 
-    command = sleb_serve("serve", str(models("llama")), "-m", str(manifest), *options)
-    code, output = run_until_end(command, port, tmp_path / "log", VLLM_PLUGINS="none")
-    assert code == 2
-    assert "VLLM_PLUGINS=none disables the plugin sleb" in output
 
-
-def test_with_another_model_neither_way_starts(
+def test_sleb_serve_itself_refuses_a_disabled_plugin_and_another_model(
     models: Models, manifest: Path, tmp_path: Path
 ) -> None:
     port = free_port()
-    options = [*OPTIONS, "--host", "127.0.0.1", "--port", str(port)]
-    command = printed_command(models("llama"), manifest, *options)
-    other = [str(models("opt")) if part == str(models("llama")) else part for part in command]
-    code, output = run_until_end(other, port, tmp_path / "log")
-    assert code > 0
-    assert "architecture expected LlamaForCausalLM, found OPTForCausalLM" in output
+    for model, environment, message in (
+        ("llama", {"VLLM_PLUGINS": "none"}, "VLLM_PLUGINS=none disables the plugin sleb"),
+        ("opt", {}, "architecture expected LlamaForCausalLM, found OPTForCausalLM"),
+    ):
+        command = sleb_serve("serve", str(models(model)), "-m", str(manifest), *OPTIONS)
+        code, output = run_until_end(
+            [*command, "--port", str(port)], port, tmp_path / "log", **environment
+        )
+        assert code == 2
+        assert message in output
+        assert len(output.strip().splitlines()) == 1
 
-    command = sleb_serve("serve", str(models("opt")), "-m", str(manifest), *options)
-    code, output = run_until_end(command, port, tmp_path / "log")
-    assert code == 2
-    assert "architecture expected LlamaForCausalLM, found OPTForCausalLM" in output
-    assert len(output.strip().splitlines()) == 1
+
+def test_a_config_file_that_says_otherwise_does_not_count(
+    models: Models, manifest: Path, tmp_path: Path
+) -> None:
+    """VLLM puts a file's options before those of the command line, of which the last counts."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    file = tmp_path / "config.yaml"
+    file.write_text("load-format: auto\nconfig-format: hf\nhf-overrides: '{}'\nport: 1\n")
+    command = printed_command(models("llama"), manifest, "--config", str(file))
+    arguments = command[command.index("--model") :]
+    parser = make_arg_parser(FlexibleArgumentParser())
+    found = EngineArgs.from_cli_args(parser.parse_args(arguments))
+    pruning = read_manifest(manifest).pruning()
+    assert (found.load_format, found.config_format) == ("sleb", "sleb")
+    assert found.hf_overrides["sleb"] == [pruning.to_dict()]
+    assert found.model == str(models("llama"))
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -282,6 +397,9 @@ def test_options_that_would_undo_the_pruning_are_refused(
         (["--hf-overrides"], "lacks its value"),
         (["--model", "other"], "--model is given twice"),
         (["--model=other"], "--model is given twice"),
+        (["--config-format", "hf"], "--config-format is set from the manifest"),
+        (["--load-format", "sharded_state"], "--load-format sharded_state reads other files"),
+        (["--load_format=mistral"], "--load-format mistral reads other files"),
         (["--blocks", "4"], "K must be between 1 and 3"),
     ):
         assert message in refusal([*base, *options], capsys)
@@ -305,9 +423,17 @@ def test_the_printed_arguments_hold_the_users_and_the_manifests(
         "rope_theta": 5,
         "a": {"b": 1},
         "architectures": ["SlebLlamaForCausalLM"],
-        "sleb": pruning.to_dict(),
+        "sleb": [pruning.to_dict()],
     }
     assert command.count("--hf-overrides") == 1
+    for option in ("--load-format", "--config-format"):
+        assert command[command.index(option) + 1] == "sleb"
+        assert command.count(option) == 1
+    more = ["--load-format=safetensors", "--model-loader-extra-config", '{"num_threads": 2}']
+    command = printed_command(models("llama"), manifest, *more)
+    assert command[command.index("--load-format") + 1] == "sleb"
+    extra = json.loads(command[command.index("--model-loader-extra-config") + 1])
+    assert extra == {"num_threads": 2, "reader": "safetensors"}
     assert command[command.index("--served-model-name") + 1] == f"llama-{pruning.tag}"
     named = printed_command(models("llama"), manifest, "--served-model-name", "mine")
     assert named.count("--served-model-name") == 1
