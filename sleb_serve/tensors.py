@@ -115,6 +115,13 @@ class NeededOnly:
             return _File(None, self.is_needed)
         return _File(self._open(file, *args, **kwargs), self.is_needed)
 
+    @property
+    def leaves_files_out(self) -> bool:
+        """Whether some of the files that an index of safetensors names are not needed."""
+        return any(
+            name.endswith(".safetensors") for name in self._checkpoint.unneeded_files(self._removed)
+        )
+
     def is_needed(self, name: str) -> bool:
         """Whether a tensor is of a layer that stays, or of none."""
         return self._checkpoint.block_of(name) not in self._removed

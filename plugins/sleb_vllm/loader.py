@@ -142,9 +142,10 @@ class SlebModelLoader(BaseModelLoader):
         assert pruning is not None
         checkpoint = self._checkpoint(model_config)
         reader = self._reader(model_config, pruning)
-        with only_needed(checkpoint, pruning):
+        with only_needed(checkpoint, pruning) as opener:
             tensors = ShorterTensors(checkpoint, pruning)
-            yield from tensors(reader.get_all_weights(model_config, model))
+            stand_in = _Renaming(model, tensors, opener)
+            yield from tensors(reader.get_all_weights(model_config, stand_in))
 
     def _checkpoint(self, model_config: Any) -> Checkpoint:
         directory = self.load_config.download_dir
@@ -174,6 +175,12 @@ class _Renaming:
 
     def load_weights(self, weights: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
         return self._model.load_weights(self._tensors(weights), *args, **kwargs)
+
+    @property
+    def allow_patterns_overrides(self) -> list[str] | None:
+        # Without, vLLM wants every file that the index names.
+        own: list[str] | None = getattr(self._model, "allow_patterns_overrides", None)
+        return ["*.safetensors"] if own is None and self._opener.leaves_files_out else own
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         # Asked by vLLM to leave out whole files, from 0.32.
