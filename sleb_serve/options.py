@@ -274,7 +274,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         default="wikitext2",
         help=f"{', '.join(HUB_TEXTS)}, {EMBEDDED} (needs no download), or a .txt, .jsonl, "
-        ".jsonl.gz or .parquet file (default: wikitext2)",
+        ".jsonl.gz or .parquet file of texts or chats (default: wikitext2)",
     )
     parser.add_argument(
         "--sequences",
