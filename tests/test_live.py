@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import oracle
-from sleb_serve import cli, client
+from sleb_serve import cli, client, probe
 from sleb_serve.binding import bind
 from sleb_serve.canary import read_prompts
 from sleb_serve.checkpoint import open_checkpoint
@@ -522,6 +525,31 @@ def test_a_broken_manifest_is_one_line(
     digest = told(honest.manifest)["digest"].encode()
     honest.answers[MANIFEST] = http(data.replace(b"DIGEST", digest))
     assert honest.url in refused_line(probe_of(honest), 1, "not ready: ", capsys)
+
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "data": any_json,
+            "digest": any_json,
+            "ranks": any_json,
+            "choices": any_json | st.lists(st.fixed_dictionaries({"text": st.text()}) | any_json),
+            "usage": any_json | st.fixed_dictionaries({"completion_tokens": any_json}),
+        },
+    )
+)
+def test_any_json_is_read_or_refused(answer: dict[str, Any]) -> None:
+    for read in (client._first_model, client._completion, probe._read_served):
+        with contextlib.suppress(SlebError):
+            read(answer)
 
 
 @pytest.mark.parametrize("answer", SLOW.values(), ids=SLOW)
