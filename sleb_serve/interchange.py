@@ -464,7 +464,7 @@ def _check_known(value: Mapping[Any, Any], known: set[str], where: str) -> None:
     unknown = next((key for key in value if key not in known and value[key] is not None), None)
     if unknown is not None:
         raise SlebError(
-            f"{where} has {_name(unknown)}, which a removal of blocks cannot say; remove it if it "
+            f"{where} has {_name(unknown)}, which is not known here; remove it if it "
             f"changes no weights"
         )
 
