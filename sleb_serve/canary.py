@@ -73,21 +73,33 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
     if path is None:
         text = embedded_text()
         step = max(_PROMPT_CHARACTERS, len(text) // count)
-        return [text[i * step : i * step + _PROMPT_CHARACTERS] for i in range(count)]
+        starts = range(0, min(count * step, len(text)), step)
+        return [text[start : start + _PROMPT_CHARACTERS] for start in starts]
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SlebError(f"cannot read prompts {path}: {first_line(error)}") from error
-    lines = [line for line in lines if line.strip()]
+        # Not splitlines: a JSON string may hold other line breaks as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise SlebError(f"cannot read prompts {path}: {first_line(error)}; give UTF-8") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".jsonl":
-        entries = [
-            strict_json.any_object(strict_json.load(line.encode()), str(path)) for line in lines
-        ]
-        lines = [str(entry.get("prompt", entry.get("text", ""))) for entry in entries]
-    prompts = [line for line in lines if line][:count]
+        prompts = [_prompt(line, f"{path}, line {number}") for number, line in numbered[:count]]
+    else:
+        prompts = [line for _, line in numbered[:count]]
     if not prompts:
         raise SlebError(f"{path}: no prompts in it; give a line each, or JSON lines with prompt")
     return prompts
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        entry = strict_json.any_object(strict_json.load(line.encode()), "it")
+    except SlebError as error:
+        # What follows is advice on manifests.
+        raise SlebError(f"{where}: {str(error).partition(';')[0]}") from error
+    prompt = entry.get("prompt", entry.get("text"))
+    if not isinstance(prompt, str) or not prompt:
+        raise SlebError(f"{where} has no text in prompt; give an object with prompt or text")
+    return prompt
 
 
 def canary(

@@ -30,6 +30,10 @@ examples:
   accelerate launch --num_processes 2 -m sleb_serve.cli select ./my-model -o m.json --remove 6
   sleb-serve select ./my-model -o m.json --remove 6 --resume    # after an interruption
 
+Rows of a .jsonl, .jsonl.gz or .parquet file hold a text, or a chat, which the model's chat template
+writes: {"text": …}, {"messages": [{"role": …, "content": …}]}, {"conversations": [{"from": …,
+"value": …}]}, {"instruction": …, "input": …, "output": …} or {"prompt": …, "completion": …}.
+
 Beside M.json, M.json.search.jsonl records every candidate of every step, and a repair's weights are
 in M.json.repair.safetensors, which must lie beside M.json wherever it is served.
 """
@@ -64,6 +68,9 @@ examples:
   sleb-serve canary --dense http://localhost:8000 --pruned http://localhost:8001
   sleb-serve canary --dense http://a:8000 --pruned http://b:8000 --prompts prompts.jsonl \\
       --requests 200 --max-drift 0.3 --json
+
+Exit code: 0 if both answered and the loss rose by no more than --max-drift, 1 if it rose by more, 2
+if that could not be asked.
 """
 _EVAL_EXAMPLES = """\
 examples:
@@ -85,9 +92,13 @@ examples:
 _IMPORT_EXAMPLES = """\
 examples:
   sleb-serve import sleb_results/sleb.txt facebook/opt-6.7b -o m.json    # its last run; or --run N
+  sleb-serve import sleb.log facebook/opt-6.7b -o m.json    # the output of a killed sleb.py
   sleb-serve import '[5, 4, 9]' ./my-model -o m.json
   sleb-serve import merge.yaml ./my-model -o m.json                      # mergekit, passthrough
   sleb-serve import dropped/config.json ./my-model -o m.json             # LLM-Drop, whole blocks
+
+Blocks keep the order of the source. What it says beyond whole blocks of one model (halves,
+scaled weights, adapters, another number of blocks) is refused.
 """
 
 
@@ -294,7 +305,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         default="wikitext2",
         help=f"{', '.join(HUB_TEXTS)}, {EMBEDDED} (needs no download), or a .txt, .jsonl, "
-        ".jsonl.gz or .parquet file (default: wikitext2)",
+        ".jsonl.gz or .parquet file of texts or chats (default: wikitext2)",
     )
     parser.add_argument(
         "--sequences",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
+from sleb_serve import strict_json
 from sleb_serve.client import Client, ServerError
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Manifest
@@ -39,6 +39,14 @@ class Probed:
         return f"ready: manifest {self.digest[:8]} on {self.ranks} rank(s), {golden}"
 
 
+@dataclass(frozen=True)
+class _Served:
+    """What a server says of the manifest that it serves: its digest, and each rank's."""
+
+    digest: str
+    ranks: tuple[str, ...]
+
+
 class NotReadyError(SlebError):
     """The server does not serve this manifest, or not as it should."""
 
@@ -51,12 +59,12 @@ def probe(client: Client, manifest: Manifest, tolerance: float = TOLERANCE) -> P
         ServerError: it does not answer.
     """
     pruning = manifest.pruning()
-    told = _manifest_of(client)
-    if told.get("digest") != pruning.digest:
+    served = _served_by(client)
+    if served.digest != pruning.digest:
         raise NotReadyError(
-            f"{client.url} serves manifest {str(told.get('digest'))[:8]}, not {pruning.digest[:8]}"
+            f"{client.url} serves manifest {served.digest[:8]}, not {pruning.digest[:8]}"
         )
-    ranks = [rank.get("digest") for rank in told.get("ranks", [])]
+    ranks = served.ranks
     if set(ranks) != {pruning.digest}:
         raise NotReadyError(f"{client.url}: not every rank serves manifest {pruning.digest[:8]}")
     if manifest.golden is None:
@@ -81,9 +89,9 @@ def probe(client: Client, manifest: Manifest, tolerance: float = TOLERANCE) -> P
     return Probed(pruning.digest, len(ranks), difference)
 
 
-def _manifest_of(client: Client) -> dict[str, Any]:
+def _served_by(client: Client) -> _Served:
     try:
-        told = client.get(MANIFEST_PATH)
+        return client.get(MANIFEST_PATH, _read_served)
     except ServerError as error:
         if error.status != _NOT_FOUND:
             raise
@@ -91,6 +99,17 @@ def _manifest_of(client: Client) -> dict[str, Any]:
             f"{client.url}{MANIFEST_PATH} is not there: a dense model, or a server whose "
             f"VLLM_PLUGINS does not name sleb (`sleb-serve serve` does)"
         ) from error
-    if not isinstance(told, dict):
-        raise NotReadyError(f"{client.url}{MANIFEST_PATH} is not sleb-serve's")
-    return told
+
+
+def _read_served(answer: object) -> _Served:
+    fields = strict_json.any_object(answer, "the answer")
+    ranks = strict_json.list_(fields.get("ranks"), "ranks")
+    return _Served(
+        strict_json.line(fields.get("digest"), "digest"),
+        tuple(
+            strict_json.line(
+                strict_json.any_object(rank, f"ranks[{i}]").get("digest"), f"ranks[{i}].digest"
+            )
+            for i, rank in enumerate(ranks)
+        ),
+    )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sleb_serve import __version__
 from sleb_serve.binding import bind
-from sleb_serve.calibration import Windows, make_windows
+from sleb_serve.calibration import Chats, Tokenizer, Windows, make_windows
 from sleb_serve.checkpoint import Checkpoint, download_weights, open_checkpoint
 from sleb_serve.cut import removable
 from sleb_serve.errors import SlebError, first_line
@@ -394,8 +394,8 @@ def as_repaired(
     )
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Callable[[str], Sequence[int]]:
-    """The checkpoint's own tokenizer: text to token ids, with the special tokens it adds.
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's own tokenizer.
 
     Raises:
         SlebError: it cannot be loaded.
@@ -409,8 +409,17 @@ def load_tokenizer(checkpoint: Checkpoint) -> Callable[[str], Sequence[int]]:
             f"cannot load the tokenizer of {checkpoint.path}: {first_line(error)}; the folder "
             f"must hold the tokenizer's files too"
         ) from error
-    # verbose=False: a text longer than the model's context is cut into windows, not fed whole.
-    return lambda text: list(tokenizer(text, verbose=False)["input_ids"])
+
+    def encode(text: str, special: bool = True) -> list[int]:
+        # verbose=False: a text longer than the model's context is cut into windows, not fed whole.
+        return list(tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    # A template writes the special tokens itself; a second BOS is not what the model is served.
+    chats = Chats(render, partial(encode, special=False))
+    return Tokenizer(encode, chats if tokenizer.chat_template else None)
 
 
 def context_length(checkpoint: Checkpoint) -> int:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sleb_serve.cli import main
 from sleb_serve.errors import SlebError
-from sleb_serve.interchange import llama_cpp_list, mergekit_config, read_blocks
+from sleb_serve.interchange import Found, llama_cpp_list, mergekit_config, read_blocks
 from sleb_serve.manifest import Manifest, ModelBinding, Removal, read_manifest
 from test_cli import refused
 
@@ -53,9 +53,31 @@ WikiText-2 PPL: 40.11 C4 PPL: 38.20
         ("[5, 4, 2]", (5, 4, 2)),
         ("5,4,2", (5, 4, 2)),
         ("5 4 2\n", (5, 4, 2)),
+        ("[27 26\n 25]", (27, 26, 25)),
+        ("[np.int64(5), np.int64(4)]", (5, 4)),
+        ("\ufeff[5, 4]", (5, 4)),
         ('{"layers_to_remove": [3, 6]}', (3, 6)),
+        ('{\n\t"layers_to_skip": [6, 3]\n}', (6, 3)),
+        ("Removed layers: [6, 3]", (6, 3)),
+        # One list is a sorted copy, and the others agree with it.
+        (
+            '{"removed_layers": [3, 6], "removal_order": [6, 3], "pruned_layers": 2,'
+            ' "layers_kept": [0, 1, 2, 4, 5, 7], "num_hidden_layers": 6, "original_layers": 8}',
+            (6, 3),
+        ),
+        ('{"removed_layers": [6, 3], "num_hidden_layers": 8}', (6, 3)),
         ("- 3\n- 6\n", (3, 6)),
-        ('{"drop_attn_list": [2, 5], "drop_mlp_list": [5, 2]}', (2, 5)),
+        ('{"drop_attn_list": [5, 2], "drop_mlp_list": [2, 5]}', (5, 2)),
+        (
+            json.dumps(
+                {
+                    "num_hidden_layers": 8,
+                    "drop_attn_list": [i in (2, 5) for i in range(8)],
+                    "drop_mlp_list": [5, 2],
+                }
+            ),
+            (5, 2),
+        ),
         (
             json.dumps(
                 {
@@ -71,6 +93,15 @@ WikiText-2 PPL: 40.11 C4 PPL: 38.20
             "- sources:\n  - {model: a, layer_range: [3, 8]}\nmerge_method: passthrough\n",
             (2,),
         ),
+        (
+            "---\nslices:\n- sources:\n  - {model: {model: {path: a}}, layer_range: [0, 6]}\n"
+            "  base_model: null\nmerge_method: passthrough\nbase_model: a\ntokenizer_source: b\n"
+            "parameters: {int8_mask: true}\nout_dtype: bfloat16\nchat_template: auto\n---\n",
+            (6, 7),
+        ),
+        ("Current Block Removal List: [5]\r\nCurrent Block Removal List: [5, 2]\r\n", (5, 2)),
+        ("INFO:root:Current Block Removal List: [5]\nBlock Removal Order: [6, 1]\n", (6, 1)),
+        ("current skip list: [5]\n", (5,)),
     ],
 )
 def test_forms_that_are_known(tmp_path: Path, text: str, blocks: tuple[int, ...]) -> None:
@@ -90,15 +121,166 @@ def test_a_run_of_slebs_results_can_be_chosen(tmp_path: Path) -> None:
         read_blocks(str(file), 8, 4)
 
 
+KILLED = """\
+Loaded Model: example-org/base-7b
+Phase 1 of 3
+[Block 5 (Original block 5) removed] Loss=790111.500, Current Min Loss=790111.500 / Layer 5
+[SELECTED block 5 (Originally block 5)] Loss=790111.500
+Current Block Removal List: [5]
+Phase 2 of 3
+[SELECTED block 2 (Originally block 2)] Loss=801000.250
+Current Block Removal List: [5, 2]
+Phase 3 of 3
+[Block 1 (Original block 1) removed] Loss=840000.000, Current Min Loss=840000.000 / Layer 1
+"""
+DROPPED = {"model_type": "llama", "num_hidden_layers": 8, "drop_attn_list": [5, 4, 6, 3]}
+ADAPTER = """\
+slices:
+- sources:
+  - model: example-org/base-8b+example-org/adapter
+    layer_range: [0, 4]
+merge_method: passthrough
+"""
+SCALED = """\
+slices:
+  - sources:
+      - model: example-org/base-8b
+        layer_range: [0, 4]
+  - sources:
+      - model: example-org/base-8b
+        layer_range: [4, 6]
+        parameters:
+          scale:
+            - filter: o_proj
+              value: 0.0
+            - value: 1.0
+merge_method: passthrough
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks", "form"),
+    [
+        (KILLED, (5, 2), "SLEB's unfinished run 1 of 1"),
+        (
+            json.dumps({**DROPPED, "drop_mlp_list": DROPPED["drop_attn_list"]}),
+            (5, 4, 6, 3),
+            "LLM-Drop's config",
+        ),
+        (
+            json.dumps({**DROPPED, "drop_mlp_list": None}),
+            None,
+            "drops only the attention of block 3, 4, 5, 6; whole blocks can be removed, halves",
+        ),
+        (ADAPTER, None, r"slices\[0\] merges an adapter into the model"),
+        (SCALED, None, r"slices\[1\] has parameters \('scale'\), which change weights"),
+    ],
+)
+def test_files_that_people_have(
+    tmp_path: Path, text: str, blocks: tuple[int, ...] | None, form: str
+) -> None:
+    file = tmp_path / "source"
+    file.write_text(text)
+    if blocks is None:
+        with pytest.raises(SlebError, match=form):
+            read_blocks(str(file), 8)
+    else:
+        assert read_blocks(str(file), 8) == Found(blocks, form)
+
+
+def test_each_run_in_the_output_of_a_search_can_be_chosen(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    file.write_text(
+        "Current Block Removal List: [5]\nCurrent Block Removal List: [5, 2]\n"  # killed
+        "Phase 1 of 2\nCurrent Block Removal List: [6]\nCurrent Block Removal List: [6, 4]\n"
+        "Time_Elapsed: 3\n# Total Blocks: 8\nBlock Removal Order: [6, 4]\n"
+        "Current Block Removal List: [6]\n"  # killed
+    )
+    found = [read_blocks(str(file), 8, run) for run in (1, 2, 3, None)]
+    assert [(entry.blocks, entry.form) for entry in found] == [
+        ((5, 2), "SLEB's unfinished run 1 of 3"),
+        ((6, 4), "SLEB's run 2 of 3"),
+        ((6,), "SLEB's unfinished run 3 of 3"),
+        ((6,), "SLEB's unfinished run 3 of 3"),
+    ]
+    with pytest.raises(SlebError, match=r"run 2 of .* is of a model with 8 blocks"):
+        read_blocks(str(file), 9, 2)
+
+
+SLICES = "merge_method: passthrough\nslices:\n- sources:\n  - {model: a, layer_range: [0, 6]%s}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("no blocks here", "in a form known here"),
-        ('{"drop_attn_list": [2, 5], "drop_mlp_list": [5]}', "only the MLP of block 2"),
+        ("[5, 4, 1", "in a form known here"),
+        ("5,,4", "in a form known here"),
+        ("[5, '4']", "not a list of block numbers: it holds the text '4'"),
+        ("[5, 4.0]", "not a list of block numbers: it holds 4.0"),
+        ("5 4.5", "not a list of block numbers: it holds 4.5"),
+        ("[5, -1]", "it holds a negative number, and blocks count from 0"),
+        ("[5, 1" + 30 * "0" + "]", "it holds a number beyond any model's blocks"),
+        ("[5, [4]]", "it holds something else than numbers"),
+        ("- 0x" + 9000 * "f", "it holds a number beyond any model's blocks"),
+        ('["model.layers.4"]', "it holds the text 'model.layers.4'"),
+        ('{"schema_version": 1, "removed": [{"block": 5}]}', "is a removal manifest already"),
+        ('{"pruned_layers": 4}', "pruned_layers is not a list of block numbers"),
+        ('{"layers_kept": [0, 1]}', "layers_kept says what stays; give the removed blocks"),
+        ('{"removed": [1], "removed": [2]}', "key 'removed' stands twice"),
+        ("removed: [1]\nremoved: [2]\n", "key 'removed' stands twice"),
+        ("Removed layers: [1]\nremoved_layers: [2]\n", "key 'removed_layers' stands twice"),
+        ('{"removed": [1, 2], "pruned_layers": [1, 3]}', "removed and pruned_layers disagree"),
+        ('{"removed": [2, 1, 3], "pruned_layers": [3, 1, 2]}', "disagree"),
+        ('{"removed": [1], "layers_kept": [0, 2, 3]}', "are not the 8 blocks of this model"),
+        ('{"removed": [1], "num_hidden_layers": 32}', "is of a model with 32 blocks"),
+        ('{"removed": [1], "original_layers": 7}', "is of a model with 7 blocks"),
+        ('{"removed": [1], "original_layers": "8"}', "original_layers is not a number of blocks"),
+        ("block_start,block_end,average_distance\n1,5,0.2\n", "PruneMe's distances"),
+        ("[1, 2]\n---\n[3]\n", "holds 2 YAML documents"),
+        ("a: &a {removed: [1]}\n<<: *a\n", "merge key"),
+        ("&a [*a]", "it holds something else than numbers"),
+        ("Current Block Removal List: [5, 2", "run 1, is not a list of block numbers"),
+        ('{"drop_attn_list": [2, 5], "drop_mlp_list": [5]}', "only the attention of block 2;"),
+        (
+            '{"drop_attn_list": [5], "drop_mlp_list": [5, 2, 1]}',
+            "only the MLP of block 1, 2; whole blocks can be removed, halves cannot",
+        ),
+        (
+            '{"drop_attn_list": [4], "drop_mlp_list": [1]}',
+            "only the attention of block 4 and only the MLP of block 1",
+        ),
+        (
+            '{"num_hidden_layers": 32, "drop_attn_list": [5], "drop_mlp_list": [5]}',
+            r"is of a model with 32 blocks \(num_hidden_layers\), this one has 8",
+        ),
+        ('{"drop_attn_list": [true], "drop_mlp_list": [0]}', "is of a model with 1 blocks"),
+        (SLICES % ", parameters: {scale: 0.5}", r"parameters \('scale'\), which change weights"),
+        (SLICES % ", weight: 0.5", r"slices\[0\].sources\[0\] has 'weight'"),
+        (SLICES % ", layer_range: [0, 5]", "key 'layer_range' stands twice"),
+        (SLICES % "" + "  residual_weight: 0.5\n", r"slices\[0\] has 'residual_weight'"),
+        (SLICES % "" + "  parameters: {scale: 1}\n", r"parameters \('scale'\)"),
+        (SLICES % "" + "parameters: {scale: 1}\n", r"parameters \('scale'\)"),
+        (SLICES % "" + "base_model: b\n", "several models"),
+        (SLICES % "" + "  base_model: b\n", "several models"),
+        (SLICES % "" + "modules: {}\n", "has 'modules'"),
+        (SLICES % "" + "---\n" + SLICES % "", "holds 2 YAML documents"),
+        (SLICES.replace("a,", "{model: a, lora: b},") % "", "merges an adapter"),
+        (SLICES.replace("a,", "{model: {path: a, lora: b}},") % "", "model has 'lora'"),
+        (SLICES.replace("a,", "{model: a, override_architecture: B},") % "", "override_archi"),
+        (SLICES.replace("a,", "3,") % "", "names no model"),
+        (SLICES.replace("6", "'6'") % "", "layer_range is not a list of block numbers"),
+        ("merge_method: passthrough\nmodels: [{model: a}]\n", "has 'models'"),
+        ("merge_method: passthrough\nslices: []\n", "has no list of slices"),
         ('{"removed": [true, false]}', "not a list of block numbers"),
         ("Block Removal Order: [1, x]", "not a list of block numbers"),
         ("slices:\n- sources:\n  - {model: a, layer_range: [0, 9]}\n", "does not lie within"),
-        ("slices: 3", "must have one source"),
+        ("slices: 3", "has no list of slices"),
+        ("slices: [3]", "must have one source"),
+        (
+            "slices:\n- sources: [{model: a, layer_range: [0, 4]}, {model: b}]\n",
+            "must have one source",
+        ),
         (
             "slices:\n- sources:\n  - {model: a, layer_range: [0, 4]}\n"
             "- sources:\n  - {model: a, layer_range: [2, 8]}\n",
@@ -117,8 +299,17 @@ def test_what_is_not_a_removal_of_blocks_is_refused(
 ) -> None:
     file = tmp_path / "source"
     file.write_text(text)
-    with pytest.raises(SlebError, match=message):
+    with pytest.raises(SlebError, match=message) as caught:
         read_blocks(str(file), 8)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_a_list_may_be_longer_than_a_file_name() -> None:
+    blocks = tuple(range(1, 99))
+    assert read_blocks(str(list(blocks)), 100).blocks == blocks
+    with pytest.raises(SlebError, match="--run 2: the list holds no runs of SLEB"):
+        read_blocks("[5, 4]", 8, 2)
 
 
 @given(st.text(max_size=200) | st.binary(max_size=200).map(lambda b: b.decode("latin-1")))
@@ -171,7 +362,10 @@ def test_import_writes_a_manifest_that_is_bound_to_the_model(
     for text, message in (
         ("[5, 8]", "names block 8; "),
         ("[5, 5]", "names block 5 twice"),
-        ("[]", "cannot read '[]'"),
+        ("[5, -1]", "it holds a negative number"),
+        ("5 -1", "it holds a negative number"),
+        ("[]", "is empty: nothing is removed"),
+        ("none.yaml", "cannot read 'none.yaml'"),
     ):
         arguments = ["import", text, path, "-o", str(tmp_path / "n.json")]
         assert message in refused(arguments, capsys)
