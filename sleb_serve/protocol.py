@@ -1,6 +1,8 @@
-"""The names on which the package and its vLLM plugin agree. Imports nothing."""
+"""The names on which the package and its vLLM plugin agree."""
 
 from __future__ import annotations
+
+from sleb_serve.errors import SlebError
 
 CONFIG_KEY = "sleb"
 """Where a pruned model's Hugging Face config holds its `sleb_serve.pruning.Pruning`."""
@@ -22,6 +24,19 @@ READERS = (
 
 MANIFEST_PATH = "/sleb/manifest"
 """Where a server tells which manifest it serves."""
+
+
+def check_reader(load_format: str) -> None:
+    """Refuse a load format whose files cannot be held against a manifest.
+
+    Raises:
+        SlebError: it is none of `READERS`.
+    """
+    if load_format not in READERS:
+        raise SlebError(
+            f"--load-format {load_format} reads other files than the checkpoint that the manifest "
+            f"was made on, so they cannot be held against it; leave the option out"
+        )
 
 
 def guard_name(architecture: str) -> str:

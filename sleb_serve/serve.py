@@ -19,7 +19,14 @@ from sleb_serve.checkpoint import Checkpoint, download_weights, open_checkpoint
 from sleb_serve.draft import draft_options, value_of
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest import Manifest
-from sleb_serve.protocol import CONFIG_KEY, ENTRY_POINT, FORMAT, READER_KEY, READERS, guard_name
+from sleb_serve.protocol import (
+    CONFIG_KEY,
+    ENTRY_POINT,
+    FORMAT,
+    READER_KEY,
+    check_reader,
+    guard_name,
+)
 from sleb_serve.pruning import Pruning
 from sleb_serve.sidecar import check_sidecar
 from sleb_serve.support import status, why_refused
@@ -280,11 +287,7 @@ def _reader(load_format: str | None, extra: Mapping[str, Any]) -> dict[str, Any]
     reader = extra.get(READER_KEY) if load_format in (None, "auto", FORMAT) else load_format
     if reader is None:
         return dict(extra)
-    if reader not in READERS:
-        raise SlebError(
-            f"--load-format {reader} reads other files than the checkpoint that the manifest was "
-            f"made on, so they cannot be held against it; leave the option out"
-        )
+    check_reader(reader)
     return {**extra, READER_KEY: reader}
 
 

@@ -4,10 +4,48 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
+
+
+@dataclass(frozen=True)
+class Built:
+    """What one rank holds: decoder layers by original index, numbers in its parameters.
+
+    ``weights_read_bytes`` are those of the checkpoint's tensors outside the removed layers,
+    ``weights_skipped_bytes`` those inside; None before they are loaded, and for a checkpoint in
+    PyTorch's own format, which is read whole.
+    """
+
+    pruning: Pruning
+    layers: tuple[int, ...]
+    parameters: int
+    weights_read_bytes: int | None = None
+    weights_skipped_bytes: int | None = None
+
+    def report(self, rank: int) -> dict[str, Any]:
+        """In plain values, as the API server asks for it."""
+        return {
+            "rank": rank,
+            "digest": self.pruning.digest,
+            "layers": list(self.layers),
+            "parameters": self.parameters,
+            "weights_read_bytes": self.weights_read_bytes,
+            "weights_skipped_bytes": self.weights_skipped_bytes,
+        }
+
+    def to_text(self) -> str:
+        """A line for the log."""
+        return (
+            f"Pruned by manifest {self.pruning.tag}: {len(self.layers)} of "
+            f"{self.pruning.num_blocks} decoder layers built, removed {list(self.pruning.removed)} "
+            f"(LoRA adapters' too); {self.parameters} parameters on this rank, "
+            f"{self.weights_read_bytes} bytes of weights read, {self.weights_skipped_bytes} bytes "
+            f"of removed layers skipped"
+        )
 
 
 def check_ranks(pruning: Pruning, reports: Sequence[Mapping[str, Any] | None]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,8 +23,9 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from sleb_serve.binding import check_config_binding
 from sleb_serve.checkpoint import Checkpoint, fetch_index, open_checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.protocol import CONFIG_KEY, FORMAT, READER_KEY, READERS
+from sleb_serve.protocol import CONFIG_KEY, FORMAT, READER_KEY, READERS, check_reader
 from sleb_serve.pruning import Pruning
+from sleb_serve.served import Built
 from sleb_serve.support import status
 from sleb_serve.tensors import NeededOnly, ShorterTensors
 from sleb_vllm.lora import Renumbered
@@ -31,22 +33,6 @@ from sleb_vllm.positions import dense_remainders
 from sleb_vllm.verify import check_config, check_same_digest, decoder_of, install_report
 
 logger = init_logger("vllm.plugins.sleb")
-
-
-@dataclass(frozen=True)
-class Built:
-    """What one rank holds: decoder layers by original index, numbers in its parameters.
-
-    ``weights_read_bytes`` are those of the checkpoint's tensors outside the removed layers,
-    ``weights_skipped_bytes`` those inside; None before they are loaded, and for a checkpoint in
-    PyTorch's own format, which is read whole.
-    """
-
-    pruning: Pruning
-    layers: tuple[int, ...]
-    parameters: int
-    weights_read_bytes: int | None = None
-    weights_skipped_bytes: int | None = None
 
 
 class SlebModelLoader(BaseModelLoader):
@@ -60,11 +46,7 @@ class SlebModelLoader(BaseModelLoader):
         super().__init__(load_config)
         extra = dict(load_config.model_loader_extra_config or {})
         self._format = str(extra.pop(READER_KEY, READERS[0]))
-        if self._format not in READERS:
-            raise SlebError(
-                f"--load-format {self._format} reads other files than the checkpoint that the "
-                f"manifest was made on, so they cannot be held against it; leave the option out"
-            )
+        check_reader(self._format)
         self._extra = extra
         self._vllm_config: Any = None
 
@@ -115,6 +97,8 @@ class SlebModelLoader(BaseModelLoader):
             reader.load_weights(model, model_config)
         else:
             tensors = ShorterTensors(checkpoint, pruning)
+            if Path(model_config.model).is_dir():
+                checkpoint.weight_files(frozenset(pruning.removed))
             with only_needed(checkpoint, pruning) as opener:
                 reader.load_weights(_Renaming(model, tensors, opener), model_config)
             tensors.check()
@@ -134,7 +118,10 @@ class SlebModelLoader(BaseModelLoader):
         model.sleb = built
         stock = getattr(model, "hf_to_vllm_mapper", None)
         model.hf_to_vllm_mapper = Renumbered.over(stock, path, pruning.cut)
-        _log(built, self._vllm_config)
+        logger.info(built.to_text())
+        found, why = status(pruning.architecture)
+        if found != "proven":
+            logger.warning("%s is not proven to be right: %s", pruning.architecture, why)
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[Any]:
         """The tensors under their new names, for vLLM to load a second time in place."""
@@ -239,29 +226,3 @@ def _guarded(load_model: Any) -> Any:
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _log(built: Built, vllm_config: Any) -> None:
-    pruning = built.pruning
-    logger.info(
-        "Pruned by manifest %s: %d of %d decoder layers built, removed %s; %d parameters on this "
-        "rank, %s bytes of weights read, %s bytes of removed layers skipped",
-        pruning.tag,
-        len(built.layers),
-        pruning.num_blocks,
-        list(pruning.removed),
-        built.parameters,
-        built.weights_read_bytes,
-        built.weights_skipped_bytes,
-    )
-    found, why = status(pruning.architecture)
-    if found != "proven":
-        logger.warning(
-            "%s is expected to be right when pruned, not proven: %s", pruning.architecture, why
-        )
-    if vllm_config.lora_config is not None:
-        logger.info(
-            "LoRA adapters: layers are renumbered, what they hold for the removed ones %s is "
-            "ignored",
-            list(pruning.removed),
-        )

@@ -69,16 +69,7 @@ def decoder_of(model: Any, vllm_config: Any, pruning: Pruning) -> tuple[str, Any
 def rank_report(worker: Any) -> dict[str, Any] | None:
     """What this rank's model is, in plain values; None where it is not a pruned one."""
     built = getattr(worker.get_model(), "sleb", None)
-    if built is None:
-        return None
-    return {
-        "rank": worker.rank,
-        "digest": built.pruning.digest,
-        "layers": list(built.layers),
-        "parameters": built.parameters,
-        "weights_read_bytes": built.weights_read_bytes,
-        "weights_skipped_bytes": built.weights_skipped_bytes,
-    }
+    return None if built is None else built.report(worker.rank)
 
 
 def install_report() -> None:
