@@ -68,6 +68,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    import stand_ins
+
+    stand_ins.install()
     llm = LLM(**_arguments(job))
     sampling = SamplingParams(
         temperature=0,

@@ -16,6 +16,8 @@ class Tiny:
         auto: the auto class that makes the model.
         dtype: what weights are stored, and both compute, in.
         engine: arguments of `vllm.LLM` that it needs.
+        architecture: what config.json names, where Transformers has no class of that name: its
+            own class differs in nothing but the name.
     """
 
     config: str
@@ -23,6 +25,7 @@ class Tiny:
     auto: str = "AutoModelForCausalLM"
     dtype: str = "float32"
     engine: dict[str, Any] = field(default_factory=dict)
+    architecture: str = ""
 
 
 VOCABULARY = 512
