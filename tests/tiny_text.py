@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tiny import HEAD, LLAMA, MOE, SLIDING, Tiny
+from tiny import TINY as FIRST
 
 # vLLM's CPU kernel turns heads by their own number, not their token's, where they come in three
 # dimensions as here. The sizes are the one pair that its kernel of latent attention takes.
@@ -30,6 +31,11 @@ ROUTED: dict[str, Any] = {
 NOAUX: dict[str, Any] = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 # vLLM's window of these is one token wider than Transformers': here it takes all in.
 WIDE: dict[str, Any] = {**SLIDING, "sliding_window": 64}
+
+
+def _named(architecture: str, config: str, values: dict[str, Any]) -> Tiny:
+    return Tiny(config, values, architecture=architecture)
+
 
 ENVIRONMENT = {"VLLM_MLA_DISABLE": "1"}
 """Latent attention has a CPU kernel in bfloat16 only; vLLM can do without, in any dtype."""
@@ -123,9 +129,86 @@ TINY: dict[str, Tiny] = {
         },
         architecture="PhiMoEForCausalLM",
     ),
+    "gemma3n": Tiny(
+        "Gemma3nTextConfig",
+        {
+            **SLIDING,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": 512,
+            "laurel_rank": 16,
+            "activation_sparsity_pattern": [0.0] * 6,
+        },
+    ),
+    # Of these, Transformers has the computation under another name only.
+    "llama_of_decapoda": _named("LLaMAForCausalLM", "LlamaConfig", LLAMA),
+    "internlm3": _named("InternLM3ForCausalLM", "LlamaConfig", LLAMA),
+    "iquest_coder": _named("IQuestCoderForCausalLM", "LlamaConfig", LLAMA),
+    "telechat3": _named("TeleChat3ForCausalLM", "LlamaConfig", LLAMA),
+    "teleflm": _named("TeleFLMForCausalLM", "LlamaConfig", {**LLAMA, "use_mup": False}),
+    "pangu_embedded": _named(
+        "PanguEmbeddedForCausalLM", "LlamaConfig", {**LLAMA, "attention_bias": True}
+    ),
+    # Without its connections past layers, which are lists of layers' numbers.
+    "solar": _named(
+        "SolarForCausalLM",
+        "LlamaConfig",
+        {**LLAMA, **{f"bskcn_{i}": [] for i in (1, 2, 3, 4)}, "bskcn_tv": [0.9, 0.8]},
+    ),
+    "mimo": _named("MiMoForCausalLM", "Qwen2Config", {**LLAMA, "num_nextn_predict_layers": 0}),
+    "orion": _named(
+        "OrionForCausalLM",
+        "StableLmConfig",
+        {
+            **LLAMA,
+            "rms_norm_eps": 1e-5,
+            "layer_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+    ),
+    "minicpm": _named(
+        "MiniCPMForCausalLM",
+        "GraniteConfig",
+        {
+            **LLAMA,
+            "scale_emb": 12.0,
+            "embedding_multiplier": 12.0,
+            "scale_depth": 4.0,
+            # By the number of layers: another in a model that is cut.
+            "residual_multiplier": 4.0 / 6**0.5,
+            "dim_model_base": 64,
+            "logits_scaling": 2.0,
+            "attention_multiplier": 32**-0.5,
+        },
+    ),
+    "exaone_moe_old": _named("ExaoneMoEForCausalLM", *FIRST["exaone_moe"]),
+    # Those that vLLM knows no name of, and runs as Transformers does.
+    "helium": Tiny("HeliumConfig", HEAD),
+    "doge": Tiny("DogeConfig", LLAMA),
+    "nanochat": Tiny("NanoChatConfig", LLAMA),
+    "bitnet": Tiny("BitNetConfig", LLAMA),
+    "solar_open": Tiny("SolarOpenConfig", {**HEAD, **ROUTED}),
+    "dots1": Tiny(
+        "Dots1Config",
+        {
+            **HEAD,
+            **ROUTED,
+            "first_k_dense_replace": 1,
+            "layer_types": ["full_attention"] * 6,
+        },
+    ),
+    "ministral": Tiny("MinistralConfig", SLIDING),
 }
 
 NOT_EQUAL: dict[str, str] = {
     "DbrxForCausalLM": "vLLM looks for its experts' weights by a name that they no longer have",
+    "DiffLlamaForCausalLM": "its attention is not one that vLLM can run for Transformers",
+    "CodeGenForCausalLM": "vLLM knows no such model, and cannot run it for Transformers",
+    "PersimmonForCausalLM": "differs by 1.2 as vLLM runs it for Transformers",
+    "Rnj1ForCausalLM": "its attention looks back by chunks, which vLLM's CPU kernel cannot",
     "LongcatFlashForCausalLM": "its router has no CPU kernel (topk_softmax)",
 }
