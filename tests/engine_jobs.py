@@ -124,7 +124,7 @@ def _pool(job: dict[str, Any]) -> dict[str, Any]:
         vectors = [o.outputs.probs for o in llm.classify(prompts, use_tqdm=False)]
     else:
         outputs = llm.encode(prompts, pooling_task=job["pool"], use_tqdm=False)
-        vectors = [o.outputs.data.tolist() for o in outputs]
+        vectors = [o.outputs.data.flatten().tolist() for o in outputs]
     result = {"vectors": vectors, "ranks": llm.collective_rpc(_describe_worker)}
     llm.llm_engine.engine_core.shutdown()
     return result

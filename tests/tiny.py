@@ -28,6 +28,12 @@ class Tiny:
     architecture: str = ""
 
 
+AS_MADE = ("A_log", ".D", "dt_bias", "e_score_correction_bias")
+"""Ends of names of parameters that random weights leave alone.
+
+A recurrence needs sensible ones, and vLLM's CPU build ignores some biases of routers.
+"""
+
 VOCABULARY = 512
 """A multiple of 64, so that vLLM pads no rows and parameters can be counted."""
 

@@ -133,7 +133,15 @@ TINY: dict[str, Tiny] = {
         {**HEAD, **MOE, **DELTA, "shared_expert_intermediate_size": 64},
         dtype="bfloat16",
     ),
-    "olmo_hybrid": Tiny("OlmoHybridConfig", {**LLAMA, **DELTA}, dtype="bfloat16"),
 }
 
-NOT_EQUAL: dict[str, str] = {}
+TORCHVISION = frozenset({"qwen3_5", "qwen3_5_moe"})
+"""Whose modules vLLM cannot import without torchvision."""
+
+STAND_INS = frozenset({"mamba", "falcon_mamba", "jamba"})
+"""Whose scans come from `stand_ins` on a CPU."""
+
+NOT_EQUAL: dict[str, str] = {
+    "KimiLinearForCausalLM": "its kernels are Triton's, which has none for a CPU",
+    "OlmoHybridForCausalLM": "its kernels are Triton's, which has none for a CPU",
+}
