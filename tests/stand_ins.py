@@ -12,8 +12,11 @@ from torch.nn.functional import silu, softplus
 def install() -> None:
     """Fill the gaps of this vLLM's CPU build, and replace nothing that works."""
     from vllm import _custom_ops
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
+    try:
+        from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    except ImportError:
+        return  # a vLLM before these models run at all
     if hasattr(CPURouter, "stand_in") or hasattr(torch.ops._C, "selective_scan_fwd"):
         return
     multiply, step = _custom_ops.onednn_mm, _custom_ops.selective_state_update_cpu
