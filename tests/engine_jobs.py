@@ -56,7 +56,7 @@ def _try(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     try:
-        return _run(job)
+        return _pool(job) if "pool" in job else _run(job)
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
@@ -68,6 +68,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    import stand_ins
+
+    stand_ins.install()
     llm = LLM(**_arguments(job))
     sampling = SamplingParams(
         temperature=0,
@@ -102,6 +105,27 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         "ranks": llm.collective_rpc(_describe_worker),
         "counters": _counters(llm) if job.get("counters") else {},
     }
+    llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def _pool(job: dict[str, Any]) -> dict[str, Any]:
+    """A vector a prompt: its embedding, its classes' probabilities, or scores of every token."""
+    from vllm import LLM
+
+    import stand_ins
+
+    stand_ins.install()
+    llm = LLM(**{**_arguments(job), "runner": "pooling"})
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    if job["pool"] == "embed":
+        vectors = [o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False)]
+    elif job["pool"] == "classify":
+        vectors = [o.outputs.probs for o in llm.classify(prompts, use_tqdm=False)]
+    else:
+        outputs = llm.encode(prompts, pooling_task=job["pool"], use_tqdm=False)
+        vectors = [o.outputs.data.flatten().tolist() for o in outputs]
+    result = {"vectors": vectors, "ranks": llm.collective_rpc(_describe_worker)}
     llm.llm_engine.engine_core.shutdown()
     return result
 

@@ -12,11 +12,12 @@ from torch import nn
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model, of the class that config.json names."""
+    """The model, of the class that config.json names, or else of its model type."""
     import transformers
 
     (name,) = json.loads((path / "config.json").read_text())["architectures"]
-    return getattr(transformers, name).from_pretrained(path, dtype=dtype).eval()
+    kind = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    return kind.from_pretrained(path, dtype=dtype).eval()
 
 
 def decoder_layers(model: Any) -> Any:

@@ -16,6 +16,8 @@ class Tiny:
         auto: the auto class that makes the model.
         dtype: what weights are stored, and both compute, in.
         engine: arguments of `vllm.LLM` that it needs.
+        architecture: what config.json names, where Transformers has no class of that name: its
+            own class differs in nothing but the name.
     """
 
     config: str
@@ -23,7 +25,14 @@ class Tiny:
     auto: str = "AutoModelForCausalLM"
     dtype: str = "float32"
     engine: dict[str, Any] = field(default_factory=dict)
+    architecture: str = ""
 
+
+AS_MADE = ("A_log", ".D", "dt_bias", "e_score_correction_bias")
+"""Ends of names of parameters that random weights leave alone.
+
+A recurrence needs sensible ones, and vLLM's CPU build ignores some biases of routers.
+"""
 
 VOCABULARY = 512
 """A multiple of 64, so that vLLM pads no rows and parameters can be counted."""
