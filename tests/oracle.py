@@ -11,12 +11,20 @@ import torch
 from torch import nn
 
 
+THINKERS = {
+    "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+"""Of models that speak, the part that reads and writes text."""
+
+
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model, of the class that config.json names."""
     import transformers
 
     (name,) = json.loads((path / "config.json").read_text())["architectures"]
-    return getattr(transformers, name).from_pretrained(path, dtype=dtype).eval()
+    kind = getattr(transformers, THINKERS.get(name, name))
+    return kind.from_pretrained(path, dtype=dtype).eval()
 
 
 def decoder_layers(model: Any) -> Any:
