@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-
 THINKERS = {
     "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
