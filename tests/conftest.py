@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tiny import make_config
+from tiny import AS_MADE, TINY, Tiny
 
 # Before anything imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -62,18 +63,29 @@ def smollm2() -> Path:
 
 def save_model(name: str, path: Path, dtype: str = "float32", **changes: Any) -> None:
     """A tiny random model by its name in `tiny.TINY`, with changes to its config."""
+    config, values = TINY[name]
+    save_tiny(name, Tiny(config, {**values, **changes}, dtype=dtype), path)
+
+
+def save_tiny(name: str, tiny: Tiny, path: Path) -> None:
+    """A tiny random model; its name is the seed."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(sum(map(ord, name)))
-    model = AutoModelForCausalLM.from_config(make_config(name, **changes)).float().eval()
+    config = getattr(transformers, tiny.config)(**tiny.values)
+    model = getattr(transformers, tiny.auto).from_config(config).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for own, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not own.endswith(AS_MADE):
                 # The usual 0.02 makes blocks whose absence nobody notices.
                 parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5)
-    model.to(getattr(torch, dtype)).save_pretrained(path)
+    model.to(getattr(torch, tiny.dtype)).save_pretrained(path)
     tokenizer().save_pretrained(path)
+    if tiny.architecture:
+        file = path / "config.json"
+        saved = {**json.loads(file.read_text()), "architectures": [tiny.architecture]}
+        file.write_text(json.dumps(saved, indent=1))
 
 
 def tokenizer() -> Any:

@@ -79,7 +79,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         ignore_eos=True,
         structured_outputs=_structured(job),
     )
-    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    prompts = [_prompt(prompt) for prompt in job["prompts"]]
     lora = job.get("lora") and LoRARequest("adapter", 1, job["lora"])
     for _ in range(job.get("again", 0)):
         llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
@@ -98,6 +98,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             for output in outputs
             if output.prompt_logprobs
         ],
+        "prompts": [list(output.prompt_token_ids) for output in outputs],
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "cached": [output.num_cached_tokens for output in outputs],
         "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
@@ -128,6 +129,23 @@ def _pool(job: dict[str, Any]) -> dict[str, Any]:
     result = {"vectors": vectors, "ranks": llm.collective_rpc(_describe_worker)}
     llm.llm_engine.engine_core.shutdown()
     return result
+
+
+def _prompt(prompt: Any) -> dict[str, Any]:
+    """A list of tokens; or a text with images, each said by its size and a seed."""
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    images = [make_image(image) for image in prompt["images"]]
+    return {"prompt": prompt["prompt"], "multi_modal_data": {"image": images}}
+
+
+def make_image(image: dict[str, Any]) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    width, height = image["size"]
+    pixels = np.random.default_rng(image["seed"]).integers(0, 256, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def _structured(job: dict[str, Any]) -> Any:

@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+THINKERS = {
+    "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+"""Of models that speak, the part that reads and writes text."""
+
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model, of the class that config.json names, or else of its model type."""
     import transformers
 
     (name,) = json.loads((path / "config.json").read_text())["architectures"]
-    kind = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    kind = getattr(transformers, THINKERS.get(name, name), transformers.AutoModelForCausalLM)
     return kind.from_pretrained(path, dtype=dtype).eval()
 
 
