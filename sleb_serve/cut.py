@@ -96,8 +96,8 @@ EVERY_NTH: Mapping[str, str | None] = MappingProxyType(
 SCALED = "scale_depth"
 """MiniCPM multiplies what layers add to the stream by this over the root of their number."""
 
-NUMBERED = frozenset(("scale_attn_by_inverse_layer_idx",))
-"""Keys that make a layer compute with its own number."""
+NUMBERED = _keys("bskcn_1 bskcn_2 bskcn_3 bskcn_4 scale_attn_by_inverse_layer_idx")
+"""Keys that make layers compute with their own numbers, where they say anything."""
 
 NOT_PER_LAYER = _keys(
     "architectures begin_suppress_tokens bos_token_id eos_token_id image_grid_pinpoints "
@@ -123,6 +123,8 @@ TOWERS = _keys(
 )
 """Parts of tensors' names that lead into a model's other parts, not into its decoder."""
 
+_COUNTED = ("layers_block_type", "hybrid_override_pattern")
+"""Keys whose entries are counted where no key says the number: Nemotron-H's."""
 _BY_COUNT = FIRST_LAYERS | LAST_LAYERS | {SCALED}
 _INSTEAD = "remove other blocks, or serve the dense model"
 
@@ -325,6 +327,10 @@ def count_of(values: Mapping[str, Any]) -> int | None:
         value = values.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
+    for key in _COUNTED:
+        value = values.get(key)
+        if isinstance(value, list | str) and value:
+            return len(value)
     return None
 
 

