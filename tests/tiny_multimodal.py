@@ -815,6 +815,8 @@ AS_PUBLISHED: dict[str, Callable[[Path], None]] = {
     "audioflamingo3": _one_model_less,
     "gemma3": _two_names_of_the_tower,
     "glmasr": _one_model_less,
+    "granite_speech": _one_model_less,
+    "granite_speech_plus": _one_model_less,
     "llava": _two_names_of_the_tower,
     "llava_next": _two_names_of_the_tower,
     "llava_next_video": _two_names_of_the_tower,
