@@ -99,6 +99,10 @@ SCALED = "scale_depth"
 NUMBERED = _keys("bskcn_1 bskcn_2 bskcn_3 bskcn_4 scale_attn_by_inverse_layer_idx")
 """Keys that make layers compute with their own numbers, where they say anything."""
 
+_FIRST, _MAP = "deepstack_visual_indexes", "deepstack_layer_map"
+_TARGETS = "spatial_target_layers"
+"""Keys that tell which decoder layers take in what a vision tower gives."""
+
 NOT_PER_LAYER = _keys(
     "architectures begin_suppress_tokens bos_token_id eos_token_id image_grid_pinpoints "
     "keys_to_ignore_at_inference pad_token_id special_token_ids suppress_tokens"
@@ -281,17 +285,24 @@ class Cut:
         )
 
 
-def removable(values: Mapping[str, Any], num_blocks: int) -> tuple[int, ...]:
+def removable(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The blocks of which each can be removed alone.
+
+    Args:
+        config: a whole config.json, or what Transformers made of one.
 
     Raises:
         SlebError: there is none; the message says why the first cannot.
     """
+    values = at(config, decoder_path(config) or ()) or {}
+    num_blocks = count_of(values) or 0
     found: list[int] = []
     first: SlebError | None = None
     for block in range(num_blocks):
+        cut = Cut(num_blocks, (block,))
         try:
-            Cut(num_blocks, (block,)).values(values)
+            check_entries(config, cut)
+            cut.values(values)
             found.append(block)
         except SlebError as error:
             first = first or error
@@ -319,6 +330,54 @@ def shared_sources(values: Mapping[str, Any], num_blocks: int) -> dict[int, froz
         if sources:
             users.setdefault(sources[-1], set()).add(block)
     return {source: frozenset(blocks) for source, blocks in users.items()}
+
+
+def check_entries(config: Mapping[str, Any], cut: Cut) -> None:
+    """Refuse to remove blocks into which another part of the model feeds.
+
+    Args:
+        config: a whole config, of all parts.
+        cut: the layers that go.
+
+    Raises:
+        SlebError: naming the block and the key.
+    """
+    for part in _parts(config):
+        for key, layers in _entries(part).items():
+            lost = sorted(set(layers) & set(cut.removed))
+            if lost:
+                raise SlebError(
+                    f"block {lost[0]} takes in what a vision tower gives ({key}), so it cannot be "
+                    f"removed; {_INSTEAD}"
+                )
+
+
+def cut_entries(values: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
+    """What a config says of the decoder layers that a vision tower feeds, renumbered."""
+    found: dict[str, Any] = {}
+    if values.get(_MAP):
+        found[_MAP] = [[tower, cut.places[layer]] for tower, layer in values[_MAP]]
+    if values.get(_TARGETS):
+        found[_TARGETS] = [cut.places[layer] for layer in values[_TARGETS]]
+    return found
+
+
+def _entries(values: Mapping[str, Any]) -> dict[str, list[int]]:
+    """By key: the decoder layers that take in what a vision tower gives."""
+    return {
+        # The tower's layers listed there feed the decoder's first, as many.
+        _FIRST: list(range(len(values.get(_FIRST) or ()))),
+        _MAP: [layer for _, layer in values.get(_MAP) or ()],
+        _TARGETS: list(values.get(_TARGETS) or ()),
+    }
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A config and those nested in it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _parts(value)
 
 
 def count_of(values: Mapping[str, Any]) -> int | None:
@@ -368,10 +427,12 @@ def cut_config(config: Mapping[str, Any], cut: Cut, names: Names | None = None) 
     path = decoder_path(config)
     if path is None:
         raise SlebError("the config does not say how many layers the model has")
+    check_entries(config, cut)
     result = _replaced(config, path, cut.values)
     if path and count_of(config) == cut.num_blocks:
         # Some repeat the decoder's entries outside.
         result.update(cut.values({k: v for k, v in config.items() if k not in path}))
+    result.update(cut_entries(config, cut))
     for place in dict.fromkeys(((), path)):
         for key in QUANTISATION_KEYS:
             quantisation = (at(result, place) or {}).get(key)

@@ -17,7 +17,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sleb_serve.cut import BY_LAYER, COUNT_KEYS, LAST_LAYERS, SLICED, Cut, count_of, decoder_path
+from sleb_serve.cut import (
+    BY_LAYER,
+    COUNT_KEYS,
+    LAST_LAYERS,
+    SLICED,
+    Cut,
+    check_entries,
+    count_of,
+    cut_entries,
+    decoder_path,
+)
 from sleb_serve.errors import SlebError, first_line
 
 _COUNT = re.compile(r"\b(num_hidden_layers|num_layers)\b")
@@ -63,6 +73,10 @@ def apply(config: Any, cut: Cut) -> dict[str, Any]:
         SlebError: the config cannot say it; the message names the key.
     """
     before: dict[str, Any] = {}
+    whole = config.to_dict()
+    check_entries(whole, cut)
+    for key, value in cut_entries(whole, cut).items():
+        setattr(config, key, value)
     decoder = decoder_of(config)
     for part in (decoder,) if decoder is config else (decoder, config):
         values = {

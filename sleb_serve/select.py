@@ -185,7 +185,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
     """
     from sleb_serve.causal_lm import generates
     from sleb_serve.deletion import golden
-    from sleb_serve.likeness import decoder_of, transformers_config
+    from sleb_serve.likeness import transformers_config
     from sleb_serve.scorer import Scorer
     from sleb_serve.whole_model import EMBEDDING
 
@@ -203,8 +203,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
             f"use --objective {EMBEDDING}"
         )
     config = transformers_config(checkpoint.path)
-    values = checkpoint.decoder_config if config is None else decoder_of(config).to_dict()
-    among = removable(values, checkpoint.num_blocks)
+    among = removable(checkpoint.config if config is None else config.to_dict())
     count = blocks_to_remove(
         options.remove, checkpoint.num_blocks, options.early_barrier, options.late_barrier
     )

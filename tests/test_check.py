@@ -98,6 +98,7 @@ def test_what_does_not_fit_fails_by_name(
     ).passed
     monkeypatch.setattr(checking, "vllm_version", lambda: "0.11.0")
     monkeypatch.setattr("sleb_serve.serve.vllm_version", lambda: "0.11.0")
+    monkeypatch.setattr("sleb_serve.vllm_versions.fingerprints", lambda root: {"a symbol": ""})
     code, found = checked(capsys, str(manifest), str(model))
     assert (code, found["status"]["vLLM"]) == (1, "failed")
 

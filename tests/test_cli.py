@@ -128,14 +128,15 @@ def test_models_that_are_none_are_refused(models: Models, tmp_path: Path, capsys
 
     assert "no such model" in select("/no/such/model")
     assert "no such model" in select("org/nothing-of-that-name")
-    bert = tmp_path / "bert"
-    bert.mkdir()
-    (bert / "config.json").write_text(
-        json.dumps(
-            {"architectures": ["BertForMaskedLM"], "model_type": "bert", "num_hidden_layers": 2}
-        )
-    )
-    assert "not a causal language model" in select(bert)
+    translator = tmp_path / "translator"
+    translator.mkdir()
+    for values, message in (
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "T5For"),
+        ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM"),
+    ):
+        config = {"num_hidden_layers": 4, "model_type": "other", **values}
+        (translator / "config.json").write_text(json.dumps(config))
+        assert f"can prune: its architecture is {message}" in select(translator)
     broken = shutil.copytree(models("llama"), tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"\x00" * 100)
     assert "broken" in select(broken)

@@ -160,11 +160,22 @@ def test_blocks_that_others_need_are_not_removable() -> None:
     types = ["sliding_attention", "full_attention"] * 3
     values = {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": types}
     assert shared_sources(values, 6) == {2: frozenset({4}), 3: frozenset({5})}
-    assert removable(values, 6) == (0, 1, 4, 5)
+    assert removable(values) == (0, 1, 4, 5)
     # Behind the last block nothing moves.
-    assert removable({"num_hidden_layers": 6, "attn_layer_period": 3}, 6) == (5,)
+    assert removable({"num_hidden_layers": 6, "attn_layer_period": 3}) == (5,)
     with pytest.raises(SlebError, match="compute with their own number"):
-        removable({"num_hidden_layers": 6, "scale_attn_by_inverse_layer_idx": True}, 6)
+        removable({"num_hidden_layers": 6, "scale_attn_by_inverse_layer_idx": True})
+
+
+def test_blocks_that_a_vision_tower_feeds_are_kept() -> None:
+    config = {
+        "text_config": {"num_hidden_layers": 6},
+        "vision_config": {"depth": 6, "deepstack_visual_indexes": [1, 3, 5]},
+    }
+    assert removable(config) == (3, 4, 5)
+    with pytest.raises(SlebError, match=r"block 2 takes in what a vision tower gives"):
+        cut_config(config, Cut(6, (2, 4)))
+    assert removable({"num_hidden_layers": 5, "deepstack_layer_map": [[3, 0], [7, 2]]}) == (1, 3, 4)
 
 
 @pytest.mark.parametrize(

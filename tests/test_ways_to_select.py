@@ -133,7 +133,7 @@ def test_blocks_can_be_chosen_by_their_loss_once_repaired(models: Models, tmp_pa
     manifest = selected(path, tmp_path / "m.json", *options, "--remove", "1")
     windows = windows_of(path, 4)
     model = CausalLM(load_model(open_checkpoint(str(path)), "float32"), windows[0])
-    losses = {block: fit(model, windows, [block], "fold")[1] for block in range(1, 7)}
+    losses = {block: fit(model, windows, [block])[1] for block in range(1, 7)}
     (removal,) = manifest.removed
     assert removal.block == min(losses, key=lambda block: losses[block])
     assert removal.loss == pytest.approx(losses[removal.block], rel=1e-6)
@@ -153,8 +153,8 @@ def test_blocks_can_be_chosen_by_their_loss_once_repaired(models: Models, tmp_pa
         (["--seeds", "0"], "--seeds 0: at least one sample"),
         (["--seeds", "90000"], "give more text or smaller --sequences"),
         (["--repair-search", "3"], "give a number and --repair"),
-        (["--repair-search", "3", "--repair", "map", "--search", "swap"], "goes with --search"),
-        (["--repair-search", "3", "--repair", "map", "--objective", "kl"], "goes with --search"),
+        (["--repair-search", "3", "--repair", "fold", "--search", "swap"], "goes with --search"),
+        (["--repair-search", "3", "--repair", "fold", "--objective", "kl"], "goes with --search"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -127,7 +127,8 @@ QWEN3_5_TEXT = {
     # vLLM's linear attention on a CPU computes in bfloat16 alone.
     "layer_types": ["full_attention"] * 6,
 }
-DEEPSTACK = {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
+# A tower that feeds none of the decoder's first layers: those could not be removed.
+DEEPSTACK = {"deepstack_visual_indexes": [], "num_position_embeddings": 64}
 GLM_MOE = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -256,6 +257,12 @@ TINY: dict[str, Tiny] = {
         "Qwen3VLConfig",
         text_config={**HEAD, **mrope(6, 5, 5, mrope_interleaved=True)},
         vision_config=qwen_tower(6, **DEEPSTACK),
+        **QWEN_TOKENS,
+    ),
+    "qwen3_vl_deepstack": tiny(
+        "Qwen3VLConfig",
+        text_config={**HEAD, **mrope(6, 5, 5, mrope_interleaved=True)},
+        vision_config=qwen_tower(6, **{**DEEPSTACK, "deepstack_visual_indexes": [0, 2]}),
         **QWEN_TOKENS,
     ),
     "qwen3_vl_moe": tiny(
@@ -433,8 +440,9 @@ TINY: dict[str, Tiny] = {
         image_token_index=IMAGE,
         image_grid_pinpoints=[[32, 64], [64, 32]],
         downsample_rate="1/2",
-        deepstack_layer_map=[[-2, 0], [-1, 2]],
-        spatial_target_layers=[1, 2, 3, 4],
+        # Layers that are fed cannot go: those that no set of the matrix removes.
+        deepstack_layer_map=[[-2, 2]],
+        spatial_target_layers=[4],
         image_seq_length=16,
     ),
     "granite_speech": tiny(
@@ -954,6 +962,7 @@ PROCESSORS: dict[str, Callable[[Any], Any]] = {
     "qwen2_vl": _qwen_processor("Qwen2VLProcessor"),
     "qwen2_5_vl": _qwen_processor("Qwen2_5_VLProcessor"),
     "qwen3_vl": _qwen_processor("Qwen3VLProcessor", videos="Qwen3VLVideoProcessor"),
+    "qwen3_vl_deepstack": _qwen_processor("Qwen3VLProcessor", videos="Qwen3VLVideoProcessor"),
     "idefics3": _idefics3_processor,
     "internvl": _internvl_processor,
     "mistral3": _pixtral_processor,
@@ -1001,7 +1010,10 @@ IMAGE_PROMPTS = {
             (name, "Look: <image> and say")
             for name in ("llava", "idefics3", "internvl", "mistral3")
         ),
-        *((name, QWEN_PROMPT) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        *(
+            (name, QWEN_PROMPT)
+            for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_deepstack")
+        ),
     )
 }
 
