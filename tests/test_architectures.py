@@ -39,7 +39,7 @@ FAST = {
     MULTIMODAL: ("llava-mm", "qwen2_vl-mm", "gemma4-mm", "internvl-mm"),
     POOLING: ("qwen3_embed", "llama_classify", "bert_embed"),
 }
-"""Of each kind, and of each form in which a config speaks of its layers; `make test-all` runs all."""
+"""Of each kind, and of each form in which a config speaks of its layers."""
 NAMES = tuple(name for names in FAST.values() for name in names)
 IMAGES = ("llava", "qwen2_5_vl", "idefics3", "internvl", "mistral3")
 
