@@ -78,7 +78,7 @@ def check(
         "shards_not_read": None,
     }
     findings = [
-        _asked("model", lambda: _model(model, pruning, revision)),
+        _asked("model", lambda: _model(model, manifest, revision)),
         _architecture(pruning.architecture),
         _layers(checkpoint, pruning),
         _vllm(),
@@ -106,11 +106,19 @@ def _asked(name: str, question: Callable[[], str]) -> Finding:
         return Finding(name, FAILED, str(error))
 
 
-def _model(model: str, pruning: Pruning, revision: str | None) -> str:
+def _model(model: str, manifest: Manifest, revision: str | None) -> str:
+    pruning, own = manifest.pruning(), manifest.model
     checkpoint = check_model(model, pruning, revision, servable=False)
     compared = compare_weights(model, checkpoint, pruning)
     match = "config and weights match"
     if not compared:
+        found = checkpoint.path.name
+        if model == own.id and own.revision is not None and found != own.revision:
+            raise SlebError(
+                f"{model} has moved since the selection: commit expected {own.revision}, found "
+                f"{found}, whose weights are not on this machine to be compared; leave --revision "
+                f"out"
+            )
         match = "config matches; weights are not on this machine, the server compares them"
     repaired = (
         "" if pruning.repair is None else f", repaired ({pruning.repair.kind}), sidecar there"
@@ -168,7 +176,10 @@ def _heads(checkpoint: Checkpoint, tp: int) -> Finding:
 
 def _memory(checkpoint: Checkpoint, pruning: Pruning, sizes: dict[str, Any]) -> list[Finding]:
     removed = frozenset(pruning.removed)
-    split = checkpoint.tensor_bytes(removed)
+    try:
+        split = checkpoint.tensor_bytes(removed)
+    except SlebError:
+        return [Finding("weights", UNKNOWN, "not on this machine")]
     if split is None:
         return [Finding("weights", UNKNOWN, "a checkpoint in PyTorch's own format is read whole")]
     kept, gone = split
