@@ -118,13 +118,13 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
         return False
     try:
         whole = _shell(kind, dense)
-        layers = decoder_layers(whole)
+        path = layers_path(whole)
     except Exception:
         # Whatever a model's own code asks for, it is not the cut that is at fault.
         return False
     try:
         pruned = _shell(kind, short)
-        left = decoder_layers(pruned)
+        layers, left = whole.get_submodule(path), pruned.get_submodule(path)
     except Exception as error:
         raise SlebError(
             f"{architecture} cannot be built without blocks {list(cut.removed)}: "
@@ -148,7 +148,12 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
 
 
 def decoder_layers(model: Any) -> Any:
-    """The list of decoder layers: the outermost ModuleList as long as the config's layer count.
+    """The list of decoder layers; see `layers_path`."""
+    return model.get_submodule(layers_path(model))
+
+
+def layers_path(model: Any) -> str:
+    """The name of the list of decoder layers: the outermost as long as the config's layer count.
 
     Raises:
         SlebError: there is none, or more than one.
@@ -157,14 +162,15 @@ def decoder_layers(model: Any) -> Any:
 
     count = decoder_of(model.config).num_hidden_layers
     decoder = getattr(model, "get_decoder", lambda: None)() or model
-    for root in (decoder, model):
-        found: list[tuple[str, Any]] = []
-        for name, module in root.named_modules():
-            nested = any(name.startswith(f"{outer}.") for outer, _ in found)
-            if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
-                found.append((name, module))
+    inside = {id(module) for module in decoder.modules()}
+    lists: list[tuple[str, Any]] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
+            lists.append((name, module))
+    for found in ([(n, m) for n, m in lists if id(m) in inside], lists):
         if len(found) == 1:
-            return found[0][1]
+            return found[0][0]
     names = ", ".join(name for name, _ in found) or "none"
     raise SlebError(
         f"{type(model).__name__}: found {len(found)} lists of {count} layers ({names}) where a "
