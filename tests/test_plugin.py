@@ -325,3 +325,59 @@ def test_tensors_of_removed_layers_are_never_asked_for(
     assert set(everything) - set(read) == {
         name for name in everything if name.startswith(("model.layers.2.", "model.layers.5."))
     }
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "path", "modules"),
+    [
+        ("llama", "LlamaForCausalLM", "model.layers", ["self_attn.q_proj", "mlp.down_proj"]),
+        (
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            "model.layers",
+            ["self_attn.o_proj", "mlp.experts.3.gate_proj", "mlp.experts.3.down_proj"],
+        ),
+        (
+            "gpt_oss",
+            "GptOssForCausalLM",
+            "model.layers",
+            ["self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer", "mlp.router"],
+        ),
+        (
+            "gemma3_mm",
+            "Gemma3ForConditionalGeneration",
+            "language_model.model.layers",
+            ["self_attn.q_proj"],
+        ),
+    ],
+)
+def test_an_adapters_layers_are_those_of_the_physically_pruned_model(
+    module: str, name: str, path: str, modules: list[str]
+) -> None:
+    """By vLLM's own reading of an adapter's names. Experts' adapters need Triton to be run."""
+    import importlib
+
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    from sleb_serve.cut import Cut
+    from sleb_vllm.lora import Renumbered
+
+    pytest.importorskip("torchvision")  # of a multimodal model's module
+    kind = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    stock, cut = getattr(kind, "hf_to_vllm_mapper", None), Cut(6, (1, 3))
+    mapper = Renumbered.over(stock, path, cut)
+    plain = stock and stock.get_rename_mapper()
+    before = "model.language_model.layers." if module == "gemma3_mm" else "model.layers."
+    for own in modules:
+        for block in range(6):
+            adapted = f"base_model.model.{before}{block}.{own}.lora_A.weight"
+            found, _ = parse_fine_tuned_lora_name(adapted, mapper.get_rename_mapper())
+            place = cut.place(block)
+            if place is None:
+                assert found.startswith("removed.")
+                continue
+            pruned = f"base_model.model.{before}{place}.{own}.lora_A.weight"
+            assert found == parse_fine_tuned_lora_name(pruned, plain)[0]
+    # Weights, which the loader has renamed, are mapped as by the model's own.
+    weight = f"{before}4.{modules[0]}.weight"
+    assert mapper._map_name(weight) == (stock._map_name(weight) if stock else weight)
