@@ -126,11 +126,19 @@ def differences(result: dict[str, Any], model: Any) -> list[float]:
 
 
 def greedy_equal(result: dict[str, Any], model: Any) -> bool:
-    """Whether an engine's continuations are a model's greedy ones."""
-    return all(
-        tokens == oracle.greedy(model, prompt, NEW_TOKENS)
-        for prompt, tokens in zip(PROMPTS, result["tokens"], strict=True)
-    )
+    """Whether an engine's continuations are a model's greedy ones, up to ties.
+
+    One pass over prompt and continuation tells of each token whether it is the likeliest there.
+    """
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
+    for prompt, tokens in zip(PROMPTS, result["tokens"], strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0].float()
+        said = logits[len(prompt) - 1 : -1]
+        behind = said.max(-1).values - said.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        if float(behind.max()) > tolerance:
+            return False
+    return True
 
 
 def check_equal(result: dict[str, Any], path: Path, case: Case, limit: float = 1e-3) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sleb_serve.cut import TOWERS
 from sleb_serve.errors import SlebError
 from sleb_serve.likeness import decoder_of as decoder_config_of
 from sleb_serve.protocol import FORMAT
@@ -54,8 +55,11 @@ def decoder_of(model: Any, vllm_config: Any, pruning: Pruning) -> tuple[str, Any
         if isinstance(module, nn.ModuleList) and len(module) == count
     }
     states = vllm_config.compilation_config.static_forward_context
-    # The layers that keep a state for each request are the decoder's, not a tower's.
+    # The layers that keep a state for each request are the decoder's, not a tower's. Encoders keep
+    # none, and some models name their states otherwise than their modules.
     used = {name for name in lists if any(key.startswith(f"{name}.") for key in states)}
+    used = used or {name for name in lists if not TOWERS.intersection(name.split("."))}
+    used = used or set(lists)
     outer = [name for name in used if not any(name.startswith(f"{o}.") for o in used)]
     if len(outer) != 1:
         found = ", ".join(sorted(outer)) or "none"
