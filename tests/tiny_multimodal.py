@@ -428,7 +428,8 @@ TINY: dict[str, Tiny] = {
         },
         vision_config={"patch_size": 8, "mm_embed_dim": 64, "output_proj_dims": 64},
         image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        # One that the random model does not say by itself.
+        video_token_id=511,
         audio_token_id=AUDIO,
         boi_token_id=START,
         eoi_token_id=END,
