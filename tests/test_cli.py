@@ -230,9 +230,9 @@ def test_the_architectures_are_listed_with_their_status(capsys: Capture) -> None
     assert main(["architectures", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["GPT2LMHeadModel"] == {"status": "proven"}
-    assert listed["MambaForCausalLM"]["status"] == "refused"
-    assert "recurrent" in listed["MambaForCausalLM"]["reason"]
-    assert listed["DeepseekV3ForCausalLM"]["status"] == "expected"
+    assert listed["JambaForCausalLM"]["status"] == "refused"
+    assert "by periods alone" in listed["JambaForCausalLM"]["reason"]
+    assert listed["KimiLinearForCausalLM"]["status"] == "expected"
 
 
 def test_the_readme_has_the_table_of_architectures(capsys: Capture) -> None:
