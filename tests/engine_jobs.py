@@ -68,9 +68,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    import stand_ins
-
-    stand_ins.install()
+    _fill_gaps(job)
     if "digests" in job:
         _count_digests(Path(job["digests"]))
     llm = LLM(**_arguments(job))
@@ -112,13 +110,18 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _fill_gaps(job: dict[str, Any]) -> None:
+    if job.get("stand_ins"):
+        import stand_ins
+
+        stand_ins.install()
+
+
 def _pool(job: dict[str, Any]) -> dict[str, Any]:
     """A vector a prompt: its embedding, its classes' probabilities, or scores of every token."""
     from vllm import LLM
 
-    import stand_ins
-
-    stand_ins.install()
+    _fill_gaps(job)
     llm = LLM(**{**_arguments(job), "runner": "pooling"})
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     if job["pool"] == "embed":

@@ -57,6 +57,7 @@ class Model:
         """What an engine is asked."""
         case = Case(self.name, tuple(removed), self.tiny.dtype)
         job = case.job(path, max_num_batched_tokens=256, **self.tiny.engine)
+        job["stand_ins"] = True
         return {**job, "pool": tiny_pooling.pool(self.name)} if self.kind == POOLING else job
 
     def load(self, path: Path) -> Any:

@@ -219,7 +219,7 @@ def _guarded(load_model: Any) -> Any:
                 f"{self.load_config.load_format}, which loads dense ones; use --load-format "
                 f"{FORMAT}, as `sleb-serve serve --dry-run` prints"
             )
-        return load_model(self, *args, vllm_config=vllm_config, model_config=model_config, **kwargs)
+        return load_model(self, vllm_config, model_config, *args, **kwargs)
 
     return guarded
 
