@@ -106,6 +106,7 @@ class SlebModelLoader(BaseModelLoader):
                 # A model from the hub is on this machine only now; one rank looks at it for all.
                 found = checkpoint.weights_sha256(pruning.known_sha256)
                 pruning.check_binding(model_config.model, weights_sha256=found)
+                logger.info("Weights compared with the manifest: %s", found[:16])
             read, skipped = checkpoint.tensor_bytes(frozenset(pruning.removed)) or (None, None)
             # Counted again, since loading may add a parameter (a head's bias), and now rather than
             # later, since backends repack weights once they are loaded.
