@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tiny import AS_MADE, TINY, Tiny
 
@@ -43,6 +44,10 @@ def take_share_of_cores() -> None:
 
 
 take_share_of_cores()
+
+# Other work on the machine must not make a property's inputs "too slow".
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATASETS = ROOT.parent / "shared" / "hf" / "datasets"

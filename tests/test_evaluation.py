@@ -90,15 +90,11 @@ def test_a_frontiers_perplexities_are_those_of_models_with_the_blocks_deleted(
     assert "perplexity does not see" in shown.err
 
 
-@pytest.mark.parametrize("kind", ["fold", "map", "scale"])
-@pytest.mark.parametrize("removed", [(2, 3, 6), (0, 4)])
 def test_repaired_models_are_judged_repaired_and_the_model_is_left_as_it_was(
-    models: Models, tmp_path: Path, kind: str, removed: tuple[int, ...]
+    models: Models, tmp_path: Path
 ) -> None:
-    if kind == "fold" and 0 in removed:
-        pytest.skip("a fold changes the block before a gap")
-    path = models("llama")
-    manifest = manifest_of(path, removed, kind, tmp_path / "m.json")
+    path, removed = models("llama"), (2, 3, 6)
+    manifest = manifest_of(path, removed, tmp_path / "m.json")
     tensors = read_sidecar(manifest.pruning())
     model: Any = load_model(open_checkpoint(str(path)), "float32")
     ids = torch.tensor([PROMPTS[0]])
@@ -106,12 +102,10 @@ def test_repaired_models_are_judged_repaired_and_the_model_is_left_as_it_was(
     with blocks_deleted(model, removed, tensors):
         found = model(ids).logits
         generated = model.generate(ids, max_new_tokens=5, do_sample=False)
-    if 0 not in removed:
-        expected = repaired(path, removed, tensors)
-        assert (found - expected(ids, use_cache=False).logits).abs().max() < 1e-4
-        assert generated[0, len(PROMPTS[0]) :].tolist() == oracle.greedy(expected, PROMPTS[0], 5)
-    else:
-        assert (found - before).abs().max() > 1e-2
+    expected = repaired(path, removed, tensors)
+    assert (found - expected(ids, use_cache=False).logits).abs().max() < 1e-4
+    assert (found - before).abs().max() > 1e-2
+    assert generated[0, len(PROMPTS[0]) :].tolist() == oracle.greedy(expected, PROMPTS[0], 5)
     assert torch.equal(model(ids).logits, before)
 
 

@@ -214,6 +214,7 @@ def test_a_kind_of_repair_that_is_no_more_is_refused_in_one_line(
     path = models("llama")
     manifest_of(path, (2, 3), tmp_path / "m.json", count=8, length=48)
     text = json.loads((tmp_path / "m.json").read_text())
+    capsys.readouterr()
     for kind in ("map", "scale"):
         text["repair"]["kind"] = kind
         (tmp_path / "m.json").write_text(json.dumps(text))
