@@ -13,7 +13,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 JOBS ?= 2
 
 # What `make test-versions` tries.
-VERSIONS ?= 0.26.0 0.27.0 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
+VERSIONS ?= 0.27.0 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements/cpu.lock)

@@ -69,7 +69,7 @@ def check_version(found: str | None, root: Path | None = None) -> None:
         tested = list(known)
         raise SlebError(
             f"vLLM {found or 'of unknown version'} is untested with pruned models, and "
-            f"{fewest[0]} is not as in {tested[0]} to {tested[-1]}, which are tested; install one "
+            f"{fewest[0]} is not as in {' or '.join(tested)}, which are tested; install one "
             f"of these, or set {ALLOW}=1 to try"
         )
 
