@@ -143,9 +143,7 @@ def test_the_server_tells_what_it_serves(server: Running, models: Models, manife
     assert told["served_model_name"] == [server.name]
     (rank,) = told["ranks"]
     assert rank["layers"] == sorted(set(range(8)) - set(read.blocks))
-    kept = sum(
-        parameter.numel() for parameter in oracle.pruned(models("llama"), read.blocks).parameters()
-    )
+    kept = oracle.parameter_counts(oracle.pruned(models("llama"), read.blocks))[0]
     assert rank["parameters"] == kept
     dense = sum(file.stat().st_size for file in models("llama").glob("*.safetensors"))
     assert 0 < rank["weights_skipped_bytes"] < dense
@@ -364,7 +362,7 @@ def test_a_config_file_that_says_otherwise_does_not_count(
 ) -> None:
     """VLLM puts a file's options before those of the command line, of which the last counts."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     file = tmp_path / "config.yaml"
@@ -430,9 +428,9 @@ def test_the_printed_arguments_hold_the_users_and_the_manifests(
         assert command[command.index(option) + 1] == "sleb"
         assert command.count(option) == 1
     more = ["--load-format=safetensors", "--model-loader-extra-config", '{"num_threads": 2}']
-    command = printed_command(models("llama"), manifest, *more)
-    assert command[command.index("--load-format") + 1] == "sleb"
-    extra = json.loads(command[command.index("--model-loader-extra-config") + 1])
+    read = printed_command(models("llama"), manifest, *more)
+    assert read[read.index("--load-format") + 1] == "sleb"
+    extra = json.loads(read[read.index("--model-loader-extra-config") + 1])
     assert extra == {"num_threads": 2, "reader": "safetensors"}
     assert command[command.index("--served-model-name") + 1] == f"llama-{pruning.tag}"
     named = printed_command(models("llama"), manifest, "--served-model-name", "mine")
