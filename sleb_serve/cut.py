@@ -247,10 +247,7 @@ class Cut:
         if isinstance(explicit, list) and explicit:
             return
         for old, new in self.places.items():
-            # Some count layers from 0 and some from 1.
-            if (old % period == 0) != (new % period == 0) or (
-                ((old + 1) % period == 0) != ((new + 1) % period == 0)
-            ):
+            if (old - new) % period:
                 raise SlebError(
                     f"{key} makes every {period}th layer another kind, which cannot be said once "
                     f"layer {old} is number {new}; {_INSTEAD}"
