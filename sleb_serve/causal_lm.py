@@ -74,7 +74,7 @@ def load_model(
     """
     checkpoint.weight_files()
     # Transformers would fill in missing layers at random.
-    checkpoint.layer_prefix  # noqa: B018
+    checkpoint.check_layers()
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     place: Any = device
     if device is None:

@@ -124,6 +124,10 @@ class Checkpoint:
         except SlebError as error:
             raise SlebError(f"{self.path}: {error}") from None
 
+    def check_layers(self) -> None:
+        """Refuse weights of other layers than config.json counts; see `layer_prefix`."""
+        _ = self.layer_prefix
+
     def module_names(self, cut: Cut) -> Names:
         """The modules that have weights, and their names once `cut`."""
         prefix = self.layer_prefix

@@ -251,7 +251,7 @@ def _eval(options: argparse.Namespace) -> int:
         revision = revision_of(options.model, manifest, revision)
     download_weights(options.model, revision)
     checkpoint = open_checkpoint(options.model, revision)
-    checkpoint.layer_prefix  # noqa: B018 - refuses weights of fewer layers
+    checkpoint.check_layers()
     if manifest is not None:
         check_model(options.model, manifest.pruning(), revision, servable=options.backend == "vllm")
         check_servable(checkpoint, manifest.pruning().cut)

@@ -109,9 +109,6 @@ NOT_PER_LAYER = _keys(
 )
 """Keys whose lists are never by layer, however long."""
 
-PER_LAYER_WIDTH = "hidden_size_per_layer_input"
-"""The key that gives each layer a part of the matrices in `SLICED`."""
-
 SLICED: Mapping[str, int] = MappingProxyType(
     {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
 )
@@ -130,12 +127,13 @@ TOWERS = _keys(
 _COUNTED = ("layers_block_type", "hybrid_override_pattern")
 """Keys whose entries are counted where no key says the number: Nemotron-H's."""
 _BY_COUNT = FIRST_LAYERS | LAST_LAYERS | {SCALED}
-_INSTEAD = "remove other blocks, or serve the dense model"
+INSTEAD = "remove other blocks, or serve the dense model"
+"""What a refused cut leaves to do: the end of an error."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A decoder of `num_blocks` layers and those it loses; kept ones are numbered anew."""
+    """A decoder of `num_blocks` layers and those it loses; those that stay get new numbers."""
 
     num_blocks: int
     removed: tuple[int, ...]
@@ -207,13 +205,11 @@ class Cut:
             return len(self.kept)
         if key == SCALED and isinstance(value, int | float) and value:
             return value * math.sqrt(len(self.kept) / self.num_blocks)
-        if key == "moe_layer_start_index" and number is not None:
-            return sum(index < number for index in self.kept)
         if key == "moe_layer_end_index" and number is not None and number >= 0:
             return sum(index <= number for index in self.kept) - 1
         if key in LAYER_NUMBERS and isinstance(value, list):
             return [self.places[index] for index in value if index in self.places]
-        if key in FIRST_LAYERS and number is not None:
+        if (key in FIRST_LAYERS or key == "moe_layer_start_index") and number is not None:
             return sum(index < number for index in self.kept)
         if key in LAST_LAYERS and number:
             return sum(index >= self.num_blocks - number for index in self.kept)
@@ -230,7 +226,7 @@ class Cut:
         if key in NUMBERED and value:
             raise SlebError(
                 f"{key}: layers compute with their own number, which changes when layers before "
-                f"them go; {_INSTEAD}"
+                f"them go; {INSTEAD}"
             )
         if isinstance(value, list) and len(value) == self.num_blocks > 1:
             if key in PER_LAYER:
@@ -238,7 +234,7 @@ class Cut:
             if key not in NOT_PER_LAYER:
                 raise SlebError(
                     f"{key} lists {len(value)} values, one a layer as it seems, which this version "
-                    f"does not know; {_INSTEAD}"
+                    f"does not know; {INSTEAD}"
                 )
         return value
 
@@ -250,7 +246,7 @@ class Cut:
             if (old - new) % period:
                 raise SlebError(
                     f"{key} makes every {period}th layer another kind, which cannot be said once "
-                    f"layer {old} is number {new}; {_INSTEAD}"
+                    f"layer {old} is number {new}; {INSTEAD}"
                 )
 
     def _sparse_step(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,7 +266,7 @@ class Cut:
         if lost:
             raise SlebError(
                 f"block {lost[0]} holds the keys and values that later blocks use "
-                f"(num_kv_shared_layers), so it cannot be removed without them; {_INSTEAD}"
+                f"(num_kv_shared_layers), so it cannot be removed without them; {INSTEAD}"
             )
 
     def needed(self, values: Mapping[str, Any]) -> frozenset[int]:
@@ -345,7 +341,7 @@ def check_entries(config: Mapping[str, Any], cut: Cut) -> None:
             if lost:
                 raise SlebError(
                     f"block {lost[0]} takes in what a vision tower gives ({key}), so it cannot be "
-                    f"removed; {_INSTEAD}"
+                    f"removed; {INSTEAD}"
                 )
 
 

@@ -13,6 +13,7 @@ from sleb_serve.cut import COUNT_KEYS, Cut
 from sleb_serve.errors import SlebError
 from sleb_serve.likeness import apply, decoder_layers, decoder_of
 from sleb_serve.manifest import Golden
+from sleb_serve.tensors import kept_parts
 
 
 @contextmanager
@@ -38,11 +39,10 @@ def blocks_deleted(
     with ExitStack() as stack:
         _mend(whole, repair, stack)
         for name, parameter in model.named_parameters():
-            dimension = cut.parts(name, parameter.shape)
-            if dimension is not None:
-                parts = parameter.data.unflatten(dimension, (cut.num_blocks, -1))
-                kept = parts.index_select(dimension, torch.tensor(cut.kept, device=parts.device))
-                _set(parameter, "data", kept.flatten(dimension, dimension + 1), stack)
+            weight = parameter.data
+            kept = kept_parts(name, weight, cut)
+            if kept is not weight:
+                _set(parameter, "data", kept, stack)
         for place, index in enumerate(cut.kept):
             for module in whole[index].modules():
                 if isinstance(getattr(module, "layer_idx", None), int):

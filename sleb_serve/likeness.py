@@ -20,6 +20,7 @@ from typing import Any
 from sleb_serve.cut import (
     BY_LAYER,
     COUNT_KEYS,
+    INSTEAD,
     LAST_LAYERS,
     SLICED,
     Cut,
@@ -33,7 +34,6 @@ from sleb_serve.errors import SlebError, first_line
 _COUNT = re.compile(r"\b(num_hidden_layers|num_layers)\b")
 _OF_SHARING = frozenset(("store_full_length_kv",))
 """Attributes that count only where layers use other layers' keys and values."""
-_INSTEAD = "remove other blocks, or serve the dense model"
 
 
 def transformers_config(model: str | Path, **options: Any) -> Any:
@@ -128,7 +128,7 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
     except Exception as error:
         raise SlebError(
             f"{architecture} cannot be built without blocks {list(cut.removed)}: "
-            f"{first_line(error)}; {_INSTEAD}"
+            f"{first_line(error)}; {INSTEAD}"
         ) from error
     if len(left) != len(cut.kept):
         raise SlebError(f"{architecture} has {len(left)} layers where {len(cut.kept)} stay")
@@ -137,12 +137,12 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
         for name, why in _differences(layers[old], left[new], cut, shares):
             raise SlebError(
                 f"{architecture} without blocks {list(cut.removed)} would have another layer "
-                f"{old}: {name} {why}; {_INSTEAD}"
+                f"{old}: {name} {why}; {INSTEAD}"
             )
     for name, why in _outside(whole, pruned, layers, left):
         raise SlebError(
             f"{architecture} without blocks {list(cut.removed)} differs outside its layers: "
-            f"{name} {why}; {_INSTEAD}"
+            f"{name} {why}; {INSTEAD}"
         )
     return True
 

@@ -78,11 +78,6 @@ def renumbered(value: Any, names: Names) -> Any:
     return value
 
 
-def names_layers(value: Any, names: Names) -> bool:
-    """Whether a quantisation's config names layers that are numbered otherwise in the cut model."""
-    return bool(renumbered(value, names) != value)
-
-
 def _new_names(text: str, names: Names, *, is_key: bool) -> list[str]:
     prefix = next((p for p in _PREFIXES if text.startswith(p)), "")
     body = text.removeprefix(prefix)

@@ -29,7 +29,7 @@ from sleb_serve.protocol import (
 )
 from sleb_serve.pruning import Pruning
 from sleb_serve.sidecar import check_sidecar
-from sleb_serve.support import status, why_refused
+from sleb_serve.support import check_supported
 from sleb_serve.vllm_versions import check_version, vllm_version
 
 _OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)
@@ -124,8 +124,8 @@ def check_model(
     checkpoint = open_checkpoint(model, revision)
     check_config_binding(checkpoint, model, pruning)
     compare_weights(model, checkpoint, pruning)
-    if servable and status(pruning.architecture)[0] == "refused":
-        raise SlebError(why_refused(pruning.architecture))
+    if servable:
+        check_supported(pruning.architecture)
     if pruning.repair is not None:
         check_sidecar(pruning.repair)
     return checkpoint

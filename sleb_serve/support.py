@@ -14,6 +14,8 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
+from sleb_serve.errors import SlebError
+
 UNLISTED = "it is not in the support matrix of this release"
 
 
@@ -42,6 +44,16 @@ def why_refused(architecture: str) -> str:
         f"{architecture} cannot be served pruned: {status(architecture)[1]}; `sleb-serve "
         f"architectures` lists those that can"
     )
+
+
+def check_supported(architecture: str) -> None:
+    """Refuse an architecture of the refused ones.
+
+    Raises:
+        SlebError: saying why.
+    """
+    if status(architecture)[0] == "refused":
+        raise SlebError(why_refused(architecture))
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_serve.checkpoint import Checkpoint
+from sleb_serve.cut import Cut
 from sleb_serve.errors import SlebError
 from sleb_serve.pruning import Pruning
 from sleb_serve.sidecar import read_sidecar
@@ -48,7 +49,8 @@ class ShorterTensors:
             block = self._checkpoint.block_of(name)
             if block is not None:
                 self._seen.add(block)
-            yield new_name, self._sliced(name, self._repaired(name, tensor, left.pop(name, None)))
+            tensor = self._repaired(name, tensor, left.pop(name, None))
+            yield new_name, kept_parts(name, tensor, self._cut)
         if left:
             raise SlebError(
                 f"the repair {self._repair_path} has weights that the checkpoint did not give: "
@@ -79,16 +81,23 @@ class ShorterTensors:
             )
         return repaired
 
-    def _sliced(self, name: str, tensor: Any) -> Any:
-        """Without the removed layers' parts, where a tensor has a part for each."""
-        dimension = self._cut.parts(name, tensor.shape)
-        if dimension is None:
-            return tensor
-        import torch
 
-        parts = tensor.unflatten(dimension, (self._cut.num_blocks, -1))
-        kept = torch.tensor(self._cut.kept, device=tensor.device)
-        return parts.index_select(dimension, kept).flatten(dimension, dimension + 1)
+def kept_parts(name: str, tensor: Any, cut: Cut) -> Any:
+    """A tensor without the removed layers' parts, where it has a part for each; or itself.
+
+    Args:
+        name: as in the dense model.
+        tensor: a torch tensor.
+        cut: the layers that go.
+    """
+    dimension = cut.parts(name, tensor.shape)
+    if dimension is None:
+        return tensor
+    import torch
+
+    parts = tensor.unflatten(dimension, (cut.num_blocks, -1))
+    kept = torch.tensor(cut.kept, device=tensor.device)
+    return parts.index_select(dimension, kept).flatten(dimension, dimension + 1)
 
 
 class NeededOnly:

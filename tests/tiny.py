@@ -54,6 +54,15 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 HEAD: dict[str, Any] = {**LLAMA, "head_dim": 32}
+GLM_MOE: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 SLIDING: dict[str, Any] = {
     **HEAD,
     "sliding_window": 16,
@@ -132,19 +141,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("Ernie4_5Config", HEAD),
     "seed_oss": ("SeedOssConfig", HEAD),
     "hunyuan_dense": ("HunYuanDenseV1Config", HEAD),
-    "glm4_moe": (
-        "Glm4MoeConfig",
-        {
-            **HEAD,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-        },
-    ),
+    "glm4_moe": ("Glm4MoeConfig", {**HEAD, **GLM_MOE}),
     "gpt_bigcode": ("GPTBigCodeConfig", GPT),
     "afmoe": (
         "AfmoeConfig",

@@ -32,6 +32,16 @@ DELTA: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "layer_types": LINEAR,
 }
+JAMBA: dict[str, Any] = {
+    **LLAMA,
+    "attn_layer_period": 3,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "use_mamba_kernels": False,
+}
 STATES: dict[str, Any] = {k: LLAMA[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")}
 STATES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -79,19 +89,7 @@ TINY: dict[str, Tiny] = {
             "chunk_size": 16,
         },
     ),
-    "jamba": Tiny(
-        "JambaConfig",
-        {
-            **LLAMA,
-            "attn_layer_period": 3,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "use_mamba_kernels": False,
-        },
-    ),
+    "jamba": Tiny("JambaConfig", JAMBA),
     "zamba2": Tiny(
         "Zamba2Config",
         {
@@ -137,9 +135,6 @@ TINY: dict[str, Tiny] = {
 
 TORCHVISION = frozenset({"qwen3_5", "qwen3_5_moe"})
 """Whose modules vLLM cannot import without torchvision."""
-
-STAND_INS = frozenset({"mamba", "falcon_mamba", "jamba"})
-"""Whose scans come from `stand_ins` on a CPU."""
 
 NOT_EQUAL: dict[str, str] = {
     "KimiLinearForCausalLM": "its kernels are Triton's, which has none for a CPU",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tiny import HEAD, LLAMA, SLIDING, Tiny
+from tiny import GLM_MOE, HEAD, LLAMA, SLIDING, Tiny
 
 AUTO = "AutoModelForMultimodalLM"
 
@@ -117,6 +117,10 @@ def speech_tower(kind: str, layers: int, **more: Any) -> dict[str, Any]:
     }
 
 
+PINPOINTS = [[32, 64], [64, 32]]
+WINDOWED = qwen_tower(4, window_size=32, fullatt_block_indexes=[1, 3])
+"""The tower of Qwen 2.5, which others took over."""
+QWEN3_VL_TEXT = {**HEAD, **mrope(6, 5, 5, mrope_interleaved=True)}
 QWEN3_5_TEXT = {
     **HEAD,
     **mrope(2, 1, 1, mrope_interleaved=True, partial_rotary_factor=0.25),
@@ -129,21 +133,49 @@ QWEN3_5_TEXT = {
 }
 # A tower that feeds none of the decoder's first layers: those could not be removed.
 DEEPSTACK = {"deepstack_visual_indexes": [], "num_position_embeddings": 64}
-GLM_MOE = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    # Of the published config, which vLLM reads and Transformers does not know.
-    "use_qk_norm": False,
-}
 
 
 def tiny(config: str, auto: str = AUTO, **values: Any) -> Tiny:
     return Tiny(config, values, auto, engine={"language_model_only": True})
+
+
+def granite_speech(config: str, layers: int) -> Tiny:
+    """A model of Granite with an encoder of so many layers for speech."""
+    return tiny(
+        config,
+        text_config=GRANITE_TEXT,
+        encoder_config={
+            "input_dim": 32,
+            "num_layers": layers,
+            "hidden_dim": 64,
+            "num_heads": 2,
+            "output_dim": 16,
+            "context_size": 16,
+            "max_pos_emb": 32,
+        },
+        projector_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+            "encoder_hidden_size": 64,
+        },
+        audio_token_index=AUDIO,
+        has_lora_adapter=False,
+    )
+
+
+def minicpm(config: str) -> Tiny:
+    """A MiniCPM-V on Qwen 3.5."""
+    return tiny(
+        config,
+        text_config={**QWEN3_5_TEXT, "model_type": "qwen3_5_text"},
+        vision_config={**tower("", 4), "insert_layer_id": 2},
+        insert_layer_id=2,
+        image_size=32,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
 
 
 TINY: dict[str, Tiny] = {
@@ -159,7 +191,7 @@ TINY: dict[str, Tiny] = {
         # As many layers as the decoder has: who looks for "a list of six" finds this one first.
         vision_config=tower("clip_vision_model", 6),
         image_token_index=IMAGE,
-        image_grid_pinpoints=[[32, 64], [64, 32]],
+        image_grid_pinpoints=PINPOINTS,
     ),
     "llava_next_video": tiny(
         "LlavaNextVideoConfig",
@@ -167,7 +199,7 @@ TINY: dict[str, Tiny] = {
         vision_config=tower("clip_vision_model", 3),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
-        image_grid_pinpoints=[[32, 64], [64, 32]],
+        image_grid_pinpoints=PINPOINTS,
     ),
     "llava_onevision": tiny(
         "LlavaOnevisionConfig",
@@ -175,7 +207,7 @@ TINY: dict[str, Tiny] = {
         vision_config=tower("siglip_vision_model", 3),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
-        image_grid_pinpoints=[[32, 64], [64, 32]],
+        image_grid_pinpoints=PINPOINTS,
     ),
     "gemma3": tiny(
         "Gemma3Config",
@@ -250,18 +282,18 @@ TINY: dict[str, Tiny] = {
     "qwen2_5_vl": tiny(
         "Qwen2_5_VLConfig",
         text_config={**LLAMA, **mrope(4, 6, 6)},
-        vision_config=qwen_tower(4, window_size=32, fullatt_block_indexes=[1, 3]),
+        vision_config=WINDOWED,
         **QWEN_TOKENS,
     ),
     "qwen3_vl": tiny(
         "Qwen3VLConfig",
-        text_config={**HEAD, **mrope(6, 5, 5, mrope_interleaved=True)},
+        text_config=QWEN3_VL_TEXT,
         vision_config=qwen_tower(6, **DEEPSTACK),
         **QWEN_TOKENS,
     ),
     "qwen3_vl_deepstack": tiny(
         "Qwen3VLConfig",
-        text_config={**HEAD, **mrope(6, 5, 5, mrope_interleaved=True)},
+        text_config=QWEN3_VL_TEXT,
         vision_config=qwen_tower(6, **{**DEEPSTACK, "deepstack_visual_indexes": [0, 2]}),
         **QWEN_TOKENS,
     ),
@@ -313,7 +345,13 @@ TINY: dict[str, Tiny] = {
     ),
     "glm4v_moe": tiny(
         "Glm4vMoeConfig",
-        text_config={**HEAD, **GLM_MOE, **mrope(2, 3, 3, partial_rotary_factor=0.5)},
+        text_config={
+            **HEAD,
+            **GLM_MOE,
+            **mrope(2, 3, 3, partial_rotary_factor=0.5),
+            # Of the published config, which vLLM reads and Transformers does not know.
+            "use_qk_norm": False,
+        },
         vision_config=qwen_tower(4, image_size=32),
         **GLM_TOKENS,
     ),
@@ -413,7 +451,7 @@ TINY: dict[str, Tiny] = {
         "Exaone4_5_Config",
         text_config={**SLIDING, "model_type": "exaone4"},
         vision_config={
-            **qwen_tower(4, window_size=32, fullatt_block_indexes=[1, 3]),
+            **WINDOWED,
             "num_key_value_heads": 1,
         },
         image_token_id=IMAGE,
@@ -439,75 +477,17 @@ TINY: dict[str, Tiny] = {
         text_config={**GRANITE_TEXT, "model_type": "granite4_vision_text"},
         vision_config=tower("siglip_vision_model", 4),
         image_token_index=IMAGE,
-        image_grid_pinpoints=[[32, 64], [64, 32]],
+        image_grid_pinpoints=PINPOINTS,
         downsample_rate="1/2",
         # Layers that are fed cannot go: those that no set of the matrix removes.
         deepstack_layer_map=[[-2, 2]],
         spatial_target_layers=[4],
         image_seq_length=16,
     ),
-    "granite_speech": tiny(
-        "GraniteSpeechConfig",
-        text_config=GRANITE_TEXT,
-        encoder_config={
-            "input_dim": 32,
-            "num_layers": 2,
-            "hidden_dim": 64,
-            "num_heads": 2,
-            "output_dim": 16,
-            "context_size": 16,
-            "max_pos_emb": 32,
-        },
-        projector_config={
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 128,
-            "encoder_hidden_size": 64,
-        },
-        audio_token_index=AUDIO,
-        has_lora_adapter=False,
-    ),
-    "granite_speech_plus": tiny(
-        "GraniteSpeechPlusConfig",
-        text_config=GRANITE_TEXT,
-        encoder_config={
-            "input_dim": 32,
-            "num_layers": 6,
-            "hidden_dim": 64,
-            "num_heads": 2,
-            "output_dim": 16,
-            "context_size": 16,
-            "max_pos_emb": 32,
-        },
-        projector_config={
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 128,
-            "encoder_hidden_size": 64,
-        },
-        audio_token_index=AUDIO,
-        has_lora_adapter=False,
-    ),
-    "minicpmv4_6": tiny(
-        "MiniCPMV4_6Config",
-        text_config=QWEN3_5_TEXT | {"model_type": "qwen3_5_text"},
-        vision_config={**tower("", 4), "insert_layer_id": 2},
-        insert_layer_id=2,
-        image_size=32,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-    ),
-    "minicpmv4_7": tiny(
-        "MiniCPMV4_7Config",
-        text_config=QWEN3_5_TEXT | {"model_type": "qwen3_5_text"},
-        vision_config={**tower("", 4), "insert_layer_id": 2},
-        insert_layer_id=2,
-        image_size=32,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-    ),
+    "granite_speech": granite_speech("GraniteSpeechConfig", 2),
+    "granite_speech_plus": granite_speech("GraniteSpeechPlusConfig", 6),
+    "minicpmv4_6": minicpm("MiniCPMV4_6Config"),
+    "minicpmv4_7": minicpm("MiniCPMV4_7Config"),
     "muse_glimmer": tiny(
         "MuseGlimmerConfig",
         text_config={**HEAD, "sliding_window": 16},
@@ -653,7 +633,7 @@ TINY: dict[str, Tiny] = {
         "HyperCLOVAXVisionV2Config",
         text_config={**HEAD, "model_type": "hyperclovax"},
         vision_config={
-            **qwen_tower(4, window_size=32, fullatt_block_indexes=[1, 3]),
+            **WINDOWED,
             "model_type": "qwen2_5_vl_vision",
         },
         image_token_id=IMAGE,
@@ -663,7 +643,7 @@ TINY: dict[str, Tiny] = {
         "Qwen2_5OmniConfig",
         thinker_config={
             "text_config": {**LLAMA, "tie_word_embeddings": False, **mrope(4, 6, 6)},
-            "vision_config": qwen_tower(4, window_size=32, fullatt_block_indexes=[1, 3]),
+            "vision_config": WINDOWED,
             "audio_config": audio_tower("", 3, output_dim=128),
             "audio_token_index": AUDIO,
             "image_token_index": IMAGE,

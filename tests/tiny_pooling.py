@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny import COMMON, GPT, HEAD, LLAMA, SLIDING, Tiny
+from tiny_hybrid import JAMBA
 
 ENCODER: dict[str, Any] = {
     **COMMON,
@@ -65,21 +66,7 @@ TINY: dict[str, Tiny] = {
         "Gemma2Config", {**SLIDING, **CLASSES, "query_pre_attn_scalar": 32}, auto=CLASSIFY
     ),
     "gpt2_classify": Tiny("GPT2Config", {**GPT, **CLASSES}, auto=CLASSIFY),
-    "jamba_classify": Tiny(
-        "JambaConfig",
-        {
-            **LLAMA,
-            **CLASSES,
-            "attn_layer_period": 3,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "use_mamba_kernels": False,
-        },
-        auto=CLASSIFY,
-    ),
+    "jamba_classify": Tiny("JambaConfig", {**JAMBA, **CLASSES}, auto=CLASSIFY),
     "bert_classify": Tiny("BertConfig", {**ENCODER, **CLASSES}, auto=CLASSIFY),
     "roberta_classify": Tiny("RobertaConfig", {**ENCODER, **CLASSES}, auto=CLASSIFY),
     "xlm_roberta_classify": Tiny("XLMRobertaConfig", {**ENCODER, **CLASSES}, auto=CLASSIFY),

@@ -17,7 +17,7 @@ from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name
 from sleb_serve.pruning import Pruning
 from sleb_serve.quantised_names import QUANTISATION_KEYS
 from sleb_serve.sidecar import check_sidecar
-from sleb_serve.support import status, why_refused
+from sleb_serve.support import check_supported
 from sleb_serve.vllm_versions import check_version, vllm_version
 
 # A child of vLLM's own logger, so that the lines appear where vLLM's do.
@@ -46,8 +46,7 @@ class SlebConfigParser(HFConfigParser):
         if pruning is None:
             return found, config
         check_version(vllm_version())
-        if status(pruning.architecture)[0] == "refused":
-            raise SlebError(why_refused(pruning.architecture))
+        check_supported(pruning.architecture)
         checkpoint = open_checkpoint(str(model), revision)
         check_config_binding(checkpoint, str(model), pruning)
         if pruning.repair is not None:
