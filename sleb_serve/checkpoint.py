@@ -30,9 +30,10 @@ from sleb_serve.cut import (
     decoder_prefix,
     explicit,
     number_after,
+    with_names,
 )
 from sleb_serve.errors import SlebError, first_line
-from sleb_serve.protocol import CONFIG_KEY
+from sleb_serve.protocol import CONFIG_KEY, without_guard
 from sleb_serve.quantised_names import QUANTISATION_FILES, QUANTISATION_KEYS, Names, renumbered
 
 # Keys of config.json that say how it was written or loaded, not what the model computes. The same
@@ -135,7 +136,8 @@ class Checkpoint:
             modules=frozenset(name.rpartition(".")[0] for name in self.tensor_names),
             rename=lambda name: cut.name(name, prefix),
             place=cut.place,
-            list_name=(prefix.split(".")[-2:-1] or [""])[0],
+            prefix=prefix,
+            num_blocks=cut.num_blocks,
             others=TOWERS,
         )
 
@@ -167,7 +169,11 @@ class Checkpoint:
     def quantisation_files(self) -> dict[str, Any]:
         """Contents of the files beside config.json that say how the checkpoint is quantised."""
         files = (self.path / name for name in QUANTISATION_FILES)
-        return {file.name: _json(file) for file in files if file.is_file()}
+        found = {file.name: _json(file) for file in files if file.is_file()}
+        for name, content in found.items():
+            if not isinstance(content, dict):
+                raise SlebError(f"{self.path / name} holds no object; download the model again")
+        return found
 
     def cut_quantisation_files(self, cut: Cut) -> dict[str, Any]:
         """These files' contents for the shorter model."""
@@ -185,20 +191,17 @@ class Checkpoint:
                 does, the file's content is put into the result.
             cut: the layers that go.
         """
-        names = self.module_names(cut)
         result = dict(config)
         beside = self.quantisation_files()
-        if not isinstance(result.get(_QUANTISATION), Mapping) and beside:
+        own = result.get(_QUANTISATION)
+        inner = (at(result, decoder_path(result) or ()) or {}).get(_QUANTISATION)
+        more = beside.get(QUANTISATION_FILES[0], {}).get("quantization")
+        if not isinstance(own, Mapping) and not isinstance(inner, Mapping) and beside:
             result[_QUANTISATION] = next(iter(beside.values()))
-        elif "quantization" in (found := beside.get(QUANTISATION_FILES[0], {})):
+        elif isinstance(own, Mapping) and isinstance(more, Mapping) and "quantized_layers" in more:
             # ModelOpt's list of layers by name may be in the file alone.
-            layers = found["quantization"].get("quantized_layers")
-            if layers is not None and "quantized_layers" not in result[_QUANTISATION]:
-                result[_QUANTISATION] = {**result[_QUANTISATION], "quantized_layers": layers}
-        for key in QUANTISATION_KEYS:
-            if isinstance(result.get(key), Mapping):
-                result[key] = renumbered(result[key], names)
-        return result
+            result[_QUANTISATION] = {"quantized_layers": more["quantized_layers"], **own}
+        return with_names(result, self.module_names(cut))
 
     @property
     def dtype(self) -> str:
@@ -376,7 +379,7 @@ def open_checkpoint(
         ) from error
     if len(data) > _CONFIG_MAX_BYTES or not isinstance(config, dict):
         raise SlebError(f"{file} is not a model config; give a Transformers checkpoint")
-    return Checkpoint(path=file.parent, config=config)
+    return Checkpoint(path=file.parent, config=without_guard(config))
 
 
 def download_weights(model: str, revision: str | None = None) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from typing import Any
 
 from sleb_serve.errors import SlebError
 from sleb_serve.quantised_names import QUANTISATION_KEYS, Names, renumbered
+from sleb_serve.strict_json import short
 
 COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """`num_hidden_layers` goes by these names in config.json; Transformers maps them."""
@@ -44,30 +46,42 @@ def _keys(text: str) -> frozenset[str]:
 
 PER_LAYER = _keys(
     "activation_sparsity_pattern attention_layers attn_layer_types attn_type_list block_configs "
-    "compress_ratios ffn_multipliers head_dim hybrid_layer_pattern indexer_types "
-    "intermediate_size is_moe_layer layer_attention_types layer_rope_theta layer_types "
+    "compress_ratios ffn_multipliers head_dim hybrid_layer_pattern index_topk_pattern "
+    "indexer_types intermediate_size is_moe_layer layer_attention_types layer_rope_theta "
+    "layer_types "
     "layers_block_type layers_num_experts mlp_layer_types moe_layer_freq no_rope_layers "
     "num_attention_heads num_attention_heads_per_layer num_experts num_key_value_heads "
     "num_key_value_heads_per_layer num_query_heads partial_rotary_factors rope_layers "
     "sliding_window_layers sliding_window_list sliding_windows swiglu_limits swiglu_limits_shared "
     "use_gated_ffn"
 )
-"""Keys that may hold a list with one value a layer."""
+"""Keys that may hold a list with one value a layer; more values are of layers behind the last."""
 
-LAYER_LETTERS = frozenset(("hybrid_override_pattern", "layer_pattern"))
+LAYER_LETTERS = frozenset(("hybrid_override_pattern", "index_topk_pattern", "layer_pattern"))
 """Keys that may hold a string with one letter a layer."""
+
+REPEATED = frozenset(("interleaved_sliding_window",))
+"""Keys whose list is repeated until every layer has a value."""
 
 BY_LAYER = frozenset(("per_layer_config",))
 """Keys that may hold a dict by layer number; layers that are not named are as the rest says."""
 
 LAYER_NUMBERS = _keys(
     "attn_layer_indices cross_attention_layers dense_layers full_attn_idxs global_attn_idx "
-    "global_attn_layers hybrid_layer_ids mlp_only_layers moe_layers"
+    "global_attn_layers hybrid_layer_ids local_layer_ids mlp_only_layers moe_layers "
+    "moe_layers_enum rope_scaling_layers"
 )
-"""Keys that list layers by number."""
+"""Keys that list layers by number, or name the numbers in a string, with commas."""
 
-FIRST_LAYERS = frozenset(("first_k_dense_replace", "max_window_layers", "num_dense_layers"))
-"""Keys that count the first layers of a kind."""
+FROM_ONE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"linear_attn_config": ("kda_layers", "full_attn_layers")}
+)
+"""Nested configs that list layers by number, counted from one, and the keys that do."""
+
+FIRST_LAYERS = _keys(
+    "first_k_dense_replace max_window_layers moe_layer_start_index num_dense_layers num_hash_layers"
+)
+"""Keys that count the first layers of a kind; Ernie's has one number for each kind of expert."""
 
 LAST_LAYERS = frozenset(("num_kv_shared_layers",))
 """Keys that count the last layers of a kind."""
@@ -123,6 +137,9 @@ TOWERS = _keys(
     "visual_encoder visual_tokenizer vit vpm vqmodel"
 )
 """Parts of tensors' names that lead into a model's other parts, not into its decoder."""
+
+_LAST_EXPERT = "moe_layer_end_index"
+"""Ernie's last layer with experts, counted from the end below zero."""
 
 _COUNTED = ("layers_block_type", "hybrid_override_pattern")
 """Keys whose entries are counted where no key says the number: Nemotron-H's."""
@@ -191,12 +208,12 @@ class Cut:
                 known here; the message names the key.
         """
         self._check_sharing(values)
-        cut = dict(values)
-        cut.update(self._sparse_step(values))
+        said = {**self._sparse_step(values), **self._indexers(values)}
+        cut = {**values, **said}
         for key, value in values.items():
-            if key in cut and cut[key] is not value:
-                continue
-            cut[key] = self._value(key, value, values)
+            if key not in said:
+                with _read_as_layers(key, value):
+                    cut[key] = self._value(key, value, values)
         return cut
 
     def _value(self, key: str, value: Any, values: Mapping[str, Any]) -> Any:
@@ -205,16 +222,21 @@ class Cut:
             return len(self.kept)
         if key == SCALED and isinstance(value, int | float) and value:
             return value * math.sqrt(len(self.kept) / self.num_blocks)
-        if key == "moe_layer_end_index" and number is not None and number >= 0:
-            return sum(index <= number for index in self.kept) - 1
-        if key in LAYER_NUMBERS and isinstance(value, list):
-            return [self.places[index] for index in value if index in self.places]
-        if (key in FIRST_LAYERS or key == "moe_layer_start_index") and number is not None:
-            return sum(index < number for index in self.kept)
+        if key in FIRST_LAYERS or key == _LAST_EXPERT:
+            return self._bound(key, value)
+        if key in LAYER_NUMBERS:
+            return self._numbers(key, value)
+        if key in FROM_ONE and isinstance(value, Mapping):
+            return {
+                name: [n + 1 for n in self._numbers(name, [number - 1 for number in numbers])]
+                if name in FROM_ONE[key] and numbers is not None
+                else numbers
+                for name, numbers in value.items()
+            }
         if key in LAST_LAYERS and number:
             return sum(index >= self.num_blocks - number for index in self.kept)
-        if key in LAYER_LETTERS and isinstance(value, str) and len(value) == self.num_blocks:
-            return "".join(value[index] for index in self.kept)
+        if key in REPEATED and isinstance(value, list) and value:
+            return [value[index % len(value)] for index in self.kept]
         if key in BY_LAYER and isinstance(value, Mapping):
             return {
                 str(self.places[int(index)]): entry
@@ -228,15 +250,50 @@ class Cut:
                 f"{key}: layers compute with their own number, which changes when layers before "
                 f"them go; {INSTEAD}"
             )
-        if isinstance(value, list) and len(value) == self.num_blocks > 1:
-            if key in PER_LAYER:
-                return [value[index] for index in self.kept]
-            if key not in NOT_PER_LAYER:
-                raise SlebError(
-                    f"{key} lists {len(value)} values, one a layer as it seems, which this version "
-                    f"does not know; {INSTEAD}"
-                )
+        if key in LAYER_LETTERS and isinstance(value, str) and len(value) >= self.num_blocks:
+            return "".join(self._each(value))
+        if key in PER_LAYER and isinstance(value, list) and len(value) >= self.num_blocks > 1:
+            return self._each(value)
+        listed = isinstance(value, list) and len(value) == self.num_blocks > 1
+        if listed and key not in NOT_PER_LAYER:
+            raise SlebError(
+                f"{key} lists {len(value)} values, one a layer as it seems, which this version "
+                f"does not know; {INSTEAD}"
+            )
         return value
+
+    def _each(self, value: Sequence[Any]) -> list[Any]:
+        """The values of the layers that stay, and of those behind the last."""
+        return [*(value[index] for index in self.kept), *value[self.num_blocks :]]
+
+    def _numbers(self, key: str, value: Any) -> Any:
+        """Layers by number, as a list or in a string; an empty string is another model's."""
+        if isinstance(value, list):
+            if any(not isinstance(i, int) or isinstance(i, bool) for i in value):
+                raise ValueError(key)
+            return [place for i in value if (place := self.place(i)) is not None]
+        if not isinstance(value, str):
+            return value
+        places = [self.place(int(part)) for part in value.strip().split(",")]
+        left = [str(place) for place in places if place is not None]
+        if not left:
+            raise SlebError(f"{key}: no layer that it names would stay; {INSTEAD}")
+        return ",".join(left)
+
+    def _bound(self, key: str, value: Any) -> Any:
+        """The number up to, or from, which layers are of a kind, or several such numbers."""
+        if isinstance(value, list):
+            return [self._bound(key, entry) for entry in value]
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if key == _LAST_EXPERT and value < 0:
+            return value
+        if key == _LAST_EXPERT:
+            # Not below zero, which would count from the end.
+            if self.kept[0] > value:
+                raise SlebError(f"{key}: no layer up to {value} would stay; {INSTEAD}")
+            return sum(index <= value for index in self.kept) - 1
+        return sum(index < value for index in self.kept)
 
     def _check_period(self, key: str, period: int, values: Mapping[str, Any]) -> None:
         explicit = values.get(EVERY_NTH[key] or "")
@@ -255,11 +312,21 @@ class Cut:
         if not isinstance(step, int) or step <= 1:
             return {}
         listed = values.get("mlp_only_layers") or []
-        plain = [i for i in self.kept if i in listed or (i + 1) % step]
+        with _read_as_layers("mlp_only_layers", listed):
+            plain = [i for i in self.kept if i in listed or (i + 1) % step]
         return {
             "decoder_sparse_step": 1,
             "mlp_only_layers": [self.places[index] for index in plain],
         }
+
+    def _indexers(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """DeepSeek's sparse attention: every nth layer has an indexer, said layer by layer."""
+        period = values.get("index_topk_freq")
+        if not isinstance(period, int) or period <= 1 or values.get("index_topk_pattern"):
+            return {}
+        first = values.get("index_skip_topk_offset", 2)
+        shares = [max(index - first + 1, 0) % period for index in self.kept]
+        return {"index_topk_pattern": "".join("S" if share else "F" for share in shares)}
 
     def _check_sharing(self, values: Mapping[str, Any]) -> None:
         lost = sorted(set(self.removed) & self.needed(values))
@@ -276,6 +343,17 @@ class Cut:
             for source, users in shared_sources(values, self.num_blocks).items()
             if users & set(self.kept)
         )
+
+
+@contextmanager
+def _read_as_layers(key: str, value: Any) -> Iterator[None]:
+    """While open, a value that turns out not to be of the form that its key has is refused."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise SlebError(
+            f"{key} is {short(value)}, which says nothing of layers; correct the config"
+        ) from error
 
 
 def removable(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -336,8 +414,9 @@ def check_entries(config: Mapping[str, Any], cut: Cut) -> None:
         SlebError: naming the block and the key.
     """
     for part in _parts(config):
-        for key, layers in _entries(part).items():
-            lost = sorted(set(layers) & set(cut.removed))
+        for key in (_FIRST, _MAP, _TARGETS):
+            with _read_as_layers(key, part.get(key)):
+                lost = sorted(set(_entries(key, part.get(key) or ())) & set(cut.removed))
             if lost:
                 raise SlebError(
                     f"block {lost[0]} takes in what a vision tower gives ({key}), so it cannot be "
@@ -349,20 +428,18 @@ def cut_entries(values: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
     """What a config says of the decoder layers that a vision tower feeds, renumbered."""
     found: dict[str, Any] = {}
     if values.get(_MAP):
-        found[_MAP] = [[tower, cut.places[layer]] for tower, layer in values[_MAP]]
+        found[_MAP] = [[tower, cut.place(layer)] for tower, layer in values[_MAP]]
     if values.get(_TARGETS):
-        found[_TARGETS] = [cut.places[layer] for layer in values[_TARGETS]]
+        found[_TARGETS] = [cut.place(layer) for layer in values[_TARGETS]]
     return found
 
 
-def _entries(values: Mapping[str, Any]) -> dict[str, list[int]]:
-    """By key: the decoder layers that take in what a vision tower gives."""
-    return {
+def _entries(key: str, value: Any) -> list[int]:
+    """The decoder layers that take in what a vision tower gives, as one of its keys says."""
+    if key == _FIRST:
         # The tower's layers listed there feed the decoder's first, as many.
-        _FIRST: list(range(len(values.get(_FIRST) or ()))),
-        _MAP: [layer for _, layer in values.get(_MAP) or ()],
-        _TARGETS: list(values.get(_TARGETS) or ()),
-    }
+        return list(range(len(value)))
+    return [layer for _, layer in value] if key == _MAP else list(value)
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -426,10 +503,21 @@ def cut_config(config: Mapping[str, Any], cut: Cut, names: Names | None = None) 
         # Some repeat the decoder's entries outside.
         result.update(cut.values({k: v for k, v in config.items() if k not in path}))
     result.update(cut_entries(config, cut))
-    for place in dict.fromkeys(((), path)):
+    return result if names is None else with_names(result, names)
+
+
+def with_names(config: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """A config with the layers that its quantisation names numbered as in the shorter model.
+
+    Args:
+        config: a whole config, or the decoder's.
+        names: of the checkpoint's modules.
+    """
+    result = dict(config)
+    for place in dict.fromkeys(((), decoder_path(config) or ())):
         for key in QUANTISATION_KEYS:
             quantisation = (at(result, place) or {}).get(key)
-            if isinstance(quantisation, Mapping) and names is not None:
+            if isinstance(quantisation, Mapping):
                 new = {key: renumbered(quantisation, names)}
                 result = _replaced(result, place, partial(_updated, new))
     return result

@@ -2,7 +2,8 @@
 
 vLLM takes a draft model by its folder and applies no ``--hf-overrides`` to it. So the manifest's
 content stands in the config.json of a folder whose other files are links to the checkpoint's: no
-weight is copied, and a vLLM without the plugin refuses the draft's load format.
+weight is copied. The config also names an architecture that no vLLM has, so that a vLLM without the
+plugin refuses the folder rather than serve it whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from sleb_serve.checkpoint import Checkpoint, download_weights
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import shared_folder
-from sleb_serve.protocol import CONFIG_KEY, FORMAT
+from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name
 from sleb_serve.pruning import Pruning
 
 _SPECULATIVE = re.compile(r"--spec(?!ialize)|-sc\b")
@@ -73,7 +74,8 @@ def draft_folder(checkpoint: Checkpoint, pruning: Pruning, root: Path) -> Path:
         for file in source.iterdir()
         if file.is_file() and not _NOT_LINKED.fullmatch(file.name)
     }
-    config = json.dumps({**checkpoint.config, CONFIG_KEY: pruning.to_dict()}, indent=2).encode()
+    own = {CONFIG_KEY: pruning.to_dict(), "architectures": [guard_name(pruning.architecture)]}
+    config = json.dumps({**checkpoint.config, **own}, indent=2).encode()
     # Two checkpoints of one content in two places are two folders.
     content = json.dumps([str(source), sorted(map(str, files.items()))]).encode() + config
     folder = root / f"{pruning.tag}-{hashlib.sha256(content).hexdigest()[:16]}"

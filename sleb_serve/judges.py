@@ -129,7 +129,8 @@ def vllm_judges(options: EvalOptions, checkpoint: Checkpoint, length: int) -> It
     @contextmanager
     def judge_of(manifest: Manifest | None) -> Iterator[Callable[[], Judge]]:
         arguments: dict[str, Any] = {
-            "pretrained": options.model,
+            # The very files that were compared: of a hub model, those of its revision.
+            "pretrained": str(checkpoint.path),
             "dtype": options.dtype,
             "batch_size": "auto",
             # One token is generated behind each window; it is never fed.
@@ -139,7 +140,7 @@ def vllm_judges(options: EvalOptions, checkpoint: Checkpoint, length: int) -> It
         }
         if manifest is not None:
             pruning = manifest.pruning()
-            check_model(options.model, pruning)
+            check_model(str(checkpoint.path), pruning)
             arguments = engine_arguments(pruning, checkpoint, arguments)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             yield lambda: _VllmJudge(pool, arguments, log)

@@ -20,6 +20,7 @@ from typing import Any
 from sleb_serve.cut import (
     BY_LAYER,
     COUNT_KEYS,
+    FROM_ONE,
     INSTEAD,
     LAST_LAYERS,
     SLICED,
@@ -80,16 +81,23 @@ def apply(config: Any, cut: Cut) -> dict[str, Any]:
     decoder = decoder_of(config)
     for part in (decoder,) if decoder is config else (decoder, config):
         values = {
-            k: v for k, v in part.to_dict().items() if not isinstance(v, Mapping) or k in BY_LAYER
+            key: value
+            for key, value in part.to_dict().items()
+            if not isinstance(value, Mapping) or key in BY_LAYER or key in FROM_ONE
         }
         if count_of(values) != cut.num_blocks:
+            if part is decoder:
+                raise SlebError(
+                    f"the config counts {count_of(values)} layers and the manifest is for "
+                    f"{cut.num_blocks}; select again for this model"
+                )
             continue
         new = cut.values(values)
         # The count first: others are held against it when they are set.
         for key in sorted(new, key=lambda key: key not in COUNT_KEYS):
-            if new[key] != values[key]:
+            if new[key] != values.get(key):
                 if part is decoder:
-                    before[key] = values[key]
+                    before[key] = values.get(key)
                 setattr(part, key, new[key])
     return before
 
@@ -206,8 +214,8 @@ def _differences(layer: Any, other: Any, cut: Cut, shares: bool) -> Iterator[tup
             if not _same(value, vars(two).get(key), cut):
                 yield f"{dot}{key}", f"is {value!r} there and {vars(two).get(key)!r} here"
         yield from _shapes(one, two, dot)
-        for method in () if _is_torchs(one) else vars(type(one)).values():
-            if inspect.isfunction(method) and method.__name__ != "__init__" and _counts(method):
+        for method in _methods(type(one)):
+            if _counts(method):
                 yield (
                     f"{dot}{method.__name__}",
                     f"of {type(one).__name__} computes with the number of layers",
@@ -258,8 +266,16 @@ def _same(value: Any, other: Any, cut: Cut) -> bool:
     return bool(value == other)
 
 
-def _is_torchs(module: Any) -> bool:
-    return type(module).__module__.partition(".")[0] == "torch"
+def _methods(kind: type) -> Iterator[Any]:
+    """What a module's class and those it inherits from compute with, but for torch's own."""
+    seen: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, method in vars(base).items():
+            if inspect.isfunction(method) and name != "__init__" and name not in seen:
+                yield method
+            seen.add(name)
 
 
 @functools.cache

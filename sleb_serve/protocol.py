@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sleb_serve.errors import SlebError
 
 CONFIG_KEY = "sleb"
@@ -21,6 +24,8 @@ READERS = (
     *("fastsafetensors", "instanttensor", "runai_streamer"),
 )
 """Load formats of vLLM that read the very files whose digest is in the manifest."""
+
+_GUARD = "Sleb"
 
 MANIFEST_PATH = "/sleb/manifest"
 """Where a server tells which manifest it serves."""
@@ -45,4 +50,13 @@ def guard_name(architecture: str) -> str:
     The plugin's config parser takes it out of them again; so where it does not run, vLLM refuses
     to start, rather than serve the dense model.
     """
-    return f"Sleb{architecture}"
+    return f"{_GUARD}{architecture}"
+
+
+def without_guard(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that holds a manifest, with the architecture that it had before."""
+    names = config.get("architectures")
+    if CONFIG_KEY not in config or not isinstance(names, list):
+        return dict(config)
+    plain = [n.removeprefix(_GUARD) if isinstance(n, str) else n for n in names]
+    return {**config, "architectures": plain}

@@ -18,6 +18,7 @@ from sleb_serve.checkpoint import Checkpoint
 from sleb_serve.cut import COUNT_KEYS, Cut, decoder_path
 from sleb_serve.errors import SlebError
 from sleb_serve.likeness import apply, check_likeness, transformers_config
+from sleb_serve.support import check_known
 
 VLLM_PERIODS: Mapping[str, int | str] = MappingProxyType(
     {
@@ -42,15 +43,19 @@ def check_servable(checkpoint: Checkpoint, cut: Cut) -> bool:
         SlebError: naming the config's key, or the layer's attribute.
     """
     config = transformers_config(checkpoint.path)
+    compared = False
     try:
         if config is None:
             cut.values(checkpoint.decoder_config)
-            return False
-        dense = copy.deepcopy(config)
-        apply(config, cut)
-        return check_likeness(dense, config, checkpoint.architecture, cut)
+        else:
+            dense = copy.deepcopy(config)
+            apply(config, cut)
+            compared = check_likeness(dense, config, checkpoint.architecture, cut)
+        if not compared:
+            check_known(checkpoint.architecture)
     except SlebError as error:
         raise SlebError(f"{checkpoint.path} cannot be pruned so: {error}") from None
+    return compared
 
 
 def exported_config(checkpoint: Checkpoint, cut: Cut, *, for_vllm: bool = True) -> dict[str, Any]:
@@ -94,6 +99,7 @@ def check_countable(checkpoint: Checkpoint, cut: Cut) -> None:
 def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping[str, Any]) -> None:
     """Hold what Transformers makes of a written config against the dense model."""
     if dense is None:
+        check_known(checkpoint.architecture)
         return
     with tempfile.TemporaryDirectory(prefix="sleb-serve-") as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -104,7 +110,8 @@ def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping
             f"{list(cut.removed)}; serve it with sleb-serve serve instead"
         )
     try:
-        check_likeness(dense, short, checkpoint.architecture, cut)
+        if not check_likeness(dense, short, checkpoint.architecture, cut):
+            check_known(checkpoint.architecture)
     except SlebError as error:
         raise SlebError(
             f"{checkpoint.path} cannot be written so: {error}; or serve it with sleb-serve serve"

@@ -56,6 +56,20 @@ def check_supported(architecture: str) -> None:
         raise SlebError(why_refused(architecture))
 
 
+def check_known(architecture: str) -> None:
+    """Refuse an architecture that was neither tried for this release nor compared on this machine.
+
+    Raises:
+        SlebError: it is not listed.
+    """
+    if status(architecture)[1] == UNLISTED:
+        raise SlebError(
+            f"{architecture} is neither in the support matrix of this release nor known to the "
+            f"Transformers installed here, so nothing shows that its layers keep what they "
+            f"compute; upgrade transformers or sleb-serve, or serve the dense model"
+        )
+
+
 @functools.cache
 def support() -> dict[str, dict[str, str]]:
     """Per architecture: ``status`` (proven, expected, refused) and, unless proven, ``reason``."""

@@ -120,7 +120,12 @@ def test_held_out_windows_do_not_overlap_the_calibration() -> None:
         ("t.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', {}, "no chat template; "),
         ("t.jsonl", b"3", {}, "cannot read"),
         ("t.jsonl.gz", b"plain", {}, "cannot read"),
-        ("t.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9] + b"xxxxxxxxx", {}, "cannot read"),
+        (
+            "t.jsonl.gz",
+            gzip.compress(b'{"text": "a"}', mtime=0)[:-9] + b"xxxxxxxxx",
+            {},
+            "cannot read",
+        ),
         ("t.parquet", b"plain", {}, "cannot read"),
         ("t.txt", b"x" * 999, {"sequence_length": 1}, "at least 2 tokens"),
         ("t.txt", b"x" * 999, {"sequences": 0}, "at least one window"),

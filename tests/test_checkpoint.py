@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.cut import Cut
 from sleb_serve.errors import SlebError
 
 Models = Callable[[str], Path]
@@ -29,6 +30,33 @@ def test_a_model_is_described_from_its_files(llama: Path) -> None:
     checkpoint = open_checkpoint(str(llama))
     assert checkpoint.architecture == "LlamaForCausalLM"
     assert checkpoint.num_blocks == 8
+
+
+@pytest.mark.parametrize("place", [(), ("text_config",)])
+def test_a_quantisation_is_renumbered_where_it_stands(
+    models: Models, tmp_path: Path, place: tuple[str, ...]
+) -> None:
+    """At the top of config.json, or in the decoder's own part of it, as multimodal models have."""
+    shutil.copytree(models("llama"), tmp_path / "llama")
+    config = json.loads((tmp_path / "llama/config.json").read_text())
+    own = {
+        "quant_method": "compressed-tensors",
+        "ignore": ["lm_head", "model.layers.6.mlp.up_proj"],
+    }
+    if place:
+        config = {"architectures": config["architectures"], "text_config": config}
+        config["text_config"]["quantization_config"] = own
+    else:
+        config["quantization_config"] = own
+    (tmp_path / "llama/config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(str(tmp_path / "llama"))
+    found = checkpoint.with_quantisation(checkpoint.config, Cut(8, (2, 5)))
+    inner = found["text_config"] if place else found
+    assert inner["quantization_config"]["ignore"] == ["lm_head", "model.layers.4.mlp.up_proj"]
+    assert place == () or "quantization_config" not in found
+    (tmp_path / "llama/hf_quant_config.json").write_text("[]")
+    with pytest.raises(SlebError, match=r"hf_quant_config.json holds no object"):
+        checkpoint.with_quantisation(checkpoint.config, Cut(8, (2, 5)))
 
 
 def test_sharding_does_not_change_the_weights_digest(llama: Path, tmp_path: Path) -> None:

@@ -57,11 +57,26 @@ def decoders(draw: st.DrawFn) -> tuple[Cut, dict[str, Any]]:
     layers = st.sets(st.integers(0, count - 1)).map(sorted)
     values: dict[str, Any] = {draw(st.sampled_from(["num_hidden_layers", "n_layer"])): count}
     for key in draw(st.sets(st.sampled_from(sorted(PER_LAYER)), max_size=4)):
-        values[key] = draw(st.lists(st.integers(-5, 5), min_size=count, max_size=count))
+        # Some list layers for multi-token prediction behind the decoder's.
+        more = draw(st.sampled_from([0, 0, 1, 3]))
+        values[key] = draw(
+            st.lists(st.integers(-5, 5), min_size=count + more, max_size=count + more)
+        )
     for key in draw(st.sets(st.sampled_from(sorted(LAYER_NUMBERS - {"mlp_only_layers"})))):
         values[key] = draw(layers)
     for key in draw(st.sets(st.sampled_from(sorted(FIRST_LAYERS)))):
         values[key] = draw(st.integers(0, count + 3))
+    if draw(st.booleans()):
+        values["moe_layer_start_index"] = draw(st.lists(st.integers(0, count), max_size=2))
+        values["moe_layer_end_index"] = draw(st.lists(st.integers(-1, count), max_size=2))
+    if draw(st.booleans()):
+        values["interleaved_sliding_window"] = draw(st.lists(st.integers(), min_size=1, max_size=4))
+    if draw(st.booleans()):
+        values["index_topk_freq"] = draw(st.integers(1, 4))
+        values["index_skip_topk_offset"] = draw(st.integers(0, 3))
+    if draw(st.booleans()):
+        numbers = draw(layers)
+        values["linear_attn_config"] = {"kda_layers": [i + 1 for i in numbers], "num_heads": 4}
     for key in draw(st.sets(st.sampled_from(sorted(LAYER_LETTERS)))):
         values[key] = "".join(
             draw(st.lists(st.sampled_from("M*-E"), min_size=count, max_size=count))
@@ -84,12 +99,23 @@ def told(values: dict[str, Any], layer: int) -> dict[str, Any]:
             facts[key] = value[layer]
         elif key in LAYER_NUMBERS - {"mlp_only_layers"}:
             facts[key] = layer in value
+        elif key == "moe_layer_end_index":
+            facts[key] = [end < 0 or layer <= end for end in value]
         elif key in FIRST_LAYERS:
-            facts[key] = layer < value
+            facts[key] = [layer < v for v in (value if isinstance(value, list) else [value])]
+        elif key == "interleaved_sliding_window":
+            facts[key] = value[layer % len(value)]
+        elif key == "linear_attn_config":
+            facts[key] = layer + 1 in value["kda_layers"]
         elif key in BY_LAYER:
             facts[key] = value.get(str(layer))
     step, plain = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers", [])
     facts["experts"] = layer not in plain and (layer + 1) % step == 0
+    # As vLLM's deepseek_v2.py reads it.
+    pattern, period = values.get("index_topk_pattern"), values.get("index_topk_freq", 1)
+    after = max(layer - values.get("index_skip_topk_offset", 2) + 1, 0)
+    facts["indexer"] = pattern[layer] != "S" if pattern else after % period == 0
+    facts.pop("index_topk_pattern", None)
     return facts
 
 
@@ -108,6 +134,11 @@ def test_a_cut_config_says_of_each_layer_what_the_dense_one_says(
             "vision_config": {"num_hidden_layers": cut.num_blocks, "depths": [1] * 9},
         }
     assert decoder_path(config) == path
+    ends = [end for end in values.get("moe_layer_end_index", ()) if end >= 0]
+    if any(end < cut.kept[0] for end in ends):
+        with pytest.raises(SlebError, match="moe_layer_end_index: no layer up to"):
+            cut_config(config, cut)
+        return
     found = cut_config(config, cut)
     assert found.get("vision_config") == config.get("vision_config")
     inner = found
@@ -118,6 +149,8 @@ def test_a_cut_config_says_of_each_layer_what_the_dense_one_says(
     assert count == len(kept)
     for new, old in enumerate(kept):
         assert told(inner, new) == told(values, old)
+    for key in PER_LAYER & values.keys():
+        assert inner[key][count:] == values[key][cut.num_blocks :]
     assert inner["vocab_size"] == cut.num_blocks
     assert inner["eos_token_id"] == values["eos_token_id"]
     json.dumps(found)
@@ -175,6 +208,13 @@ def test_blocks_that_a_vision_tower_feeds_are_kept() -> None:
     assert removable(config) == (3, 4, 5)
     with pytest.raises(SlebError, match=r"block 2 takes in what a vision tower gives"):
         cut_config(config, Cut(6, (2, 4)))
+    for key, value in (
+        ("deepstack_layer_map", [3, 0]),
+        ("spatial_target_layers", 7),
+        ("deepstack_visual_indexes", 4),
+    ):
+        with pytest.raises(SlebError, match=f"{key} is .*, which says nothing of layers"):
+            cut_config({"num_hidden_layers": 6, key: value}, Cut(6, (2,)))
     assert removable({"num_hidden_layers": 5, "deepstack_layer_map": [[3, 0], [7, 2]]}) == (1, 3, 4)
 
 
@@ -185,6 +225,12 @@ def test_blocks_that_a_vision_tower_feeds_are_kept() -> None:
         ({"sliding_window_pattern": 6}, (1, 4), "sliding_window_pattern makes every 6th"),
         ({"scale_attn_by_inverse_layer_idx": True}, (1,), "compute with their own number"),
         ({"secret": [1, 2, 3, 4, 5, 6]}, (1,), "secret lists 6 values, one a layer as it seems"),
+        ({"per_layer_config": {"all": {}}}, (1,), "per_layer_config is {'all': {}}, which says"),
+        ({"moe_layers": [[1], [2]]}, (1,), r"moe_layers is \[\[1\], \[2\]\], which says nothing"),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": 1}, (1,), "mlp_only_layers is 1, which"),
+        ({"moe_layers_enum": "1,x"}, (1,), "moe_layers_enum is '1,x', which says nothing"),
+        ({"moe_layers_enum": "1"}, (1,), "moe_layers_enum: no layer that it names would stay"),
+        ({"linear_attn_config": {"kda_layers": 3}}, (1,), "linear_attn_config is .*, which says"),
         ({"moe_layer_freq": 2}, (1, 2), None),  # what stays keeps its remainder
         ({"moe_layer_freq": 1, "secret": [1, 2]}, (1,), None),
     ],
@@ -199,6 +245,21 @@ def test_what_cannot_be_said_of_fewer_layers_is_refused_by_its_key(
         return
     with pytest.raises(SlebError, match=message):
         cut.values(config)
+
+
+def test_layers_are_renumbered_in_strings_and_from_one() -> None:
+    values = {
+        "num_hidden_layers": 6,
+        "moe_layers_enum": "2,3,5",
+        "linear_attn_config": {"kda_layers": [1, 2, 4], "full_attn_layers": [3, 6], "width": 4},
+    }
+    found = Cut(6, (1, 2)).values(values)
+    assert found["moe_layers_enum"] == "1,3"
+    assert found["linear_attn_config"] == {
+        "kda_layers": [1, 2],
+        "full_attn_layers": [4],
+        "width": 4,
+    }
 
 
 def test_what_depends_on_the_number_of_layers_is_compensated() -> None:
@@ -284,7 +345,8 @@ def quantised(cut: Cut) -> Names:
         modules=frozenset(modules),
         rename=lambda name: cut.name(name, "model.layers."),
         place=cut.place,
-        list_name="layers",
+        prefix="model.layers.",
+        num_blocks=cut.num_blocks,
         others=TOWERS,
     )
 
@@ -347,8 +409,47 @@ def test_gptqmodels_dynamic_rules_hold_for_the_same_modules(cut: Cut, bits: dict
         return None
 
     found = renumbered({"dynamic": rules}, names)["dynamic"]
-    for old, new in names.kept:
-        assert rule(found, new) == rule(rules, old)
+    for old, new in names.forms[0]:
+        assert new is None or rule(found, new) == rule(rules, old)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        (r"re:.*layers\.3\.mlp$", "model.layers.{}.mlp"),
+        (r"re:.*layers\.3\.self_attn\.qkv_proj", "model.layers.{}.self_attn.qkv_proj"),
+        (
+            r"re:language_model\.model\.layers\.3\.mlp\.down_proj",
+            "language_model.model.layers.{}.mlp.down_proj",
+        ),
+        (
+            "*language_model.layers.3.self_attn*q_proj",
+            "model.language_model.layers.{}.self_attn.q_proj",
+        ),
+        (r"re:layers\.3\.self_attn\.k_proj", "layers.{}.self_attn.k_proj"),
+    ],
+)
+def test_a_pattern_for_names_that_the_checkpoint_has_not_is_renumbered(
+    pattern: str, named: str
+) -> None:
+    (*found,) = renumbered({"ignore": [pattern]}, quantised(Cut(6, (1, 2))))["ignore"]
+    for layer in range(4):
+        hit = any(matches(one, named.format(layer)) for one in found)
+        assert hit == (layer == 1), (found, layer)
+
+
+def test_a_pattern_that_names_layers_and_matches_nothing_is_refused() -> None:
+    names = quantised(Cut(6, (1, 2)))
+    with pytest.raises(SlebError, match="matches no module of the checkpoint"):
+        renumbered({"ignore": [r"re:.*layers\.3\.mixer"]}, names)
+    unmoved = {"ignore": [r"re:.*layers\.\d+\.mixer", "re:.*layers.[0-9]+.mixer", "re:vision.*"]}
+    assert renumbered(unmoved, names) == unmoved
+
+
+def test_layers_in_strings_are_renumbered() -> None:
+    names = quantised(Cut(6, (1, 2)))
+    given = {"version": "0.9+(cpu", "blocks": "model.layers.1,model.layers.5", "bits": "int4"}
+    assert renumbered(given, names) == {**given, "blocks": "model.layers.3"}
 
 
 def test_a_pattern_that_is_none_is_refused() -> None:
@@ -409,6 +510,7 @@ def test_a_config_that_is_read_from_a_file_can_be_cut(tmp_path: Path) -> None:
 
     config = {"architectures": ["NewForCausalLM"], "num_hidden_layers": 6, "model_type": "new"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert not check_servable(Checkpoint(tmp_path, config), Cut(6, (1,)))
+    with pytest.raises(SlebError, match="NewForCausalLM is neither in the support matrix"):
+        check_servable(Checkpoint(tmp_path, config), Cut(6, (1,)))
     with pytest.raises(SlebError, match="moe_layer_freq"):
         check_servable(Checkpoint(tmp_path, {**config, "moe_layer_freq": 2}), Cut(6, (1,)))

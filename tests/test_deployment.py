@@ -380,8 +380,11 @@ def test_a_draft_folder_is_found_again_and_changes_with_its_content(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([folder.name, other.name])
     config = json.loads((folder / "config.json").read_text())
     assert [config["sleb"]] == overrides(checkpoint.path, (2, 5))["sleb"]
+    # An architecture that no vLLM has: without the plugin the folder must not be served whole.
+    assert config["architectures"] == ["SlebLlamaForCausalLM"]
     # To everything of this project the folder is the dense model's.
     seen = open_checkpoint(str(folder))
+    assert seen.architecture == checkpoint.architecture
     assert seen.config_sha256() == checkpoint.config_sha256()
     assert seen.weights_sha256() == checkpoint.weights_sha256()
 
@@ -397,7 +400,9 @@ def test_a_draft_is_refused_without_the_plugin(
     jobs = [
         dense.job(checkpoint.path, speculative_config=whole, config_format=FORMAT),
         dense.job(checkpoint.path, speculative_config=whole),
+        dense.job(folder),
     ]
     results = run_jobs(jobs, tmp_path, VLLM_PLUGINS="none")
     assert "Unknown config format `sleb`" in results[0]["error"]
-    assert "Load format `sleb` is not supported" in results[1]["error"]
+    assert "['SlebLlamaForCausalLM'] are not supported" in results[1]["error"]
+    assert "['SlebLlamaForCausalLM'] are not supported" in results[2]["error"]

@@ -390,7 +390,9 @@ BAD_HTTP: dict[str, Any] = {
     "a chunk of 2^80 bytes": chunked(b"1" + b"0" * 20 + b"\r\n{}"),
     "gzip": http(gzip.compress(b"{}", mtime=0), "200 OK", "Content-Encoding: gzip"),
     "deflate": http(b"{}", "200 OK", "Content-Encoding: deflate"),
-    "a gzip bomb": http(gzip.compress(b" " * (1 << 24), mtime=0), "200 OK", "Content-Encoding: gzip"),
+    "a gzip bomb": http(
+        gzip.compress(b" " * (1 << 24), mtime=0), "200 OK", "Content-Encoding: gzip"
+    ),
     "redirect to nowhere": http(b"", "301 Moved"),
     "redirect to another host": http(b"", "302 Found", "Location: http://192.0.2.1/v1/models"),
     "redirect to a bad port": http(b"", "307 Moved", "Location: http://localhost:99999999/"),

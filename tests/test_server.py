@@ -25,7 +25,9 @@ pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
 from sleb_bench.server import Server, free_port  # noqa: E402
+from sleb_serve.checkpoint import open_checkpoint  # noqa: E402
 from sleb_serve.cli import main  # noqa: E402
+from sleb_serve.draft import draft_folder  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
 from sleb_serve.manifest import read_manifest  # noqa: E402
 from sleb_serve.serve import serve_command  # noqa: E402
@@ -312,6 +314,16 @@ WAYS: dict[str, tuple[Callable[[list[str]], list[str]], dict[str, str], str]] = 
         {},
         "num_hidden_layers = 4 where the manifest leaves 5",
     ),
+    "a draft's folder, without the plugin": (
+        lambda command: [*command[: command.index("--model")], "--model", "{draft}", *OPTIONS],
+        {"VLLM_PLUGINS": "none"},
+        "['SlebLlamaForCausalLM'] are not supported for now",
+    ),
+    "a draft's folder, without the formats": (
+        lambda command: [*command[: command.index("--model")], "--model", "{draft}", *OPTIONS],
+        {},
+        "['SlebLlamaForCausalLM'] are not supported for now",
+    ),
     "two --model": (
         lambda command: [*command, "--model", "{opt}"],
         {},
@@ -328,9 +340,13 @@ def test_no_way_to_ask_wrongly_ends_in_a_server_that_answers(
     port = free_port()
     options = [*OPTIONS, "--host", "127.0.0.1", "--port", str(port)]
     command = printed_command(models("llama"), manifest, *options)
+    checkpoint = open_checkpoint(str(models("llama")))
+    draft = draft_folder(checkpoint, read_manifest(manifest).pruning(), tmp_path)
+    places = {"{opt}": str(models("opt")), "{draft}": str(draft)}
     rows = []
     for way, (change, environment, message) in WAYS.items():
-        asked = [part.replace("{opt}", str(models("opt"))) for part in change(command)]
+        asked = [places.get(part, part) for part in change(command)]
+        asked += ["--port", str(port)] if str(port) not in asked else []
         code, output = run_until_end(asked, port, tmp_path / "log", **environment)
         assert code > 0, way
         assert message in output, (way, output[-3000:])

@@ -30,7 +30,7 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.files import write_atomically
 from sleb_serve.manifest import Manifest
 from sleb_serve.select import load_tokenizer
-from sleb_serve.serve import check_model, check_plugin
+from sleb_serve.serve import check_model, check_plugin, revision_of
 from sleb_serve.speedup import head_share
 
 SERVING = "serving"
@@ -44,6 +44,7 @@ class BenchOptions:
 
     model: str
     output: Path
+    revision: str | None = None
     workloads: tuple[str, ...] = ("prefill", "decode")
     beside: tuple[str, ...] = ()
     starts: int = 5
@@ -124,7 +125,8 @@ def bench(
     own = strict_json.any_object(strict_json.load(options.engine_args.encode()), "--engine-args")
     strict_json.any_object(own.get("hf_overrides", {}), "--engine-args hf_overrides")
     manifests = [manifest.prefix(count) for count in counts or (len(manifest.removed),)]
-    checkpoint = check_model(options.model, manifests[-1].pruning())
+    revision = revision_of(options.model, manifest, options.revision)
+    checkpoint = check_model(options.model, manifests[-1].pruning(), revision, fetch=True)
     check_plugin()
     todo = workloads(
         [name for name in options.workloads if name != SERVING],
@@ -133,7 +135,7 @@ def bench(
         output_length=options.output_length,
         requests=options.requests,
     )
-    arguments = _engine_arguments(options, todo, own)
+    arguments = _engine_arguments(options, checkpoint, todo, own)
     windows: Prompts = ()
     if todo:
         windows = held_out_windows(
@@ -191,11 +193,15 @@ def _report_if_broken(records: Records, say: Say) -> Iterator[None]:
 
 
 def _engine_arguments(
-    options: BenchOptions, todo: Sequence[Workload], own: Mapping[str, Any]
+    options: BenchOptions,
+    checkpoint: Checkpoint,
+    todo: Sequence[Workload],
+    own: Mapping[str, Any],
 ) -> dict[str, Any]:
     longest = max([options.prompt_length + 1, *(workload.longest for workload in todo)])
     return {
-        "model": options.model,
+        # The very files that were compared: of a hub model, those of its revision.
+        "model": str(checkpoint.path),
         "max_model_len": longest,
         # A prompt that was seen before would cost nothing; speeds would be too good by far.
         "enable_prefix_caching": False,

@@ -11,13 +11,14 @@ from vllm.transformers_utils.config import HFConfigParser, get_config_parser, re
 
 from sleb_serve.binding import check_config_binding
 from sleb_serve.checkpoint import download_weights, fetch_index, open_checkpoint
+from sleb_serve.cut import at, decoder_path
 from sleb_serve.errors import SlebError
-from sleb_serve.likeness import apply, check_likeness
-from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name
+from sleb_serve.likeness import apply, check_likeness, decoder_of
+from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name, without_guard
 from sleb_serve.pruning import Pruning
 from sleb_serve.quantised_names import QUANTISATION_KEYS
 from sleb_serve.sidecar import check_sidecar
-from sleb_serve.support import check_supported
+from sleb_serve.support import check_known, check_supported
 from sleb_serve.vllm_versions import check_version, vllm_version
 
 # A child of vLLM's own logger, so that the lines appear where vLLM's do.
@@ -54,6 +55,7 @@ class SlebConfigParser(HFConfigParser):
         dense = copy.deepcopy(config)
         shorten(config, pruning)
         if not check_likeness(dense, config, pruning.architecture, pruning.cut):
+            check_known(pruning.architecture)
             logger.warning(
                 "Transformers has no %s, so the layers that stay were not compared with the dense "
                 "model's before the start",
@@ -64,9 +66,13 @@ class SlebConfigParser(HFConfigParser):
             if not Path(model).is_dir() and not fetch_index(str(model), revision):
                 download_weights(str(model), revision)
             found = checkpoint.with_quantisation(found, pruning.cut)
-            for key in QUANTISATION_KEYS:
-                if key in found:
-                    setattr(config, key, found[key])
+            inner = at(found, decoder_path(found) or ()) or {}
+            for values, part in ((found, config), (inner, decoder_of(config))):
+                for key in QUANTISATION_KEYS:
+                    if key in values:
+                        setattr(part, key, values[key])
+        found = without_guard(found)
+        config.architectures = [pruning.architecture]
         if CONFIG_KEY in overrides:
             # vLLM applies what is left of them to the config that is returned.
             _take_own(overrides, pruning)
