@@ -8,7 +8,7 @@ from typing import Any
 from sleb_serve.errors import SlebError
 
 CONFIG_KEY = "sleb"
-"""Where a pruned model's Hugging Face config holds its `sleb_serve.pruning.Pruning`."""
+"""Where a pruned model's Hugging Face config holds its `sleb_serve.manifest.pruning.Pruning`."""
 
 ENTRY_POINT = "sleb"
 """The plugin's name among the ``vllm.general_plugins``, as ``VLLM_PLUGINS`` selects by."""

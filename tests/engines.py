@@ -17,12 +17,12 @@ import torch
 
 import oracle
 from conftest import ROOT
-from sleb_serve.binding import bind
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.manifest import Manifest, Removal
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.manifest.binding import bind
+from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.protocol import FORMAT
-from sleb_serve.pruning import Pruning
-from sleb_serve.serve import pruned_overrides
+from sleb_serve.serving.command import pruned_overrides
 
 PROMPTS = [[1, *range(40, 70)], [7, 300, 12, 90, 5, 5, 210, 33, 8]]
 NEW_TOKENS = 12

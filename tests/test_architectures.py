@@ -27,8 +27,8 @@ from matrix import (
     table,
     verdict,
 )
+from sleb_serve.compat.architectures import status, support
 from sleb_serve.protocol import FORMAT
-from sleb_serve.support import status, support
 
 pytest.importorskip("vllm")
 
@@ -107,10 +107,10 @@ def test_an_image_in_the_prompt_is_seen_as_transformers_sees_it(
 
 
 def test_a_block_that_a_vision_tower_feeds_is_refused(tmp_path: Path) -> None:
-    from sleb_serve.checkpoint import open_checkpoint
-    from sleb_serve.cut import Cut
+    from sleb_serve.checkpoint.checkpoint import open_checkpoint
+    from sleb_serve.cut.config import Cut
+    from sleb_serve.cut.servable import check_servable
     from sleb_serve.errors import SlebError
-    from sleb_serve.shorter import check_servable
 
     if MODELS["qwen3_vl_deepstack-mm"].missing is not None:
         pytest.skip("needs torchvision")

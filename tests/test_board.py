@@ -20,11 +20,11 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "deploy"))
 from plot_board import ask, panels
 
-from sleb_serve.binding import bind
-from sleb_serve.canary import canary, read_prompts
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.client import Client
-from sleb_serve.manifest import Manifest, Removal
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.manifest.binding import bind
+from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.serving.canary import canary, read_prompts
+from sleb_serve.serving.client import Client
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def watched(
     if PROMETHEUS is None:
         pytest.skip("Prometheus is not installed")
     from sleb_bench.server import Server, free_port
-    from sleb_serve.serve import server_command
+    from sleb_serve.serving.command import server_command
 
     folder, path = tmp_path_factory.mktemp("board"), models("llama")
     manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))

@@ -16,10 +16,16 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, SHARED_DATASETS, tokenizer
-from sleb_serve.calibration import Chats, Tokenizer, held_out_windows, judged_windows, make_windows
+from sleb_serve.data.calibration import (
+    Chats,
+    Tokenizer,
+    held_out_windows,
+    judged_windows,
+    make_windows,
+)
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import Calibration
-from sleb_serve.select import load_tokenizer
+from sleb_serve.manifest.manifest import Calibration
+from sleb_serve.selection.pipeline import load_tokenizer
 
 
 def codes(text: str) -> list[int]:
@@ -307,7 +313,7 @@ def test_wikitext2_is_sampled_as_the_official_code_does() -> None:
     script = """
 import json
 from datasets import load_dataset
-from sleb_serve.calibration import Tokenizer, make_windows
+from sleb_serve.data.calibration import Tokenizer, make_windows
 letters = Tokenizer(lambda text: [ord(letter) for letter in text])
 ours = make_windows("wikitext2", letters, sequences=None, sequence_length=2048, seed=7)
 more = make_windows("wikitext2", letters, sequences=40, sequence_length=2048, seed=7)

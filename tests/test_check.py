@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sleb_bench.plan import GPUS
-from sleb_serve import check as checking
-from sleb_serve.binding import bind
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.cli import main
-from sleb_serve.manifest import Manifest, Removal
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.cli.main import main
+from sleb_serve.manifest.binding import bind
+from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.serving import preflight as checking
 
 Models = Callable[[str], Path]
 
@@ -97,8 +97,10 @@ def test_what_does_not_fit_fails_by_name(
         str(model), Manifest(bind(str(model), open_checkpoint(str(model))), (Removal(3),)), tiny, 1
     ).passed
     monkeypatch.setattr(checking, "vllm_version", lambda: "0.11.0")
-    monkeypatch.setattr("sleb_serve.serve.vllm_version", lambda: "0.11.0")
-    monkeypatch.setattr("sleb_serve.vllm_versions.fingerprints", lambda root: {"a symbol": ""})
+    monkeypatch.setattr("sleb_serve.serving.command.vllm_version", lambda: "0.11.0")
+    monkeypatch.setattr(
+        "sleb_serve.compat.vllm_versions.fingerprints", lambda root: {"a symbol": ""}
+    )
     code, found = checked(capsys, str(manifest), str(model))
     assert (code, found["status"]["vLLM"]) == (1, "failed")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.cut import Cut
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.cut.config import Cut
 from sleb_serve.errors import SlebError
 
 Models = Callable[[str], Path]

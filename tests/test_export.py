@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import oracle
 from engines import PROMPTS, Case, pruning, run_jobs
-from sleb_serve.binding import bind
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.cli import main
-from sleb_serve.export import MANIFEST_NAME, export
-from sleb_serve.manifest import Manifest, Removal, read_manifest
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.cli.main import main
+from sleb_serve.convert.export import MANIFEST_NAME, export
+from sleb_serve.manifest.binding import bind
+from sleb_serve.manifest.manifest import Manifest, Removal, read_manifest
 from test_cli import refused
 from test_repair import manifest_of, repaired
 
@@ -177,7 +177,7 @@ def test_memory_holds_less_than_two_shards(large: Path, tmp_path: Path) -> None:
 from pathlib import Path
 import torch, transformers
 from transformers import AutoConfig, LlamaForCausalLM
-from sleb_serve.cli import main
+from sleb_serve.cli.main import main
 
 def memory(name):
     status = Path("/proc/self/status").read_text()

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from sleb_serve import cli
-from sleb_serve.bars import SearchBars
-from sleb_serve.binding import bind
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.manifest import Manifest, Removal
-from sleb_serve.selection import Step
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.cli import main as cli
+from sleb_serve.cli.progress import SearchBars
+from sleb_serve.manifest.binding import bind
+from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.selection.search import Step
 
 Models = Callable[[str], Path]
 
@@ -168,8 +168,8 @@ def check_end_under_load(server: Any, manifest: Manifest, kill: bool) -> None:
     """Kill a worker, or ask the server to end: all processes are gone soon, and clients told."""
     import psutil
 
-    from sleb_serve.client import Client
-    from sleb_serve.probe import probe
+    from sleb_serve.serving.client import Client
+    from sleb_serve.serving.probe import probe
 
     assert probe(Client(server.url), manifest).ranks == 2
     clients = [Streaming(server.url, Client(server.url).model()) for _ in range(2)]

@@ -11,10 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleb_serve.cli import main
+from sleb_serve.cli.main import main
+from sleb_serve.convert.formats import Found, llama_cpp_list, mergekit_config, read_blocks
 from sleb_serve.errors import SlebError
-from sleb_serve.interchange import Found, llama_cpp_list, mergekit_config, read_blocks
-from sleb_serve.manifest import Manifest, ModelBinding, Removal, read_manifest
+from sleb_serve.manifest.manifest import Manifest, ModelBinding, Removal, read_manifest
 from test_cli import refused
 
 Models = Callable[[str], Path]

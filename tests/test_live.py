@@ -22,15 +22,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from sleb_serve import cli, client, probe
-from sleb_serve.binding import bind
-from sleb_serve.canary import read_prompts
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.cli import main
-from sleb_serve.client import parse_address
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.cli import main as cli
+from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import Golden, Manifest, Removal, read_manifest
-from sleb_serve.search_metrics import SearchMetrics
+from sleb_serve.manifest.binding import bind
+from sleb_serve.manifest.manifest import Golden, Manifest, Removal, read_manifest
+from sleb_serve.selection.metrics import SearchMetrics
+from sleb_serve.serving import client, probe
+from sleb_serve.serving.canary import read_prompts
+from sleb_serve.serving.client import parse_address
 
 Models = Callable[[str], Path]
 

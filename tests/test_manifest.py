@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest import parse_manifest, read_manifest
-from sleb_serve.pruning import Pruning
-from sleb_serve.show import describe
+from sleb_serve.evaluation.report import describe
+from sleb_serve.manifest.manifest import parse_manifest, read_manifest
+from sleb_serve.manifest.pruning import Pruning
 
 SHA = "0123456789abcdef" * 4
 

@@ -14,7 +14,7 @@ import pytest
 import hub
 import oracle
 from engines import Case, check_equal, check_size, overrides, pruning, run_jobs
-from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
 
 Models = Callable[[str], Path]
 
@@ -359,7 +359,7 @@ def test_an_adapters_layers_are_those_of_the_physically_pruned_model(
 
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
-    from sleb_serve.cut import Cut
+    from sleb_serve.cut.config import Cut
     from sleb_vllm.lora import Renumbered
 
     pytest.importorskip("torchvision")  # of a multimodal model's module

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sleb_serve.checkpoint import Checkpoint
+from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.pruning import Pruning
-from sleb_serve.served import check_ranks
-from sleb_serve.tensors import ShorterTensors
+from sleb_serve.manifest.built import check_ranks
+from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.tensors import ShorterTensors
 
 PRUNING = Pruning("LlamaForCausalLM", 6, "0" * 64, "1" * 64, (2, 3))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import oracle
-from sleb_serve.racing import Budget, Drop, FastSearch, _tail, racing, rivals
-from sleb_serve.selection import Scores, Step, greedy, recorded
+from sleb_serve.selection.racing import Budget, Drop, FastSearch, _tail, racing, rivals
+from sleb_serve.selection.search import Scores, Step, greedy, recorded
 from test_scoring import random_windows, sweep_of
 
 Models = Callable[[str], Path]

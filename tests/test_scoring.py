@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from sleb_serve.causal_lm import CausalLM, decoder_layers, load_model
-from sleb_serve.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.memory import Needs, Plan, make_plan, parse_size, peak_bytes
-from sleb_serve.scoring import LayerSweep
-from sleb_serve.selection import Score, Step, greedy, recorded
+from sleb_serve.models.layerwise import CausalLM, decoder_layers, load_model
+from sleb_serve.selection.layer_sweep import LayerSweep
+from sleb_serve.selection.memory import Needs, Plan, make_plan, parse_size, peak_bytes
+from sleb_serve.selection.search import Score, Step, greedy, recorded
 from tiny import VOCABULARY
 
 Models = Callable[[str], Path]
@@ -228,8 +228,8 @@ def test_tokens_beyond_the_vocabulary_are_refused(models: Models) -> None:
 
 
 def test_on_smollm2_the_sweeps_order_is_the_naive_one(smollm2: Path) -> None:
-    from sleb_serve.calibration import make_windows
-    from sleb_serve.select import load_tokenizer
+    from sleb_serve.data.calibration import make_windows
+    from sleb_serve.selection.pipeline import load_tokenizer
 
     windows = make_windows(
         "python-docs",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, save_model
-from sleb_serve.cli import main
+from sleb_serve.cli.main import main
 
 Models = Callable[[str], Path]
 
@@ -22,7 +22,7 @@ LARGE = ["--sequences", "2", "--sequence-length", "2048"]
 MEASURE = """
 import json, sys
 from pathlib import Path
-from sleb_serve.cli import main
+from sleb_serve.cli.main import main
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -136,7 +136,7 @@ def test_a_dtype_that_would_be_emulated_is_computed_in_float32_where_that_fits(
     budget: str,
     dtype: str,
 ) -> None:
-    monkeypatch.setattr("sleb_serve.scorer.has_fast", lambda dtype: hardware)
+    monkeypatch.setattr("sleb_serve.selection.scorer.has_fast", lambda dtype: hardware)
     options = ["--sequences", "2", "--sequence-length", "16", "--memory-budget", budget]
     for name, more in (("auto", []), ("asked", ["--dtype", dtype])):
         assert main(select(half, tmp_path / f"{name}.json", *options, *more)) == 0

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleb_serve.errors import SlebError
-from sleb_serve.selection import (
+from sleb_serve.selection.search import (
     Score,
     Scores,
     Step,

@@ -25,12 +25,12 @@ pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
 from sleb_bench.server import Server, free_port  # noqa: E402
-from sleb_serve.checkpoint import open_checkpoint  # noqa: E402
-from sleb_serve.cli import main  # noqa: E402
-from sleb_serve.draft import draft_folder  # noqa: E402
+from sleb_serve.checkpoint.checkpoint import open_checkpoint  # noqa: E402
+from sleb_serve.cli.main import main  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
-from sleb_serve.manifest import read_manifest  # noqa: E402
-from sleb_serve.serve import serve_command  # noqa: E402
+from sleb_serve.manifest.manifest import read_manifest  # noqa: E402
+from sleb_serve.serving.command import serve_command  # noqa: E402
+from sleb_serve.serving.speculative import draft_folder  # noqa: E402
 
 Models = Callable[[str], Path]
 
@@ -459,8 +459,8 @@ def test_a_models_own_code_cannot_stand_in_for_the_plugin(
     """With auto_map left in place, vLLM without the plugin would fall back to the dense model."""
     import shutil
 
-    from sleb_serve.checkpoint import open_checkpoint
-    from sleb_serve.serve import pruned_overrides
+    from sleb_serve.checkpoint.checkpoint import open_checkpoint
+    from sleb_serve.serving.command import pruned_overrides
 
     model = shutil.copytree(models("llama"), tmp_path / "own-code")
     config = json.loads((model / "config.json").read_text())
@@ -473,14 +473,14 @@ def test_a_models_own_code_cannot_stand_in_for_the_plugin(
 def test_the_vllm_command_is_used_where_it_works(
     models: Models, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sleb_serve.serve
+    import sleb_serve.serving.command
 
     read = read_manifest(manifest)
     command = serve_command(str(models("llama")), read, ["--port", "1"])
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model"] + [
         str(models("llama"))
     ]
-    monkeypatch.setattr(sleb_serve.serve, "version", lambda name: "0.33.0")
+    monkeypatch.setattr(sleb_serve.serving.command, "version", lambda name: "0.33.0")
     command = serve_command(str(models("llama")), read, ["--port", "1"])
     assert command[1:5] == ["serve", str(models("llama")), "--port", "1"]
     assert Path(command[0]).name == "vllm"

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import oracle
-from sleb_serve.calibration import make_windows
-from sleb_serve.causal_lm import CausalLM, load_model
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.cli import main
-from sleb_serve.manifest import Manifest, read_manifest
-from sleb_serve.repair import fit
-from sleb_serve.select import load_tokenizer
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.cli.main import main
+from sleb_serve.data.calibration import make_windows
+from sleb_serve.manifest.manifest import Manifest, read_manifest
+from sleb_serve.models.layerwise import CausalLM, load_model
+from sleb_serve.selection.pipeline import load_tokenizer
+from sleb_serve.selection.repair import fit
 from test_cli import refused, select_arguments
 
 Models = Callable[[str], Path]

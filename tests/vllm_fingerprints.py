@@ -11,7 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from sleb_serve.vllm_versions import LEDGER, fingerprints, ledger
+from sleb_serve.compat.vllm_versions import LEDGER, fingerprints, ledger
 
 
 def main(version: str, folder: str | None = None) -> None:

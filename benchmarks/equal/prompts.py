@@ -25,8 +25,8 @@ from sleb_bench.machine import machine
 from sleb_bench.ratios import paired_ratio
 from sleb_bench.variants import make_variants
 from sleb_bench.workloads import Workload
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.manifest import read_manifest
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.manifest.manifest import read_manifest
 
 PROMPT = Workload("prompt", "prefill", 1, 512, 1)
 WARM_UP = 2

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.report import geometric_mean_interval
-from sleb_serve.binding import bind
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.manifest import Manifest, Removal
-from sleb_serve.serve import engine_arguments
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.manifest.binding import bind
+from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.serving.command import engine_arguments
 
 REMOVED = (4, 7, 11, 14, 17)
 LAYERS = 22

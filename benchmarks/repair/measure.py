@@ -19,15 +19,15 @@ from typing import Any
 from sleb_bench.demo_model import demo_model
 from sleb_bench.engine import Engine
 from sleb_bench.run import machine
-from sleb_serve.binding import bind
-from sleb_serve.calibration import EMBEDDED, make_windows
-from sleb_serve.causal_lm import CausalLM, load_model
-from sleb_serve.checkpoint import Checkpoint, open_checkpoint
-from sleb_serve.manifest import Manifest, Removal, Repair, read_manifest
-from sleb_serve.repair import fit
-from sleb_serve.select import load_tokenizer
-from sleb_serve.serve import engine_arguments
-from sleb_serve.sidecar import sidecar_path, write_sidecar
+from sleb_serve.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.data.calibration import EMBEDDED, make_windows
+from sleb_serve.manifest.binding import bind
+from sleb_serve.manifest.manifest import Manifest, Removal, Repair, read_manifest
+from sleb_serve.manifest.repair_file import sidecar_path, write_sidecar
+from sleb_serve.models.layerwise import CausalLM, load_model
+from sleb_serve.selection.pipeline import load_tokenizer
+from sleb_serve.selection.repair import fit
+from sleb_serve.serving.command import engine_arguments
 
 REMOVED = (5, 4, 26, 25, 6, 7)
 KINDS = ("none", "fold")

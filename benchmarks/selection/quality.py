@@ -23,15 +23,15 @@ import torch
 from torch import nn
 
 from sleb_bench.demo_model import demo_model
-from sleb_serve.calibration import Windows, held_out_windows, make_windows
-from sleb_serve.causal_lm import CausalLM, load_model
-from sleb_serve.checkpoint import open_checkpoint
-from sleb_serve.deletion import blocks_deleted, perplexity
-from sleb_serve.ranks import Ranks
-from sleb_serve.repair import Gap, fit
-from sleb_serve.scorer import Scorer, has_fast
-from sleb_serve.select import as_repaired, load_tokenizer
-from sleb_serve.selection import Scores, beam, greedy, swap
+from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.data.calibration import Windows, held_out_windows, make_windows
+from sleb_serve.models.layerwise import CausalLM, load_model
+from sleb_serve.models.pruned import blocks_deleted, perplexity
+from sleb_serve.selection.distributed import Ranks
+from sleb_serve.selection.pipeline import as_repaired, load_tokenizer
+from sleb_serve.selection.repair import Gap, fit
+from sleb_serve.selection.scorer import Scorer, has_fast
+from sleb_serve.selection.search import Scores, beam, greedy, swap
 
 COUNTS = (3, 6, 9)
 SEARCH = {"sequences": 16, "sequence_length": 512}

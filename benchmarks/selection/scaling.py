@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 FIRST_PART = 12
-"""The first part of the vocabulary is one in so many rows (`sleb_serve.vocabulary`)."""
+"""The first part of the vocabulary is one in so many rows (`sleb_serve.selection.lm_head`)."""
 WHOLE_A_STEP = 3.6
 """Times that a step goes through the whole head besides: as measured on SmolLM2, fitted here."""
 TRIALS = 200

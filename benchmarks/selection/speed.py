@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 from sleb_bench.demo_model import demo_model
-from sleb_serve.calibration import Windows, make_windows
-from sleb_serve.causal_lm import CausalLM, load_model
-from sleb_serve.checkpoint import Checkpoint, open_checkpoint
-from sleb_serve.ranks import Ranks
-from sleb_serve.scorer import Scorer
-from sleb_serve.select import load_tokenizer
-from sleb_serve.selection import Scores, greedy
+from sleb_serve.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.data.calibration import Windows, make_windows
+from sleb_serve.models.layerwise import CausalLM, load_model
+from sleb_serve.selection.distributed import Ranks
+from sleb_serve.selection.pipeline import load_tokenizer
+from sleb_serve.selection.scorer import Scorer
+from sleb_serve.selection.search import Scores, greedy
 
 REMOVE, LENGTH = 6, 512
 

@@ -124,11 +124,11 @@ class TransformersBackend:
     """
 
     def __init__(self, model: str, pruning: Mapping[str, Any] | None, dtype: str) -> None:
-        from sleb_serve.causal_lm import load_model
-        from sleb_serve.checkpoint import open_checkpoint
-        from sleb_serve.deletion import blocks_deleted
-        from sleb_serve.pruning import Pruning
-        from sleb_serve.sidecar import read_sidecar
+        from sleb_serve.checkpoint.checkpoint import open_checkpoint
+        from sleb_serve.manifest.pruning import Pruning
+        from sleb_serve.manifest.repair_file import read_sidecar
+        from sleb_serve.models.layerwise import load_model
+        from sleb_serve.models.pruned import blocks_deleted
 
         self._model = load_model(open_checkpoint(model), dtype)
         self._stack = ExitStack()
@@ -174,7 +174,7 @@ class TransformersBackend:
         """From the logits."""
         import math
 
-        from sleb_serve.deletion import perplexity
+        from sleb_serve.models.pruned import perplexity
 
         return math.log(perplexity(self._model, windows))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from sleb_bench.demo_model import demo_model
 from sleb_bench.server import Server, free_port
 from sleb_serve.errors import SlebError
-from sleb_serve.serve import server_command
+from sleb_serve.serving.command import server_command
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 _REMOVE = "6"
@@ -71,7 +71,7 @@ def _demo(folder: Path, model: str | None) -> None:
 
 def _dtype() -> str:
     """Float32 on a CPU that would emulate bfloat16 at a tenth of the speed; else the model's."""
-    from sleb_serve.scorer import has_fast
+    from sleb_serve.selection.scorer import has_fast
 
     return "auto" if has_fast("bfloat16") else "float32"
 

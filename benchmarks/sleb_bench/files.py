@@ -11,7 +11,7 @@ from sleb_bench.page import to_html
 from sleb_bench.pictures import pictures
 from sleb_bench.report import make_report
 from sleb_serve.errors import SlebError, first_line
-from sleb_serve.files import write_atomically
+from sleb_serve.utils.atomic_io import write_atomically
 
 RECORDS = "records.jsonl"
 

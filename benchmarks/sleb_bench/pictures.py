@@ -8,7 +8,7 @@ from typing import Any
 
 from sleb_bench.tables import load_name
 from sleb_bench.variants import DENSE, is_beside
-from sleb_serve.frontier import accuracy
+from sleb_serve.evaluation.picture import accuracy
 
 Report = Mapping[str, Any]
 _DPI = 130

@@ -10,8 +10,8 @@ from typing import Any
 from sleb_bench.ratios import efficiency, line_fit, paired_ratio
 from sleb_bench.variants import DENSE, is_beside, uncapped
 from sleb_bench.workloads import Workload
-from sleb_serve.manifest import perplexity_of
-from sleb_serve.speedup import ideal_ratio
+from sleb_serve.evaluation.speedup import ideal_ratio
+from sleb_serve.manifest.manifest import perplexity_of
 
 Record = Mapping[str, Any]
 _SERVED = (

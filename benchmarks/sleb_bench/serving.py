@@ -16,9 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from sleb_bench.load import LoadError, LoadGenerator
 from sleb_bench.server import Server, free_port
 from sleb_bench.variants import DENSE, Variant
-from sleb_serve.checkpoint import Checkpoint
+from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.serve import server_command
+from sleb_serve.serving.command import server_command
 
 INF = float("inf")
 LADDER = (0.25, 0.5, 0.8, 1.1)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.engine import EngineSpec
-from sleb_serve.checkpoint import Checkpoint
-from sleb_serve.export import export
-from sleb_serve.manifest import Manifest
-from sleb_serve.pruning import Pruning
-from sleb_serve.serve import engine_arguments
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.convert.export import export
+from sleb_serve.manifest.manifest import Manifest
+from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.serving.command import engine_arguments
 
 DENSE = "dense"
 BESIDE = ("dense", "export", "capped", "transformers")

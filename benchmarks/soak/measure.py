@@ -25,7 +25,7 @@ import psutil
 
 from sleb_bench.machine import machine
 from sleb_bench.server import Server, free_port
-from sleb_serve.files import write_atomically
+from sleb_serve.utils.atomic_io import write_atomically
 
 PROMPTS = ([1], [5, 6, 7], list(range(100, 164)), list(range(1000, 1800)))
 MALFORMED: tuple[tuple[bytes, str], ...] = (

@@ -9,17 +9,17 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.transformers_utils.config import HFConfigParser, get_config_parser, register_config_parser
 
-from sleb_serve.binding import check_config_binding
-from sleb_serve.checkpoint import download_weights, fetch_index, open_checkpoint
-from sleb_serve.cut import at, decoder_path
+from sleb_serve.checkpoint.checkpoint import download_weights, fetch_index, open_checkpoint
+from sleb_serve.compat.architectures import check_known, check_supported
+from sleb_serve.compat.vllm_versions import check_version, vllm_version
+from sleb_serve.cut.config import at, decoder_path
+from sleb_serve.cut.likeness import apply, check_likeness, decoder_of
+from sleb_serve.cut.quantisation import QUANTISATION_KEYS
 from sleb_serve.errors import SlebError
-from sleb_serve.likeness import apply, check_likeness, decoder_of
+from sleb_serve.manifest.binding import check_config_binding
+from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.repair_file import check_sidecar
 from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name, without_guard
-from sleb_serve.pruning import Pruning
-from sleb_serve.quantised_names import QUANTISATION_KEYS
-from sleb_serve.sidecar import check_sidecar
-from sleb_serve.support import check_known, check_supported
-from sleb_serve.vllm_versions import check_version, vllm_version
 
 # A child of vLLM's own logger, so that the lines appear where vLLM's do.
 logger = init_logger("vllm.plugins.sleb")
@@ -90,7 +90,7 @@ def register_parser() -> None:
 
 
 def shorten(config: Any, pruning: Pruning) -> dict[str, Any]:
-    """Cut a dense config in place; see `sleb_serve.likeness.apply`."""
+    """Cut a dense config in place; see `sleb_serve.cut.likeness.apply`."""
     try:
         return apply(config, pruning.cut)
     except SlebError as error:

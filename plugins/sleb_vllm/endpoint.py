@@ -12,9 +12,9 @@ import sys
 import threading
 from typing import Any
 
+from sleb_serve.manifest.built import check_ranks, publish
+from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.protocol import ENTRY_POINT, MANIFEST_PATH
-from sleb_serve.pruning import Pruning
-from sleb_serve.served import check_ranks, publish
 from sleb_vllm.verify import REPORT
 
 _GRACE_SECONDS = 10.0

@@ -20,14 +20,14 @@ from vllm.model_executor.model_loader import (
 )
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from sleb_serve.binding import check_config_binding
-from sleb_serve.checkpoint import Checkpoint, fetch_index, open_checkpoint
+from sleb_serve.checkpoint.checkpoint import Checkpoint, fetch_index, open_checkpoint
+from sleb_serve.compat.architectures import status
 from sleb_serve.errors import SlebError
+from sleb_serve.manifest.binding import check_config_binding
+from sleb_serve.manifest.built import Built
+from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.tensors import NeededOnly, ShorterTensors
 from sleb_serve.protocol import CONFIG_KEY, FORMAT, READER_KEY, READERS, check_reader
-from sleb_serve.pruning import Pruning
-from sleb_serve.served import Built
-from sleb_serve.support import status
-from sleb_serve.tensors import NeededOnly, ShorterTensors
 from sleb_vllm.lora import Renumbered
 from sleb_vllm.positions import dense_remainders
 from sleb_vllm.verify import check_config, check_same_digest, decoder_of, install_report

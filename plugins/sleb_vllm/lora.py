@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.model_executor.models.utils import WeightsMapper
 
-from sleb_serve.cut import Cut
+from sleb_serve.cut.config import Cut
 
 
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sleb_serve.cut import Cut
+from sleb_serve.cut.config import Cut
 
 MODULES = ("vllm.model_executor.models.gpt_oss", "vllm.model_executor.models.llama4")
 _NAME = "extract_layer_index"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sleb_serve.cut import TOWERS
+from sleb_serve.cut.config import TOWERS
+from sleb_serve.cut.likeness import decoder_of as decoder_config_of
 from sleb_serve.errors import SlebError
-from sleb_serve.likeness import decoder_of as decoder_config_of
+from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.protocol import FORMAT
-from sleb_serve.pruning import Pruning
 
 REPORT = "sleb_report"
 """The workers' method that tells of a rank; see `rank_report`."""

@@ -1,0 +1,1 @@
+"""A checkpoint on disk or on a hub; no torch."""

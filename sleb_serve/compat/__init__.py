@@ -1,0 +1,1 @@
+"""What runs: architectures, and versions of vLLM, as data."""

@@ -1,0 +1,286 @@
+"""A plain, physically pruned checkpoint: what any Transformers or vLLM serves without this package.
+
+Tensors of removed blocks are left out, the others' names renumbered, and what config.json says of
+each layer is cut to fit. Bytes are copied as they are, a piece at a time, so a dtype need not be
+known and a checkpoint of any size takes a few megabytes of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint, tensors_of
+from sleb_serve.cut.config import Cut
+from sleb_serve.cut.servable import exported_config
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.manifest.manifest import Manifest
+from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.repair_file import check_sidecar
+
+MANIFEST_NAME = "sleb_manifest.json"
+"""The manifest inside an exported folder."""
+
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|index\.json|ot)|config\.json|\..*"
+)
+_CHUNK = 1 << 24
+_SINGLE = "model.safetensors"
+_FOLDERS = ("additional_chat_templates",)
+"""Folders that belong to a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        blocks: how many are left.
+        shards: files of weights.
+        size: bytes of tensors.
+        source_size: bytes of the source's tensors.
+    """
+
+    folder: Path
+    blocks: int
+    shards: int
+    size: int
+    source_size: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor on its way: its new name, what the header says of it, where its bytes are.
+
+    ``pieces`` is None for all bytes from start to end, or else tells which of them are copied: of
+    each run of that many bytes, the pieces (start, end).
+    """
+
+    name: str
+    dtype: str
+    shape: list[int]
+    file: Path
+    start: int
+    end: int
+    pieces: tuple[int, tuple[tuple[int, int], ...]] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that are written."""
+        return sum(end - start for start, end in self.ranges())
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Runs of bytes in the file, in order."""
+        if self.pieces is None:
+            yield self.start, self.end
+            return
+        every, pieces = self.pieces
+        for start in range(self.start, self.end, every):
+            yield from ((start + first, start + last) for first, last in pieces)
+
+
+def export(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    folder: Path,
+    on_shard: Callable[[int, int], None] = lambda number, count: None,
+    *,
+    for_vllm: bool = True,
+) -> Exported:
+    """Write the pruned model of `checkpoint` to `folder`, whole or not at all.
+
+    Args:
+        checkpoint: the dense model, which `manifest` was held against.
+        manifest: what is removed; a folded repair is put in place.
+        folder: must not be there, or be empty.
+        on_shard: called after each shard, with how many there are now and in all.
+        for_vllm: refuse what stock vLLM would run otherwise than Transformers.
+
+    Raises:
+        SlebError: the model cannot be expressed without these blocks, or a file cannot be written.
+    """
+    pruning = manifest.pruning()
+    config = exported_config(checkpoint, pruning.cut, for_vllm=for_vllm)
+    replaced = _folded(pruning)
+    shards = _shards(checkpoint, pruning, replaced)
+    if replaced:
+        raise SlebError(
+            f"the repair holds {', '.join(sorted(replaced))}, which the checkpoint does not; "
+            f"select with --repair again"
+        )
+    size = sum(piece.size for shard in shards for piece in shard)
+    sizes = checkpoint.tensor_bytes(frozenset(pruning.removed))
+    with _whole_folder(folder) as temporary:
+        names = [
+            f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else _SINGLE
+            for number in range(1, len(shards) + 1)
+        ]
+        for number, (name, shard) in enumerate(zip(names, shards, strict=True), 1):
+            _write_shard(temporary / name, shard)
+            on_shard(number, len(shards))
+        if len(shards) > 1:
+            places = {
+                piece.name: name
+                for name, shard in zip(names, shards, strict=True)
+                for piece in shard
+            }
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+            _write_json(temporary / f"{_SINGLE}.index.json", index)
+        for file in sorted(checkpoint.path.iterdir()):
+            if file.is_file() and not _WEIGHTS.fullmatch(file.name):
+                shutil.copyfile(file, temporary / file.name)
+            elif file.name in _FOLDERS and file.is_dir():
+                shutil.copytree(file, temporary / file.name)
+        for name, content in checkpoint.cut_quantisation_files(pruning.cut).items():
+            _write_json(temporary / name, content)
+        manifest.write(temporary / MANIFEST_NAME)
+        _write_json(temporary / "config.json", config)
+    return Exported(folder, pruning.num_kept, len(shards), size, sum(sizes or ()))
+
+
+def _folded(pruning: Pruning) -> dict[str, _Piece]:
+    """The tensors of a folded repair, by the checkpoint's names."""
+    if pruning.repair is None:
+        return {}
+    check_sidecar(pruning.repair)
+    file = Path(pruning.repair.path)
+    return {
+        name: _Piece(name, dtype, shape, file, start, end)
+        for name, (dtype, shape, start, end) in tensors_of(file)
+    }
+
+
+def _shards(
+    checkpoint: Checkpoint, pruning: Pruning, replaced: dict[str, _Piece]
+) -> list[list[_Piece]]:
+    """What each shard will hold, as the source's are cut; what was put in place leaves `replaced`.
+
+    Raises:
+        SlebError: the weights are not safetensors.
+    """
+    cut, prefix = pruning.cut, checkpoint.layer_prefix
+    files = checkpoint.weight_files(frozenset(pruning.removed))
+    if files[0].suffix != ".safetensors":
+        raise SlebError(
+            f"{checkpoint.path} holds PyTorch's own format; save it as safetensors first "
+            f"(model.save_pretrained)"
+        )
+    shards = []
+    for file in files:
+        pieces = []
+        for name, (dtype, shape, start, end) in tensors_of(file):
+            new_name = cut.name(name, prefix)
+            if new_name is None:
+                continue
+            piece = _Piece(new_name, dtype, shape, file, start, end)
+            if name in replaced:
+                new = replaced.pop(name)
+                if (new.dtype, new.shape) != (dtype, shape):
+                    raise SlebError(
+                        f"the repair of {name} is {new.dtype} {new.shape}, the checkpoint's is "
+                        f"{dtype} {shape}; select with --repair in the checkpoint's dtype"
+                    )
+                piece = replace(new, name=new_name)
+            pieces.append(_sliced(piece, name, cut))
+        if pieces:
+            shards.append(pieces)
+    return shards
+
+
+def _sliced(piece: _Piece, name: str, cut: Cut) -> _Piece:
+    """Without the removed layers' parts, where a tensor has a part for each."""
+    dimension = cut.parts(name, piece.shape)
+    if dimension is None:
+        return piece
+    shape = list(piece.shape)
+    # Bytes of one layer's part, and of all of them that lie together.
+    part = (piece.end - piece.start) // math.prod(shape[:dimension]) // cut.num_blocks
+    kept = tuple((place * part, (place + 1) * part) for place in cut.kept)
+    shape[dimension] = shape[dimension] // cut.num_blocks * len(cut.kept)
+    return replace(piece, shape=shape, pieces=(part * cut.num_blocks, kept))
+
+
+def _write_shard(path: Path, pieces: Sequence[_Piece]) -> None:
+    """A safetensors file; https://github.com/huggingface/safetensors#format."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for piece in pieces:
+        end = offset + piece.size
+        header[piece.name] = {
+            "dtype": piece.dtype,
+            "shape": piece.shape,
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as target:
+        target.write(struct.pack("<Q", len(text)) + text)
+        sources: dict[Path, BinaryIO] = {}
+        try:
+            for piece in pieces:
+                if piece.file not in sources:
+                    sources[piece.file] = piece.file.open("rb")
+                for start, stop in piece.ranges():
+                    _copy(sources[piece.file], start, stop, target)
+        finally:
+            for source in sources.values():
+                source.close()
+        target.flush()
+        os.fsync(target.fileno())
+
+
+def _copy(source: BinaryIO, start: int, end: int, target: BinaryIO) -> None:
+    source.seek(start)
+    while start < end:
+        data = source.read(min(_CHUNK, end - start))
+        if not data:
+            raise OSError(f"{source.name} ended before its last tensor")
+        target.write(data)
+        start += len(data)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `folder` at the end, or is taken away.
+
+    Raises:
+        SlebError: there is something at `folder` already, or it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SlebError(f"cannot write {folder}: it is there already; give a new folder")
+    if not folder.absolute().parent.is_dir():
+        raise SlebError(f"cannot write {folder}: there is no folder {folder.parent}")
+    temporary: Path | None = None
+    try:
+        temporary = Path(
+            tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}.incomplete-")
+        )
+        yield temporary
+        temporary.chmod(0o755)
+        for file in (path for path in temporary.rglob("*") if path.is_file()):
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise SlebError(
+            f"cannot write {folder}: {first_line(error)}; nothing was left there"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,285 @@
+"""Whether the model with fewer layers computes what the dense one does with those blocks skipped.
+
+Tables of config keys (`sleb_serve.cut.config`) foresee much and not all. So the dense and the cut
+model are built in Transformers on the meta device, which costs no memory, and compared: each layer that stays must be of the same class, with the same plain attributes (but its number) and
+the same shapes of weights. What differs is refused by its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sleb_serve.cut.config import (
+    BY_LAYER,
+    COUNT_KEYS,
+    FROM_ONE,
+    INSTEAD,
+    LAST_LAYERS,
+    SLICED,
+    Cut,
+    check_entries,
+    count_of,
+    cut_entries,
+    decoder_path,
+)
+from sleb_serve.errors import SlebError, first_line
+
+_COUNT = re.compile(r"\b(num_hidden_layers|num_layers)\b")
+_OF_SHARING = frozenset(("store_full_length_kv",))
+"""Attributes that count only where layers use other layers' keys and values."""
+
+
+def transformers_config(model: str | Path, **options: Any) -> Any:
+    """A model's config as Transformers loads it; None where Transformers does not know the model.
+
+    Args:
+        model: folder or hub id.
+        options: of ``AutoConfig.from_pretrained``, as ``revision``.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(model), **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
+
+
+def decoder_of(config: Any) -> Any:
+    """The part of a Transformers config that is the decoder's: itself, or a nested config."""
+    path = decoder_path(config.to_dict())
+    for key in path or ():
+        config = getattr(config, key)
+    return config
+
+
+def apply(config: Any, cut: Cut) -> dict[str, Any]:
+    """Make a Transformers config that of the shorter model.
+
+    Args:
+        config: changed in place.
+        cut: the layers that go.
+
+    Returns:
+        What the decoder's entries were that are changed, by name.
+
+    Raises:
+        SlebError: the config cannot say it; the message names the key.
+    """
+    before: dict[str, Any] = {}
+    whole = config.to_dict()
+    check_entries(whole, cut)
+    for key, value in cut_entries(whole, cut).items():
+        setattr(config, key, value)
+    decoder = decoder_of(config)
+    for part in (decoder,) if decoder is config else (decoder, config):
+        values = {
+            key: value
+            for key, value in part.to_dict().items()
+            if not isinstance(value, Mapping) or key in BY_LAYER or key in FROM_ONE
+        }
+        if count_of(values) != cut.num_blocks:
+            if part is decoder:
+                raise SlebError(
+                    f"the config counts {count_of(values)} layers and the manifest is for "
+                    f"{cut.num_blocks}; select again for this model"
+                )
+            continue
+        new = cut.values(values)
+        # The count first: others are held against it when they are set.
+        for key in sorted(new, key=lambda key: key not in COUNT_KEYS):
+            if new[key] != values.get(key):
+                if part is decoder:
+                    before[key] = values.get(key)
+                setattr(part, key, new[key])
+    return before
+
+
+def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
+    """Hold the model that a cut config makes against the dense one, layer by layer.
+
+    Args:
+        dense: the dense model's Transformers config.
+        short: the shorter model's.
+        architecture: the model's class in Transformers.
+        cut: which layers go.
+
+    Returns:
+        False where Transformers has no such class, or cannot build the dense model, so that
+        nothing could be compared.
+
+    Raises:
+        SlebError: a layer that stays would not be as it is in the dense model; the message names
+            the attribute.
+    """
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    if kind is None:
+        return False
+    try:
+        whole = _shell(kind, dense)
+        path = layers_path(whole)
+    except Exception:
+        # Whatever a model's own code asks for, it is not the cut that is at fault.
+        return False
+    try:
+        pruned = _shell(kind, short)
+        layers, left = whole.get_submodule(path), pruned.get_submodule(path)
+    except Exception as error:
+        raise SlebError(
+            f"{architecture} cannot be built without blocks {list(cut.removed)}: "
+            f"{first_line(error)}; {INSTEAD}"
+        ) from error
+    if len(left) != len(cut.kept):
+        raise SlebError(f"{architecture} has {len(left)} layers where {len(cut.kept)} stay")
+    shares = any(getattr(decoder_of(dense), key, None) for key in LAST_LAYERS)
+    for new, old in enumerate(cut.kept):
+        for name, why in _differences(layers[old], left[new], cut, shares):
+            raise SlebError(
+                f"{architecture} without blocks {list(cut.removed)} would have another layer "
+                f"{old}: {name} {why}; {INSTEAD}"
+            )
+    for name, why in _outside(whole, pruned, layers, left):
+        raise SlebError(
+            f"{architecture} without blocks {list(cut.removed)} differs outside its layers: "
+            f"{name} {why}; {INSTEAD}"
+        )
+    return True
+
+
+def decoder_layers(model: Any) -> Any:
+    """The list of decoder layers; see `layers_path`."""
+    return model.get_submodule(layers_path(model))
+
+
+def layers_path(model: Any) -> str:
+    """The name of the list of decoder layers: the outermost as long as the config's layer count.
+
+    Raises:
+        SlebError: there is none, or more than one.
+    """
+    from torch import nn
+
+    count = decoder_of(model.config).num_hidden_layers
+    decoder = getattr(model, "get_decoder", lambda: None)() or model
+    inside = {id(module) for module in decoder.modules()}
+    lists: list[tuple[str, Any]] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
+            lists.append((name, module))
+    for found in ([(n, m) for n, m in lists if id(m) in inside], lists):
+        if len(found) == 1:
+            return found[0][0]
+    names = ", ".join(name for name, _ in found) or "none"
+    raise SlebError(
+        f"{type(model).__name__}: found {len(found)} lists of {count} layers ({names}) where a "
+        f"decoder has one; this architecture cannot be pruned"
+    )
+
+
+def _shell(kind: Any, config: Any) -> Any:
+    import torch
+
+    config = copy.deepcopy(config)
+    for part in {id(c): c for c in (config, decoder_of(config))}.values():
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _differences(layer: Any, other: Any, cut: Cut, shares: bool) -> Iterator[tuple[str, str]]:
+    modules, others = dict(layer.named_modules()), dict(other.named_modules())
+    for name in modules.keys() ^ others.keys():
+        yield name, "is in one of them alone"
+    for name in sorted(modules.keys() & others.keys()):
+        one, two = modules[name], others[name]
+        dot = f"{name}." if name else ""
+        if type(one) is not type(two):
+            yield name or "it", f"is {type(one).__name__} there and {type(two).__name__} here"
+        for key, value in sorted(vars(one).items()):
+            if key.startswith("_") or key == "training" or not _is_plain(value):
+                continue
+            if key in _OF_SHARING and not shares:
+                continue
+            if not _same(value, vars(two).get(key), cut):
+                yield f"{dot}{key}", f"is {value!r} there and {vars(two).get(key)!r} here"
+        yield from _shapes(one, two, dot)
+        for method in _methods(type(one)):
+            if _counts(method):
+                yield (
+                    f"{dot}{method.__name__}",
+                    f"of {type(one).__name__} computes with the number of layers",
+                )
+
+
+def _shapes(one: Any, two: Any, dot: str) -> Iterator[tuple[str, str]]:
+    for kind in ("named_parameters", "named_buffers"):
+        shapes, others = (
+            {n: tuple(t.shape) for n, t in getattr(m, kind)(recurse=False)} for m in (one, two)
+        )
+        for name in sorted(shapes.keys() | others.keys()):
+            if shapes.get(name) != others.get(name):
+                yield f"{dot}{name}", f"is {shapes.get(name)} there and {others.get(name)} here"
+
+
+def _outside(whole: Any, pruned: Any, layers: Any, left: Any) -> Iterator[tuple[str, str]]:
+    def modules(model: Any, inside: Any) -> dict[str, Any]:
+        own = {id(module) for module in inside.modules()}
+        return {n: m for n, m in model.named_modules() if id(m) not in own}
+
+    ours, theirs = modules(whole, layers), modules(pruned, left)
+    for name in sorted(ours.keys() & theirs.keys()):
+        if name.rpartition(".")[2] not in SLICED:
+            yield from _shapes(ours[name], theirs[name], f"{name}." if name else "")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _same(value: Any, other: Any, cut: Cut) -> bool:
+    """Whether two attributes are equal, or are the old and the new number of a layer."""
+    if isinstance(value, list | tuple):
+        return (
+            isinstance(other, list | tuple)
+            and len(value) == len(other)
+            and all(_same(a, b, cut) for a, b in zip(value, other, strict=True))
+        )
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, float):
+        return math.isclose(value, other, rel_tol=1e-6) or value == other
+    if isinstance(value, int) and not isinstance(value, bool):
+        return bool(value == other or cut.place(value) == other)
+    return bool(value == other)
+
+
+def _methods(kind: type) -> Iterator[Any]:
+    """What a module's class and those it inherits from compute with, but for torch's own."""
+    seen: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, method in vars(base).items():
+            if inspect.isfunction(method) and name != "__init__" and name not in seen:
+                yield method
+            seen.add(name)
+
+
+@functools.cache
+def _counts(method: Any) -> bool:
+    try:
+        return _COUNT.search(inspect.getsource(method)) is not None
+    except (OSError, TypeError):
+        return False

@@ -1,0 +1,131 @@
+"""One answer to whether a model can lose some blocks: for select, import, check, export and serve.
+
+What the plugin makes vLLM build, and what an exported config.json says, are both held against the
+dense model by `sleb_serve.cut.likeness`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.compat.architectures import check_known
+from sleb_serve.cut.config import COUNT_KEYS, Cut, decoder_path
+from sleb_serve.cut.likeness import apply, check_likeness, transformers_config
+from sleb_serve.errors import SlebError
+
+VLLM_PERIODS: Mapping[str, int | str] = MappingProxyType(
+    {
+        "GptOssForCausalLM": 2,
+        "Llama4ForCausalLM": "interleave_moe_layer_step",
+        "Llama4ForConditionalGeneration": "interleave_moe_layer_step",
+    }
+)
+"""Architectures in which vLLM takes a layer's kind from the remainder of its number, whatever the
+config lists, and the period or the key that says it. The plugin's loader knows; stock vLLM cannot
+be told."""
+
+
+def check_servable(checkpoint: Checkpoint, cut: Cut) -> bool:
+    """Refuse what cannot be served with fewer layers, before any GPU is booked.
+
+    Returns:
+        Whether the layers that stay were compared with the dense model's; not where Transformers
+        does not know the model.
+
+    Raises:
+        SlebError: naming the config's key, or the layer's attribute.
+    """
+    config = transformers_config(checkpoint.path)
+    compared = False
+    try:
+        if config is None:
+            cut.values(checkpoint.decoder_config)
+        else:
+            dense = copy.deepcopy(config)
+            apply(config, cut)
+            compared = check_likeness(dense, config, checkpoint.architecture, cut)
+        if not compared:
+            check_known(checkpoint.architecture)
+    except SlebError as error:
+        raise SlebError(f"{checkpoint.path} cannot be pruned so: {error}") from None
+    return compared
+
+
+def exported_config(checkpoint: Checkpoint, cut: Cut, *, for_vllm: bool = True) -> dict[str, Any]:
+    """config.json of the exported checkpoint.
+
+    Args:
+        checkpoint: the dense model.
+        cut: the layers that go.
+        for_vllm: whether a vLLM without the plugin must run it, too.
+
+    Raises:
+        SlebError: config.json cannot say it, or Transformers would not read it so.
+    """
+    dense = transformers_config(checkpoint.path)
+    config = checkpoint.cut_config(cut, None if dense is None else dense.to_dict())
+    if for_vllm:
+        _check_periods(checkpoint, cut)
+    _check_written(checkpoint, cut, dense, config)
+    return config
+
+
+def check_countable(checkpoint: Checkpoint, cut: Cut) -> None:
+    """Refuse a model of which other tools would make another one.
+
+    They renumber the tensors and lower the number of layers; what a config says of each layer they
+    leave as it is.
+
+    Raises:
+        SlebError: naming the layer's attribute that would change.
+    """
+    _check_periods(checkpoint, cut)
+    path = decoder_path(checkpoint.config) or ()
+    config = copy.deepcopy(dict(checkpoint.config))
+    values = config
+    for key in path:
+        values = values[key]
+    values.update({key: len(cut.kept) for key in COUNT_KEYS if values.get(key) == cut.num_blocks})
+    _check_written(checkpoint, cut, transformers_config(checkpoint.path), config)
+
+
+def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping[str, Any]) -> None:
+    """Hold what Transformers makes of a written config against the dense model."""
+    if dense is None:
+        check_known(checkpoint.architecture)
+        return
+    with tempfile.TemporaryDirectory(prefix="sleb-serve-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        short = transformers_config(folder)
+    if short is None:
+        raise SlebError(
+            f"{checkpoint.path}: Transformers does not read the config without blocks "
+            f"{list(cut.removed)}; serve it with sleb-serve serve instead"
+        )
+    try:
+        if not check_likeness(dense, short, checkpoint.architecture, cut):
+            check_known(checkpoint.architecture)
+    except SlebError as error:
+        raise SlebError(
+            f"{checkpoint.path} cannot be written so: {error}; or serve it with sleb-serve serve"
+        ) from None
+
+
+def _check_periods(checkpoint: Checkpoint, cut: Cut) -> None:
+    period = VLLM_PERIODS.get(checkpoint.architecture, 1)
+    if isinstance(period, str):
+        period = int(checkpoint.decoder_config.get(period) or 1)
+    moved = next((old for old, new in cut.places.items() if (old - new) % period), None)
+    if moved is not None:
+        raise SlebError(
+            f"{checkpoint.path}: vLLM takes the kind of a layer of {checkpoint.architecture} from "
+            f"its number, so without sleb-serve it would run layer {moved} as another kind; serve "
+            f"it with sleb-serve serve, or export it --for transformers alone"
+        )

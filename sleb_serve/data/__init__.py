@@ -1,0 +1,1 @@
+"""Text into sequences of token ids."""

@@ -1,0 +1,1 @@
+"""Perplexity, zero-shot tasks, and how they are told."""

@@ -1,0 +1,227 @@
+"""Who judges a model: Transformers with the blocks deleted, or the vLLM engine that will serve."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.manifest.manifest import Manifest
+from sleb_serve.selection.pipeline import context_length
+
+if TYPE_CHECKING:
+    from sleb_serve.evaluation.evaluate import EvalOptions
+
+
+class Judge(Protocol):
+    """A model that perplexities and tasks are asked of."""
+
+    def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
+        """Of windows [L]: exp of the mean of each's mean loss over its L-1 predicted tokens."""
+
+    def tasks(
+        self, names: Sequence[str], limit: int | None, num_fewshot: int | None
+    ) -> dict[str, Any]:
+        """What lm-eval makes of it: its own results."""
+
+
+JudgeOf = Callable[[Manifest | None], Any]
+
+
+@contextmanager
+def transformers_judges(
+    options: EvalOptions, checkpoint: Checkpoint, length: int
+) -> Iterator[JudgeOf]:
+    """Transformers: the model is loaded once, when it is first asked."""
+    from sleb_serve.manifest.repair_file import read_sidecar
+    from sleb_serve.models.layerwise import load_model
+    from sleb_serve.models.pruned import blocks_deleted
+
+    loaded: list[Any] = []
+
+    @contextmanager
+    def judge_of(manifest: Manifest | None) -> Iterator[Callable[[], Judge]]:
+        with _lazily() as enter:
+
+            def judge() -> Judge:
+                if not loaded:
+                    loaded.append(load_model(checkpoint, options.dtype))
+                if manifest is not None:
+                    pruning = manifest.pruning()
+                    enter(blocks_deleted(loaded[0], pruning.removed, read_sidecar(pruning)))
+                return _TransformersJudge(loaded[0], str(checkpoint.path), options.batch_size)
+
+            yield judge
+
+    yield judge_of
+
+
+@contextmanager
+def _lazily() -> Iterator[Callable[[Any], None]]:
+    """Enters one context when it is asked to, and leaves it at the end."""
+    with ExitStack() as stack:
+        entered: list[Any] = []
+
+        def enter(context: Any) -> None:
+            if not entered:
+                entered.append(stack.enter_context(context))
+
+        yield enter
+
+
+class _TransformersJudge:
+    def __init__(self, model: Any, path: str, batch_size: str) -> None:
+        self._model, self._path, self._batch_size = model, path, batch_size
+
+    def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
+        from sleb_serve.models.pruned import perplexity
+
+        return float(perplexity(self._model, windows))
+
+    def tasks(
+        self, names: Sequence[str], limit: int | None, num_fewshot: int | None
+    ) -> dict[str, Any]:
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoTokenizer
+
+        lm = HFLM(
+            pretrained=self._model,
+            tokenizer=AutoTokenizer.from_pretrained(self._path),
+            batch_size=self._batch_size,
+        )
+        return run_tasks(lm, names, limit, num_fewshot)
+
+
+def run_tasks(
+    lm: Any, names: Sequence[str], limit: int | None, num_fewshot: int | None
+) -> dict[str, Any]:
+    """lm-eval's results of its own tasks, unmodified, without the samples."""
+    from lm_eval import simple_evaluate
+
+    try:
+        found: dict[str, Any] = simple_evaluate(
+            model=lm, tasks=list(names), limit=limit, num_fewshot=num_fewshot, log_samples=False
+        )
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        raise SlebError(f"lm-eval cannot run {', '.join(names)}: {first_line(error)}") from error
+    return found
+
+
+@contextmanager
+def vllm_judges(options: EvalOptions, checkpoint: Checkpoint, length: int) -> Iterator[JudgeOf]:
+    """vLLM: an engine for each number of blocks, in a process of its own that ends with it."""
+    from sleb_serve.serving.command import check_model, check_plugin, engine_arguments
+
+    check_plugin()
+    log = Path(os.devnull)
+    if options.output is not None:
+        log = options.output.with_name(f"{options.output.stem}.vllm.log")
+
+    @contextmanager
+    def judge_of(manifest: Manifest | None) -> Iterator[Callable[[], Judge]]:
+        arguments: dict[str, Any] = {
+            # The very files that were compared: of a hub model, those of its revision.
+            "pretrained": str(checkpoint.path),
+            "dtype": options.dtype,
+            "batch_size": "auto",
+            # One token is generated behind each window; it is never fed.
+            "max_model_len": max(length + 1, context_length(checkpoint) if options.tasks else 0),
+            "enable_prefix_caching": False,
+            **options.engine_args,
+        }
+        if manifest is not None:
+            pruning = manifest.pruning()
+            check_model(str(checkpoint.path), pruning)
+            arguments = engine_arguments(pruning, checkpoint, arguments)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield lambda: _VllmJudge(pool, arguments, log)
+
+    yield judge_of
+
+
+class _VllmJudge:
+    def __init__(self, pool: ProcessPoolExecutor, arguments: dict[str, Any], log: Path) -> None:
+        self._pool, self._arguments, self._log = pool, arguments, log
+
+    def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
+        found: float = self._ask(_vllm_perplexity, windows)
+        return found
+
+    def tasks(
+        self, names: Sequence[str], limit: int | None, num_fewshot: int | None
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = self._ask(_vllm_tasks, names, limit, num_fewshot)
+        return found
+
+    def _ask(self, work: Callable[..., Any], *values: Any) -> Any:
+        try:
+            return self._pool.submit(work, self._arguments, str(self._log), *values).result()
+        except BrokenProcessPool as error:
+            raise SlebError(f"the engine ended without a word; its output is in {self._log}") from (
+                error
+            )
+        except SlebError:
+            raise
+        except Exception as error:
+            raise SlebError(
+                f"the engine failed: {first_line(error)}; its output is in {self._log}"
+            ) from error
+
+
+_engine: list[Any] = []
+"""In an engine's own process: the lm-eval model that holds it."""
+
+
+def _vllm_lm(arguments: dict[str, Any], log: str) -> Any:
+    if not _engine:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        # The windows are as long as the model's context, and one token is generated behind them.
+        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+        # So that what goes wrong in the engine is what is raised here.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from sleb_serve.evaluation.lm_eval import VLLM
+
+        _engine.append(VLLM(**arguments))
+    return _engine[0]
+
+
+def _vllm_perplexity(
+    arguments: dict[str, Any], log: str, windows: Sequence[Sequence[int]]
+) -> float:
+    from vllm import SamplingParams
+
+    outputs = _vllm_lm(arguments, log).model.generate(
+        [{"prompt_token_ids": list(window)} for window in windows],
+        SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+        use_tqdm=False,
+    )
+    losses = []
+    for window, output in zip(windows, outputs, strict=True):
+        entries = output.prompt_logprobs[1:]
+        nats = [-e[t].logprob for t, e in zip(window[1:], entries, strict=True)]
+        losses.append(math.fsum(nats) / len(nats))
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+def _vllm_tasks(
+    arguments: dict[str, Any],
+    log: str,
+    names: Sequence[str],
+    limit: int | None,
+    num_fewshot: int | None,
+) -> dict[str, Any]:
+    found = run_tasks(_vllm_lm(arguments, log), names, limit, num_fewshot)
+    # What goes through the pipe must be plain; lm-eval's record holds dtypes and functions.
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain

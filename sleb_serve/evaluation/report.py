@@ -1,0 +1,112 @@
+"""A manifest for people: what is removed, the loss curve, where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sleb_serve.evaluation.picture import accuracy
+from sleb_serve.manifest.manifest import Manifest
+
+_BAR = 40
+
+
+def describe(manifest: Manifest) -> str:
+    """The manifest as text, some twenty lines."""
+    model, pruning = manifest.model, manifest.pruning()
+    share = 100 * len(manifest.removed) / model.num_blocks
+    lines = [
+        f"model        {model.id}{f' at {model.revision}' if model.revision else ''}",
+        f"             {model.architecture}, {model.num_blocks} blocks, weights "
+        f"{model.weights_sha256[:8]}",
+        f"pruned       {len(manifest.removed)} of {model.num_blocks} blocks ({share:.1f} %), "
+        f"{pruning.num_kept} kept: {pruning.tag}",
+        f"blocks       {_block_map(manifest)}",
+    ]
+    if manifest.calibration is not None:
+        text = manifest.calibration
+        source = text.source + (f" {text.split}" if text.split else "")
+        rows = f", {text.rows} rows" if text.rows else ""
+        lines.append(
+            f"calibration  {source}: {text.sequences} windows of {text.sequence_length} tokens"
+            f"{rows}, seed {text.seed}"
+        )
+    if manifest.selection is not None:
+        how = manifest.selection
+        against = ", divergence from the dense model" if how.objective == "kl" else ""
+        lines.append(
+            f"selection    {how.method}, the first {how.early_barrier} and last {how.late_barrier} "
+            f"kept, {how.dtype}{against}"
+        )
+        lines += _stability(manifest, how.samples)
+    if manifest.repair is not None:
+        mended = manifest.repair
+        loss = "" if mended.loss is None else f", loss {mended.loss:.4f} on them"
+        lines.append(
+            f"repair       {mended.kind}, fitted on {mended.sequences} windows{loss}: {mended.file}"
+        )
+    if manifest.created_by:
+        made = ", ".join(f"{name} {number}" for name, number in manifest.created_by.items())
+        lines.append(f"created by   {made}")
+    return "\n".join([*lines, "", *_curve(manifest)])
+
+
+def evaluation_table(report: Mapping[str, Any]) -> str:
+    """An evaluation's report as a table: a row for each number of blocks removed."""
+    texts = list(report["results"][0]["perplexity"])
+    tasks = list(report["results"][0]["tasks"])
+    head = ["blocks", "ideal", *(f"ppl {Path(text).name}" for text in texts), *tasks]
+    rows = [head + (["mean"] if len(tasks) > 1 else [])]
+    for entry in report["results"]:
+        row = [str(entry["blocks"]), f"{entry['ideal_speedup']:.2f}x"]
+        row += [f"{entry['perplexity'][text]:.2f}" for text in texts]
+        pairs = [accuracy(entry["tasks"][task]) for task in tasks]
+        row += [f"{value:.3f} ±{error:.3f}" for value, error in pairs]
+        row += [f"{fmean(value for value, _ in pairs):.3f}"] if len(tasks) > 1 else []
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _stability(manifest: Manifest, samples: Sequence[Sequence[int]]) -> list[str]:
+    """How many of the blocks other samples of the text agree on, and which all do."""
+    if not samples:
+        return []
+    own = set(manifest.blocks)
+    shared = [len(own & set(sample[: len(own)])) for sample in samples]
+    always = own.intersection(*(sample[: len(own)] for sample in samples))
+    return [
+        f"stability    {len(samples)} other samples of the text remove {_listed(shared)} of these "
+        f"{len(own)} blocks; all remove {_listed(sorted(always))}"
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
+
+
+def _block_map(manifest: Manifest) -> str:
+    removed = set(manifest.blocks)
+    return "".join("·" if i in removed else "█" for i in range(manifest.model.num_blocks))
+
+
+def _curve(manifest: Manifest) -> list[str]:
+    rows = [("0", "dense", manifest.dense_loss)]
+    rows += [(str(i), str(r.block), r.loss) for i, r in enumerate(manifest.removed, 1)]
+    losses = [loss for _, _, loss in rows if loss is not None]
+    low, high = (min(losses), max(losses)) if losses else (0.0, 0.0)
+    lines = ["removed  block     loss  perplexity"]
+    for count, block, loss in rows:
+        if loss is None:
+            lines.append(f"{count:>7}  {block:>5}        -           -")
+            continue
+        perplexity = manifest.perplexity(loss)
+        shown = f"{perplexity:>10.2f}" if perplexity is not None else f"{'-':>10}"
+        bar = "▪" * round(_BAR * (loss - low) / (high - low)) if high > low else ""
+        lines.append(f"{count:>7}  {block:>5}  {loss:>7.4f}  {shown}  {bar}".rstrip())
+    return lines

@@ -1,0 +1,1 @@
+"""The removal manifest, and what binds it to a model."""

@@ -1,0 +1,235 @@
+"""What a server needs to know of a manifest, in a form that travels to every vLLM worker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sleb_serve.cut.config import Cut
+from sleb_serve.errors import SlebError
+from sleb_serve.protocol import CONFIG_KEY
+from sleb_serve.utils import strict_json
+
+MAX_BLOCKS = 100_000
+"""More blocks than any model has; keeps a hostile block count from costing memory."""
+
+
+REPAIRS = ("fold",)
+"""What can be done at the gaps that removed blocks leave; see `sleb_serve.selection.repair`."""
+
+_FORMER_REPAIRS = ("map", "scale")
+
+
+@dataclass(frozen=True)
+class RepairFile:
+    """The sidecar with a repair's weights: its kind, digest, and where it lies on this machine."""
+
+    kind: str
+    sha256: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a server needs of a manifest: the blocks to leave out and the model they belong to.
+
+    ``removed`` is ascending; ``removed_sha256``, where known, holds the digests of those blocks'
+    weights (see `Checkpoint.block_sha256`). This is the content that travels to every vLLM worker.
+    """
+
+    architecture: str
+    num_blocks: int
+    config_sha256: str
+    weights_sha256: str
+    removed: tuple[int, ...]
+    removed_sha256: tuple[str, ...] = ()
+    repair: RepairFile | None = None
+
+    @property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Runs of consecutive removed blocks, as (first, last)."""
+        return gaps(self.removed)
+
+    @property
+    def known_sha256(self) -> dict[int, str]:
+        """Digests of the removed blocks' weights, so that these need not be read to be checked."""
+        return dict(zip(self.removed, self.removed_sha256, strict=bool(self.removed_sha256)))
+
+    @property
+    def cut(self) -> Cut:
+        """The layers that go, for the config and the tensors of the model without them."""
+        return Cut(self.num_blocks, self.removed)
+
+    @property
+    def num_kept(self) -> int:
+        """How many decoder blocks remain."""
+        return self.num_blocks - len(self.removed)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of the content: equal for equal served models only."""
+        content = self.to_dict()
+        # Says nothing that weights_sha256 does not.
+        content.pop("removed_sha256", None)
+        if self.repair is not None:
+            # What the file holds, not where it lies.
+            content["repair"] = {"kind": self.repair.kind, "sha256": self.repair.sha256}
+        return hashlib.sha256(strict_json.canonical(content)).hexdigest()
+
+    @property
+    def tag(self) -> str:
+        """Short name of the pruning, as ``sleb6-1a2b3c4d``: block count and digest."""
+        return f"sleb{len(self.removed)}-{self.digest[:8]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content as plain JSON values."""
+        content: dict[str, Any] = {
+            "architecture": self.architecture,
+            "num_blocks": self.num_blocks,
+            "config_sha256": self.config_sha256,
+            "weights_sha256": self.weights_sha256,
+            "removed": list(self.removed),
+        }
+        if self.removed_sha256:
+            content["removed_sha256"] = list(self.removed_sha256)
+        if self.repair is not None:
+            content["repair"] = dict(vars(self.repair))
+        return content
+
+    @classmethod
+    def of_config(cls, config: Any) -> Pruning | None:
+        """The pruning in a Hugging Face config, or in overrides of one; None if there is none.
+
+        Raises:
+            SlebError: it is malformed.
+        """
+        get = config.get if isinstance(config, Mapping) else partial(getattr, config)
+        content = get(CONFIG_KEY, None)
+        # A list in the overrides: vLLM would take a dict for a nested config's.
+        if isinstance(content, list) and len(content) == 1:
+            (content,) = content
+        return None if content is None else cls.from_dict(content)
+
+    @classmethod
+    def from_dict(cls, value: object) -> Pruning:
+        """Parse what `to_dict` made.
+
+        Raises:
+            SlebError: anything else; nothing is guessed or repaired.
+        """
+        keys = ("architecture", "num_blocks", "config_sha256", "weights_sha256", "removed")
+        fields = strict_json.object_(
+            value, "pruning", required=keys, optional=("removed_sha256", "repair")
+        )
+        num_blocks = block_count(fields["num_blocks"], "pruning.num_blocks")
+        removed = [
+            strict_json.integer(block, f"pruning.removed[{i}]", 0, num_blocks - 1)
+            for i, block in enumerate(strict_json.list_(fields["removed"], "pruning.removed"))
+        ]
+        check_blocks(removed, num_blocks, "pruning.removed")
+        if removed != sorted(removed):
+            raise SlebError("pruning.removed is not in ascending order; print the arguments anew")
+        removed_sha256 = tuple(
+            strict_json.sha256(digest, f"pruning.removed_sha256[{i}]")
+            for i, digest in enumerate(
+                strict_json.list_(fields.get("removed_sha256", []), "pruning.removed_sha256")
+            )
+        )
+        if len(removed_sha256) not in (0, len(removed)):
+            raise SlebError(
+                f"pruning.removed_sha256 has {len(removed_sha256)} digests for {len(removed)} "
+                f"removed blocks; print the arguments anew"
+            )
+        return cls(
+            architecture=strict_json.line(fields["architecture"], "pruning.architecture"),
+            num_blocks=num_blocks,
+            config_sha256=strict_json.sha256(fields["config_sha256"], "pruning.config_sha256"),
+            weights_sha256=strict_json.sha256(fields["weights_sha256"], "pruning.weights_sha256"),
+            removed=tuple(removed),
+            removed_sha256=removed_sha256,
+            repair=_parse_repair(fields["repair"]) if "repair" in fields else None,
+        )
+
+    def check_binding(
+        self,
+        found: str,
+        *,
+        architecture: str | None = None,
+        num_blocks: int | None = None,
+        config_sha256: str | None = None,
+        weights_sha256: str | None = None,
+    ) -> None:
+        """Refuse a model that is not the manifest's; what is None was not looked at.
+
+        ``found`` names the model that was found, for the message.
+
+        Raises:
+            SlebError: naming what differs, what was expected and what was found.
+        """
+        looked_at = (
+            ("architecture", self.architecture, architecture),
+            ("number of decoder blocks", self.num_blocks, num_blocks),
+            ("config_sha256", self.config_sha256, config_sha256),
+            ("weights_sha256", self.weights_sha256, weights_sha256),
+        )
+        for what, expected, actual in looked_at:
+            if actual is not None and actual != expected:
+                raise SlebError(
+                    f"the manifest is for another model than {found}: {what} expected {expected}, "
+                    f"found {actual}; select anew for this model, or give the manifest's own"
+                )
+
+
+def gaps(removed: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Runs of consecutive blocks among `removed`, as (first, last), ascending."""
+    runs: list[tuple[int, int]] = []
+    for block in sorted(removed):
+        if runs and runs[-1][1] == block - 1:
+            runs[-1] = (runs[-1][0], block)
+        else:
+            runs.append((block, block))
+    return tuple(runs)
+
+
+def repair_kind(value: object, where: str) -> str:
+    """The kind of a repair, read strictly."""
+    kind = strict_json.line(value, where)
+    if kind in _FORMER_REPAIRS:
+        raise SlebError(
+            f"{where} is {kind}, which is no longer served: it needs code in every layer and gives "
+            f"back less than a fold; select again with --repair fold, or without a repair"
+        )
+    if kind not in REPAIRS:
+        raise SlebError(
+            f"{where} is {strict_json.short(kind)}, this sleb-serve knows {', '.join(REPAIRS)}; "
+            f"upgrade sleb-serve or select anew"
+        )
+    return kind
+
+
+def _parse_repair(value: object) -> RepairFile:
+    fields = strict_json.object_(value, "pruning.repair", required=("kind", "sha256", "path"))
+    return RepairFile(
+        kind=repair_kind(fields["kind"], "pruning.repair.kind"),
+        sha256=strict_json.sha256(fields["sha256"], "pruning.repair.sha256"),
+        path=strict_json.line(fields["path"], "pruning.repair.path"),
+    )
+
+
+def block_count(value: object, where: str) -> int:
+    """How many blocks a model has, read strictly."""
+    return strict_json.integer(value, where, 1, MAX_BLOCKS)
+
+
+def check_blocks(blocks: Sequence[int], num_blocks: int, where: str) -> None:
+    """Refuse a list of removed blocks that is empty, names one twice, or leaves none."""
+    if not blocks:
+        raise SlebError(f"{where} is empty: nothing is removed; serve the dense model with vllm")
+    if len(set(blocks)) != len(blocks):
+        twice = next(block for i, block in enumerate(blocks) if block in blocks[:i])
+        raise SlebError(f"{where} names block {twice} twice; each block can be removed once")
+    if len(blocks) >= num_blocks:
+        raise SlebError(f"{where} names all {num_blocks} blocks; at least one must remain")

@@ -1,0 +1,1 @@
+"""Transformers models run layer by layer, and without some blocks."""

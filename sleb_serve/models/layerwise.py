@@ -1,0 +1,394 @@
+"""A Transformers causal LM taken apart: embedding, decoder layers, head.
+
+The model's own forward is run with stand-ins for its decoder layers and its head, so embeddings,
+masks, rotary tables, the final norm and the logits' scaling stay the model's own, whatever its
+family. Layers and head can then be run on any states, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.cut.likeness import decoder_layers
+from sleb_serve.errors import SlebError, first_line
+
+_PROBE_TOKENS = 16
+
+
+def generates(checkpoint: Checkpoint) -> bool:
+    """Whether a model predicts text; a pooling model does not.
+
+    Raises:
+        SlebError: Transformers does not know it as either, or it has no decoder alone.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    known: set[str] = set()
+    for mapping in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    ):
+        for names in mapping.values():
+            known.update([names] if isinstance(names, str) else names)
+    kind = getattr(transformers, checkpoint.architecture, None)
+    if kind is None or checkpoint.config.get("is_encoder_decoder"):
+        raise SlebError(
+            f"{checkpoint.path} is not a model that Transformers can prune: its architecture is "
+            f"{checkpoint.architecture}; give a decoder, alone or with towers, or a pooling model"
+        )
+    return checkpoint.architecture in known
+
+
+def model_class(checkpoint: Checkpoint) -> Any:
+    """The Transformers class that config.json names; the auto class where there is none."""
+    import transformers
+
+    return getattr(transformers, checkpoint.architecture, transformers.AutoModelForCausalLM)
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: str, *, streamed: bool = False, device: Any = None
+) -> nn.Module:
+    """Load a checkpoint's causal LM for scoring, spread over the accelerators where there are any.
+
+    Args:
+        checkpoint: a folder with config and weights.
+        dtype: a torch dtype by name, or ``auto`` for the checkpoint's own.
+        streamed: leave the decoder layers' weights on disk, or in the host's memory if they fit
+            there and an accelerator does the work; each is brought in when it is run.
+        device: one device to use instead of all accelerators.
+
+    Raises:
+        SlebError: weights are missing or cannot be loaded.
+    """
+    checkpoint.weight_files()
+    # Transformers would fill in missing layers at random.
+    checkpoint.check_layers()
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    place: Any = device
+    if device is None:
+        place = "auto" if torch.accelerator.is_available() else None
+    # accelerate reads safetensors in place; the folder is for weights that it must convert.
+    folder = tempfile.TemporaryDirectory(prefix="sleb-serve-")
+    try:
+        if streamed:
+            place = _layers_outside(checkpoint, device)
+        model = model_class(checkpoint).from_pretrained(
+            str(checkpoint.path), dtype=wanted, device_map=place, offload_folder=folder.name
+        )
+    except Exception as error:
+        raise SlebError(
+            f"cannot load {checkpoint.path}: {first_line(error)}; check that the checkpoint is "
+            f"whole and that this Transformers knows it"
+        ) from error
+    model.sleb_offload_folder = folder  # removed with the model
+    result: nn.Module = model.eval()
+    return result
+
+
+def _layers_outside(checkpoint: Checkpoint, device: Any) -> dict[str, Any]:
+    """A device map with the decoder layers on disk or the host, and all else where work is done."""
+    import psutil
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(checkpoint.path))
+    with torch.device("meta"):
+        shell = model_class(checkpoint)(config)
+    layers = decoder_layers(shell)
+    size = sum(file.stat().st_size for file in checkpoint.weight_files())
+    where = "disk"
+    if not torch.accelerator.is_available():
+        device = "cpu"
+    elif device is None:
+        device = torch.accelerator.current_device_index()
+    if device != "cpu" and size < 0.8 * psutil.virtual_memory().available:
+        where = "cpu"
+    path = next(name for name, module in shell.named_modules() if module is layers)
+    place: dict[str, Any] = {}
+    for name, _ in shell.named_modules():
+        if name == path:
+            place[name] = where
+        elif name and not path.startswith(f"{name}.") and not _covered(name, place):
+            place[name] = device
+    return place
+
+
+def _covered(name: str, place: dict[str, Any]) -> bool:
+    return any(name.startswith(f"{above}.") for above in place)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model called one layer: its arguments other than the states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    def __call__(self, layer: Callable[..., Any], states: Tensor) -> Any:
+        """The layer's answer on `states`."""
+        if self.by_name:
+            return layer(hidden_states=states, **self.kwargs)
+        return layer(states, *self.args, **self.kwargs)
+
+
+Answer = Callable[[int, Callable[..., Any], Tensor, Call], Tensor]
+"""answer(index, layer, states, call): what layer `index` is to return."""
+
+
+class _StopForward(Exception):  # noqa: N818 - not an error
+    """Leaves the model's forward once it has given what was wanted of it."""
+
+
+class CausalLM:
+    """A Transformers causal LM in eval mode; it is left as it was after each call.
+
+    Args:
+        model: resident, dispatched over devices, or with its decoder layers on disk.
+        tokens: a few token ids to try it on.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Sequence[int]) -> None:
+        self.model = model
+        self.layers = decoder_layers(model)
+        self.head: Any = model.get_output_embeddings()
+        embedding: Tensor = model.get_input_embeddings().weight
+        self.device = embedding.device
+        self.dtype = embedding.dtype
+        self._lengths: dict[type, int | None] = {}
+        self.batches = True
+        self._probe_layers(self._ids(tokens[:_PROBE_TOKENS]))
+        self._identity = False
+        self.row_wise = self._probe_head()
+        self.separable = self._probe_separable(tokens[:_PROBE_TOKENS])
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head: one logit each."""
+        return int(self.head.weight.shape[0])
+
+    @torch.inference_mode()
+    def begin(self, tokens: Sequence[int]) -> tuple[Tensor, list[Call]]:
+        """What enters the first layer, shape [1, L, d], and how each layer is called."""
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def capture(index: int, layer: Any, states: Tensor, call: Call) -> Tensor:
+            calls.append(call)
+            first.append(states)
+            if index == len(self.layers) - 1:
+                raise _StopForward
+            return states
+
+        self._forward(self._ids(tokens), capture)
+        return first[0], calls
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[Callable[..., Any]]:
+        """Layer `index` with its weights in memory: read from disk once, if that is where they are.
+
+        accelerate's hooks would read them anew at every call.
+        """
+        layer = self.layers[index]
+        offloaded = [
+            module
+            for module in layer.modules()
+            if getattr(getattr(module, "_hf_hook", None), "offload", False)
+        ]
+        forwards = [module.forward for module in offloaded]
+        try:
+            for module in offloaded:
+                hook: Any = module._hf_hook
+                hook.pre_forward(module)
+                module.forward = module._old_forward
+            yield layer.forward
+        finally:
+            for module, forward in zip(offloaded, forwards, strict=True):
+                module.forward = forward
+                hook = module._hf_hook
+                hook.post_forward(module, None)
+
+    @torch.inference_mode()
+    def run(self, layer: Callable[..., Any], states: Sequence[Tensor], call: Call) -> list[Tensor]:
+        """One layer on states of shape [1, L, d], as one batch where it takes one."""
+        if not self.batches and len(states) > 1:
+            return [moved for state in states for moved in self.run(layer, [state], call)]
+        # A copy even of one state: a layer may write into what it is given.
+        answer = _tensor(call(layer, torch.cat(list(states))))
+        return list(answer.split(1)) if len(answer) > 1 else [answer]
+
+    @torch.inference_mode()
+    def normed(self, state: Tensor) -> Tensor:
+        """What enters the head for a state of shape [1, T, d] behind the last layer: [T, h]."""
+        found: list[Tensor] = []
+
+        def capture(inputs: Tensor) -> Tensor:
+            found.append(inputs)
+            raise _StopForward
+
+        ids = torch.zeros(state.shape[:2], dtype=torch.long, device=self.device)
+        with self._head_answers(capture):
+            self._forward(ids, lambda *_: state)
+        return found[0][0]
+
+    @torch.inference_mode()
+    def logits(self, normed: Tensor, rows: tuple[Tensor, Tensor | None] | None) -> Tensor:
+        """Logits [T, R] of states [T, h] before the head, for the rows that `head_rows` gave."""
+        if rows is None:
+            raw: Tensor = self.head(normed[None])
+        else:
+            weight, bias = rows
+            raw = nn.functional.linear(normed.to(weight.device), weight, bias)[None]
+        return (raw if self._identity else self._finish(raw))[0]
+
+    def head_rows(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias for some of the vocabulary."""
+        bias: Tensor | None = self.head.bias
+        return self.head.weight[rows], None if bias is None else bias[rows]
+
+    def _finish(self, raw: Tensor) -> Tensor:
+        """What the model does to the head's output: a cap, a scale, or nothing. Shape [1, T, R]."""
+        ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        with self._head_answers(lambda inputs: raw):
+            result: Tensor = self._forward(ids, lambda index, layer, states, call: states).logits
+        return result
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([tokens], dtype=torch.long, device=self.device)
+
+    def _forward(self, ids: Tensor, answer: Answer) -> Any:
+        """The model's own forward, with `answer` in the decoder layers' place; None if stopped."""
+        with self._layers_answer(answer):
+            try:
+                return self.model(input_ids=ids, use_cache=False)
+            except _StopForward:
+                return None
+
+    @contextmanager
+    def _layers_answer(self, answer: Answer) -> Iterator[None]:
+        # A forward may be the instance's own already: accelerate's hooks put theirs there.
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+
+        def stand_in(index: int, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if args:
+                states, call = args[0], Call(args[1:], kwargs, by_name=False)
+            else:
+                states = kwargs.pop("hidden_states")
+                call = Call((), kwargs, by_name=True)
+            result = answer(index, layer, states, call).to(states.device)
+            length = self._lengths.get(type(self.layers[index]))
+            return result if length is None else (result, *(None,) * (length - 1))
+
+        try:
+            for index, layer in enumerate(self.layers):
+                layer.forward = partial(stand_in, index, layer.forward)
+            yield
+        finally:
+            for layer, own in zip(self.layers, before, strict=True):
+                _restore(layer, own)
+
+    @contextmanager
+    def _head_answers(self, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        own = self.head.__dict__.get("forward")
+        try:
+            self.head.forward = answer
+            yield
+        finally:
+            _restore(self.head, own)
+
+    @torch.inference_mode()
+    def _probe_layers(self, ids: Tensor) -> None:
+        """Learn, of one layer of each class, what it returns and whether it takes a larger batch.
+
+        A layer does if, given two copies of a state with the masks of one, it answers two of one.
+        """
+
+        def learn(index: int, layer: Any, states: Tensor, call: Call) -> Tensor:
+            kind = type(self.layers[index])
+            if kind in self._lengths:
+                return states
+            with self.loaded(index):
+                result = call(layer, states.clone())
+                self._lengths[kind] = len(result) if isinstance(result, tuple) else None
+                one = _tensor(result)
+                try:
+                    two = _tensor(call(layer, states.repeat(2, 1, 1)))
+                    tolerance = 1e-4 if one.dtype == torch.float32 else 0.05
+                    scale = float(one.abs().max())
+                    self.batches &= two.shape[0] == 2 and bool(
+                        ((two - one).abs().max() <= tolerance * scale).item()
+                    )
+                except (RuntimeError, ValueError, IndexError):
+                    self.batches = False
+            return one
+
+        self._forward(ids, learn)
+
+    @torch.inference_mode()
+    def _probe_separable(self, tokens: Sequence[int]) -> bool:
+        """Whether the layers, run one by one, give what the model gives.
+
+        They do not where a layer uses more than the states that come out of the one before.
+        """
+        expected: Tensor = self._forward(
+            self._ids(tokens), lambda index, layer, states, call: _tensor(call(layer, states))
+        ).logits[0]
+        state, calls = self.begin(tokens)
+        for index, call in enumerate(calls):
+            with self.loaded(index) as layer:
+                (state,) = self.run(layer, [state], call)
+        found = self.logits(self.normed(state), None)
+        tolerance = 1e-3 if found.dtype == torch.float32 else 0.1
+        scale = float(expected.abs().max())
+        return bool(((found - expected).abs().max() <= tolerance * scale).item())
+
+    @torch.inference_mode()
+    def _probe_head(self) -> bool:
+        """Whether a logit depends on its own row of the head alone; and if nothing follows it."""
+        if not isinstance(self.head, nn.Linear) or not self.head.weight.is_floating_point():
+            return False
+        generator = torch.Generator().manual_seed(0)
+        raw = torch.randn((1, 2, self.vocabulary), generator=generator) * 20
+        raw = raw.to(self.head.weight.device, self.dtype)
+        whole = self._finish(raw.clone())
+        if whole.shape != raw.shape:
+            return False
+        self._identity = torch.equal(whole, raw)
+        part = slice(0, self.vocabulary, 3)
+        return bool(torch.equal(self._finish(raw[..., part].clone()), whole[..., part]))
+
+
+def _restore(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = forward
+
+
+def _tensor(result: Any) -> Tensor:
+    tensor: Tensor = result[0] if isinstance(result, tuple) else result
+    return tensor
+
+
+def same(one: object, two: object) -> bool:
+    """Whether two layers' calls, or what is in them, are equal."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one is two or (one.shape == two.shape and torch.equal(one, two))
+    if isinstance(one, Call) and isinstance(two, Call):
+        return same([one.args, one.kwargs], [two.args, two.kwargs])
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return bool(one is two or one == two)

@@ -1,0 +1,124 @@
+"""A Transformers model without its removed blocks, for a while: what is served, in plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb_serve.cut.config import COUNT_KEYS, Cut
+from sleb_serve.cut.likeness import apply, decoder_layers, decoder_of
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest.manifest import Golden
+from sleb_serve.manifest.tensors import kept_parts
+
+
+@contextmanager
+def blocks_deleted(
+    model: Any, removed: Sequence[int], repair: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """While this is open, `model` has only its other blocks, renumbered, and is repaired.
+
+    Layers keep the attention type and window they were built with, a KV cache has one entry for
+    each that is left, and its config is that of the shorter model.
+
+    Args:
+        model: a Transformers model with a decoder; the dense model again afterwards.
+        removed: the blocks to leave out.
+        repair: weights by name, in the places of the model's own.
+
+    Raises:
+        SlebError: the model cannot lose these blocks, or the repair is for weights that it does
+            not have.
+    """
+    layers = decoder_layers(model)
+    whole, cut = list(layers), Cut(len(layers), tuple(sorted(removed)))
+    with ExitStack() as stack:
+        _mend(whole, repair, stack)
+        for name, parameter in model.named_parameters():
+            weight = parameter.data
+            kept = kept_parts(name, weight, cut)
+            if kept is not weight:
+                _set(parameter, "data", kept, stack)
+        for place, index in enumerate(cut.kept):
+            for module in whole[index].modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    _set(module, "layer_idx", place, stack)
+        decoder = decoder_of(model.config)
+        before = apply(model.config, cut)
+        for name in sorted(before, key=lambda name: name not in COUNT_KEYS, reverse=True):
+            stack.callback(setattr, decoder, name, before[name])
+        _fill(layers, [whole[index] for index in cut.kept])
+        stack.callback(_fill, layers, whole)
+        yield
+
+
+def _fill(layers: nn.ModuleList, content: Sequence[nn.Module]) -> None:
+    """Put other layers into the same list, so that whoever holds it sees them."""
+    layers._modules = {str(index): layer for index, layer in enumerate(content)}
+
+
+def _set(target: Any, name: str, value: Any, stack: ExitStack) -> None:
+    stack.callback(setattr, target, name, getattr(target, name))
+    setattr(target, name, value)
+
+
+def _mend(layers: Sequence[nn.Module], repair: Mapping[str, Tensor], stack: ExitStack) -> None:
+    for name, tensor in repair.items():
+        # The checkpoint's name, which may begin otherwise than Transformers'.
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+        index = int(parts[at]) if at else len(layers)
+        own = dict(layers[index].named_parameters()) if index < len(layers) else {}
+        parameter = own.get(".".join(parts[at + 1 :]))
+        if parameter is None or parameter.shape != tensor.shape:
+            raise SlebError(f"the repair is for {name}, which this model does not have as it is")
+        weight = parameter.data
+        stack.callback(weight.copy_, weight.clone())
+        weight.copy_(tensor)
+
+
+@torch.inference_mode()
+def perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
+    """Of windows [L]: exp of the mean of each window's mean loss over its L-1 predicted tokens."""
+    total = 0.0
+    for window in windows:
+        ids = torch.tensor([list(window)], device=model.get_input_embeddings().weight.device)
+        logits = model(ids, use_cache=False).logits[0, :-1].float()
+        total += float(nn.functional.cross_entropy(logits, ids[0, 1:].to(logits.device)))
+    return float(torch.tensor(total / len(windows), dtype=torch.float64).exp())
+
+
+GOLDEN_TOKENS = 64
+
+
+@torch.inference_mode()
+def golden(
+    model: Any, tokens: Sequence[int], removed: Sequence[int], repair: Mapping[str, Tensor]
+) -> Golden | None:
+    """What the pruned model makes of the first tokens of a text, to know a server by.
+
+    Args:
+        model: the dense model; it is left as it was.
+        tokens: the text.
+        removed: the blocks to leave out.
+        repair: see `blocks_deleted`.
+
+    Returns:
+        None where it cannot be told: a repaired model whose weights are on disk, or no numbers.
+    """
+    if model.get_output_embeddings() is None:
+        return None
+    if repair and any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    prompt = list(tokens[:GOLDEN_TOKENS])
+    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    with blocks_deleted(model, removed, repair):
+        logits = model(ids, use_cache=False).logits[0, :-1].float()
+    scores = logits.log_softmax(-1).gather(1, ids[0, 1:, None].to(logits.device))[:, 0]
+    if not bool(scores.isfinite().all()):
+        return None
+    return Golden(tuple(prompt), tuple(round(float(score), 4) for score in scores))

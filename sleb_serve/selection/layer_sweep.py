@@ -1,0 +1,419 @@
+"""The loss of a causal LM with blocks skipped: the layer sweep.
+
+All candidates of a greedy step share the layers before their block. The sweep runs each layer once
+on a growing list of states: the base's, and for each candidate met so far the one that skipped it.
+That is half the block work of one pass per candidate. Two things save more, and change no result:
+
+- *Snapshots.* A block that is removed leaves what went on before it as it was. States that entered
+  the blocks that may go next are kept, and the next step begins where the removed block was.
+- *Bounds.* The loss over part of the vocabulary is at most the loss over all of it. Every candidate
+  is scored on a twelfth of the head's rows, those that the model thinks likely, and only the
+  candidate of least bound is scored further, until the least is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleb_serve.errors import SlebError
+from sleb_serve.models.layerwise import Call, CausalLM, same
+from sleb_serve.selection.lm_head import LOGITS_BYTES, Dense, Tally, Vocabulary
+from sleb_serve.selection.memory import Needs, Plan, make_plan, peak_bytes
+from sleb_serve.selection.racing import Drop, rivals
+from sleb_serve.selection.search import Scores
+
+BASE = -1
+"""Stands among the candidates for the model with none of them removed."""
+
+_GPU_TOKENS = 1 << 15
+"""Tokens that go through a layer at once, to fill a GPU. A CPU takes state by state: it is as fast,
+and what a state becomes does not depend on its neighbours in a batch, not even in the last bit."""
+_SNAPSHOTS = 10
+"""Blocks that have snapshots, at most: the one that goes is hardly ever another."""
+_ROUNDING = 1e-6
+"""Of a bound, for the order in which logits are summed."""
+
+
+@dataclass
+class _Window:
+    """One window: token ids [L], its layers' calls, its rows of the head, its snapshots.
+
+    Attributes:
+        parts: rows of the head, [R] each; the first holds every token to predict.
+        dense: what the dense model predicts, where losses are taken against that.
+        snapshots: states on entering a block with those below it gone: {(block, gone): states}.
+        bases: the base's state on entering a block, the same way.
+    """
+
+    tokens: Tensor
+    calls: list[Call]
+    parts: list[Tensor] = field(default_factory=list)
+    dense: Dense | None = None
+    snapshots: dict[tuple[int, frozenset[int]], dict[int, Tensor]] = field(default_factory=dict)
+    bases: dict[tuple[int, frozenset[int]], Tensor] = field(default_factory=dict)
+    tallies: dict[int, Tally] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> Tensor:
+        """The tokens to predict, [L - 1]."""
+        return self.tokens[1:]
+
+
+@dataclass
+class _Work:
+    """A window's states on their way through the layers.
+
+    Attributes:
+        first: the block from which on all go together.
+        there: the states that enter it.
+        late: candidates before it without a state there; they start from the base's.
+        states: what has come up to now.
+    """
+
+    first: int
+    there: dict[int, Tensor]
+    late: frozenset[int]
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+
+class LayerSweep:
+    """Losses of a causal LM with blocks skipped, over windows of tokens.
+
+    Args:
+        model: the model, in pieces.
+        windows: token ids, all windows of the same length; this process's share of them.
+        budget: bytes; see `sleb_serve.selection.memory`. None for no limit but one state a chunk.
+        weights: bytes of the weights that are held, out of the budget.
+        streamed: whether the layers' weights come from disk.
+        gather: what each window of this process gave -> what each window of all processes gave.
+        objective: ``nll``, the loss on the text; or ``kl``, the Kullback-Leibler divergence of the
+            dense model's predictions from the pruned one's, in nats per predicted token.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        windows: Sequence[Sequence[int]],
+        *,
+        budget: int | None = None,
+        weights: int = 0,
+        streamed: bool = False,
+        gather: Callable[[list[Any]], list[Any]] = lambda values: values,
+        objective: str = "nll",
+    ) -> None:
+        self.model = model
+        self._against_dense = objective == "kl"
+        self._gather = gather
+        if max(max(window) for window in windows) >= model.vocabulary:
+            raise SlebError(
+                "the tokenizer makes token ids beyond the model's vocabulary; the tokenizer files "
+                "are not this model's"
+            )
+        state, calls = model.begin(windows[0])
+        self._windows = [
+            _Window(torch.tensor(window, device=model.device), calls) for window in windows
+        ]
+        for window in self._windows[1:]:
+            own = model.begin(window.tokens.tolist())[1]
+            if not same(own, calls):
+                window.calls = own
+        self.plan = self._make_plan(state, budget, weights, streamed)
+        self._losses: dict[int, float] = {}
+        self._keeps_bases = False
+        # Processes may have one window more or less each; all take part in all rounds.
+        most = max(self._gather([len(self._windows)]))
+        self._rounds = -(-most // self.plan.windows)
+
+    def score(
+        self,
+        removed: Sequence[int],
+        candidates: Sequence[int],
+        *,
+        on_layer: Callable[[], None] = lambda: None,
+        drop: Drop = lambda segments, share: frozenset(),
+        slack: float = 0.0,
+        least: int = 1,
+    ) -> Scores:
+        """Mean nats per predicted token with `removed` and each of `candidates` in turn skipped.
+
+        The official score is the sum over windows of the mean cross-entropy of the L-1 predicted
+        tokens, times L (sleb.py of the official code); this is that sum over all windows' tokens.
+
+        Args:
+            removed: blocks that are gone.
+            candidates: blocks to try, ascending, none of them in `removed`.
+            on_layer: called for each window and alive block, `layer_count` times.
+            drop: which candidates to give up, asked after each group of windows.
+            slack: losses that are higher than the least by no more than this are exact, too.
+            least: how many of the least are exact at any rate.
+
+        Returns:
+            One loss per candidate. The `least` least are exact; one that is not is at least what it
+            says, or, if it was dropped, what it would be if it went on as on the windows seen.
+        """
+        self._meet_dense(removed)
+        base = not self._windows[0].parts
+        known, active = self._losses, list(candidates)
+        segments: dict[int, list[float]] = {block: [] for block in candidates}
+        for number in range(self._rounds):
+            first = number * self.plan.windows
+            group = self._windows[first : first + self.plan.windows]
+            keep = self._snapshot_positions(removed, active, known)
+            self._sweep(group, removed, active, base, keep, on_layer)
+            for block in active:
+                own = [window.tallies[block].segments() for window in group]
+                segments[block] += [loss for part in self._gather(own) for loss in part]
+            share = (number + 1) / self._rounds
+            gone = drop({block: segments[block] for block in active}, share)
+            active = [block for block in active if block not in gone]
+            known = self._drop_finals(active)
+        base_loss = self._mean(BASE) if base else None
+        bounds = {block: self._mean(block) for block in active}
+        exact = dict.fromkeys(active, self._parts == 1)
+        limit = math.inf
+        while open_ := [c for c in active if not exact[c] and bounds[c] <= limit + slack]:
+            # Always the lowest bound: what is above the least in the end is never scored whole.
+            block = min(open_, key=lambda c: bounds[c])
+            exact[block] = self._refine(removed, block)
+            bounds[block] = self._mean(block)
+            whole = sorted(bounds[c] for c in active if exact[c])
+            if len(whole) >= least:
+                limit = whole[least - 1]
+        best = min((c for c in active if exact[c]), key=lambda c: bounds[c], default=BASE)
+        close = () if best == BASE else rivals({c: segments[c] for c in active}, best)
+        for block in set(candidates).difference(active):
+            seen = segments[block]
+            ahead = math.fsum(a - b for a, b in zip(seen, segments[best], strict=False)) / len(seen)
+            bounds[block], exact[block] = bounds[best] + max(ahead, _ROUNDING), False
+        self._losses |= bounds
+        for window in self._windows:
+            window.tallies = {}
+        return Scores(
+            tuple(bounds[c] for c in candidates),
+            tuple(exact[c] for c in candidates),
+            base_loss,
+            close,
+        )
+
+    def loss(self, removed: Sequence[int]) -> float:
+        """Mean nats per predicted token with `removed` skipped."""
+        self._meet_dense(removed)
+        for window in self._windows:
+            self._sweep([window], removed, (), True, frozenset(), lambda: None)
+        result = self._mean(BASE)
+        for window in self._windows:
+            window.tallies = {}
+        return result
+
+    def layer_count(self, removed: Sequence[int]) -> int:
+        """How often `score` calls `on_layer`."""
+        return len(self._windows) * (len(self.model.layers) - len(removed))
+
+    def _meet_dense(self, removed: Sequence[int]) -> None:
+        """Where losses are taken against the dense model, it comes first."""
+        if self._against_dense and removed and self._windows[0].dense is None:
+            self.loss(())
+
+    @property
+    def _parts(self) -> int:
+        return len(self._windows[0].parts)
+
+    def _mean(self, fork: int) -> float:
+        """The mean over all windows of all processes; a little less while it is a bound."""
+        own = [window.tallies[fork] for window in self._windows]
+        values = self._gather([tally.mean for tally in own])
+        mean = math.fsum(values) / len(values)
+        return mean if own[0].parts == self._parts else mean - _ROUNDING * abs(mean)
+
+    def _sweep(
+        self,
+        group: Sequence[_Window],
+        removed: Sequence[int],
+        candidates: Sequence[int],
+        base: bool,
+        keep: frozenset[int],
+        on_layer: Callable[[], None],
+    ) -> None:
+        """Bring each candidate's state, and the base's if wanted, behind the last layer."""
+        gone, forks = frozenset(removed), frozenset(candidates)
+        last = max(candidates, default=BASE)
+        works = [self._start(window, gone, forks) for window in group]
+        for index in range(len(self.model.layers)):
+            if index in gone:
+                continue
+            for window, work in zip(group, works, strict=True):
+                self._enter(window, work, index, gone, forks, keep)
+                if index >= last and not base:
+                    work.states.pop(BASE, None)  # it was carried for the forks alone
+            if any(work.states.keys() - {index} for work in works):
+                with self.model.loaded(index) as layer:
+                    for window, work in zip(group, works, strict=True):
+                        moving = [fork for fork in work.states if fork != index]
+                        for at in range(0, len(moving), self.plan.chunk):
+                            part = moving[at : at + self.plan.chunk]
+                            states = [work.states[fork] for fork in part]
+                            moved = self.model.run(layer, states, window.calls[index])
+                            work.states.update(zip(part, moved, strict=True))
+            for _ in group:
+                on_layer()
+        for window, work in zip(group, works, strict=True):
+            # Where nothing is left behind a removed block, what entered it is the end.
+            self._finish(window, work.states or work.there)
+
+    def _enter(
+        self,
+        window: _Window,
+        work: _Work,
+        index: int,
+        gone: frozenset[int],
+        forks: frozenset[int],
+        keep: frozenset[int],
+    ) -> None:
+        """On entering a layer: take up and take snapshots, and fork off its candidate."""
+        if index == work.first:
+            work.states |= work.there
+        key = _key(index, gone)
+        if index < work.first:
+            if index in work.late:
+                work.states[index] = window.bases[key]
+            return
+        if BASE in work.states:
+            if index in keep:
+                window.snapshots[key] = dict(work.states)
+            if self._keeps_bases:
+                window.bases[key] = work.states[BASE]
+            if index in forks:
+                work.states[index] = work.states[BASE]
+
+    def _finish(self, window: _Window, states: dict[int, Tensor]) -> None:
+        """Take states from behind the last layer to the first part of the vocabulary."""
+        while states:
+            # The base comes first: it tells which rows of the head are likely.
+            fork = min(states)
+            normed = self.model.normed(states.pop(fork))[:-1]
+            if fork == BASE and not window.parts:
+                # A bound of the divergence would take the whole vocabulary, too.
+                everything = [torch.arange(self.model.vocabulary, device=normed.device)]
+                window.parts = (
+                    everything if self._against_dense else self._head.parts(normed, window.targets)
+                )
+                window.dense = self._head.dense(normed) if self._against_dense else None
+            tally = Tally(normed)
+            window.tallies[fork] = tally
+            self._add(window, tally)
+            while fork == BASE and tally.parts < len(window.parts):
+                self._add(window, tally)
+
+    def _add(self, window: _Window, tally: Tally) -> None:
+        self._head.add(tally, window.parts, window.targets, window.dense)
+
+    def _start(self, window: _Window, gone: frozenset[int], forks: frozenset[int]) -> _Work:
+        """Where there is something new, and what enters there."""
+        for index, below in sorted(window.snapshots, key=lambda key: -key[0]):
+            if below != _key(index, gone)[1]:
+                continue
+            states = window.snapshots[index, below]
+            late = {f for f in forks if f < index} - states.keys()
+            if all(_key(fork, gone) in window.bases for fork in late):
+                wanted = {BASE, *forks}
+                there = {fork: states[fork] for fork in states if fork in wanted}
+                alive = (i for i in range(index, len(self.model.layers)) if i not in gone)
+                return _Work(next(alive, len(self.model.layers)), there, frozenset(late))
+        return _Work(0, {BASE: self.model.begin(window.tokens.tolist())[0]}, frozenset())
+
+    def _snapshot_positions(
+        self, removed: Sequence[int], candidates: Sequence[int], losses: Mapping[int, float]
+    ) -> frozenset[int]:
+        """The candidates to take snapshots at: the likeliest to go, as memory allows."""
+        gone = frozenset(removed)
+        costs = {c: len(self._windows) * (i + 1) for i, c in enumerate(candidates)}
+        capacity = self.plan.snapshots
+        bases = len(self._windows) * len(self.model.layers)
+        self._keeps_bases = capacity >= 2 * bases
+        capacity -= bases if self._keeps_bases else 0
+        kept: set[int] = set()
+        if losses:
+            free = capacity
+            likely = sorted(candidates, key=lambda c: losses.get(c, math.inf))
+            for block in likely[:_SNAPSHOTS]:
+                if costs[block] <= free:
+                    free -= costs[block]
+                    kept.add(block)
+        else:
+            # Nothing is known yet: as many as there is room for, evenly spread.
+            strides = (set(candidates[::-stride]) for stride in range(1, len(candidates) + 1))
+            kept = next((c for c in strides if sum(costs[b] for b in c) <= capacity), set())
+        for window in self._windows:
+            window.snapshots = {
+                key: states
+                for key, states in window.snapshots.items()
+                if key == _key(key[0], gone) and (key[0] in kept or key[0] in gone)
+            }
+            window.bases = {k: v for k, v in window.bases.items() if k == _key(k[0], gone)}
+        return frozenset(kept)
+
+    def _drop_finals(self, candidates: Sequence[int]) -> dict[int, float]:
+        """Keep what is needed to score on for the best candidates only; the bounds so far."""
+        done = [window for window in self._windows if window.tallies]
+        sums = {c: math.fsum(window.tallies[c].mean for window in done) for c in candidates}
+        for block in sorted(candidates, key=lambda c: sums[c])[self.plan.finals :]:
+            for window in done:
+                window.tallies[block].normed = None
+        for window in done:
+            if BASE in window.tallies:
+                window.tallies[BASE].normed = None
+        return sums
+
+    def _refine(self, removed: Sequence[int], block: int) -> bool:
+        """Score a candidate on the next part of the vocabulary; tell whether that was the last."""
+        for window in self._windows:
+            tally = window.tallies[block]
+            if tally.normed is None:
+                before = window.tallies
+                window.tallies = {}
+                self._sweep([window], removed, (block,), False, frozenset(), lambda: None)
+                tally.normed = window.tallies[block].normed
+                window.tallies = before
+            self._add(window, tally)
+        return self._windows[0].tallies[block].parts == self._parts
+
+    def _make_plan(self, state: Tensor, budget: int | None, weights: int, streamed: bool) -> Plan:
+        """Measure the work on the first window's state, and divide the budget."""
+        window = self._windows[0]
+        layers = len(self.model.layers)
+        self._head = Vocabulary(self.model)
+        if budget is None:
+            return Plan(1, 1, len(self._windows) * layers * layers, layers)
+        self._head = Vocabulary(self.model, min(LOGITS_BYTES, budget // 32))
+
+        def one_layer() -> None:
+            with self.model.loaded(0) as layer:
+                self.model.run(layer, [state], window.calls[0])
+
+        def one_head() -> None:
+            normed = self.model.normed(state)[:-1]
+            rows = torch.arange(self._head.rows_at_once(len(normed)), device=normed.device)
+            dense = Dense(normed, normed.float().sum(1)) if self._against_dense else None
+            self._head.add(Tally(normed), [rows], window.targets, dense)
+
+        needs = Needs(weights, state.nbytes, peak_bytes(one_layer), peak_bytes(one_head))
+        on_cpu = self.model.device.type == "cpu"
+        return make_plan(
+            budget,
+            needs,
+            windows=len(self._windows),
+            forks=layers,
+            best_chunk=1 if on_cpu else max(1, _GPU_TOKENS // state.shape[1]),
+            streamed=streamed,
+            extra=len(self._windows) if self._against_dense else 0,
+        )
+
+
+def _key(index: int, gone: frozenset[int]) -> tuple[int, frozenset[int]]:
+    return index, frozenset(block for block in gone if block < index)

@@ -1,0 +1,222 @@
+"""The scorer that a search was asked for: its model loaded as memory and processes allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.cut.config import count_of, shared_sources
+from sleb_serve.cut.likeness import decoder_of
+from sleb_serve.data.calibration import Windows
+from sleb_serve.errors import SlebError
+from sleb_serve.models.layerwise import CausalLM, load_model
+from sleb_serve.selection.distributed import Ranks, processes_here
+from sleb_serve.selection.layer_sweep import LayerSweep
+from sleb_serve.selection.memory import (
+    USED_SHARE,
+    BudgetError,
+    default_budget,
+    format_size,
+    give_back_freed,
+)
+from sleb_serve.selection.racing import FastSearch
+from sleb_serve.selection.repair import Gap, fit
+from sleb_serve.selection.search import Scores
+from sleb_serve.selection.whole_model import EMBEDDING, WholeModel
+
+FAST_ERROR = 0.05
+"""Probability that ``--search fast`` goes another way than the exact search, in any step."""
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Without instructions for them, a CPU multiplies in these at a tenth of float32's speed.
+_EMULATED = {
+    "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
+
+
+class Scorer:
+    """Scores candidates, by the exact sweep or a race.
+
+    Args:
+        checkpoint: the model.
+        windows: the calibration text, all processes' windows.
+        ranks: the processes that share them.
+        dtype: what to compute in; see `load_model`. With ``auto``, a 16-bit model is computed in
+            float32 on a CPU that has no instructions for its dtype, if it fits so.
+        budget: bytes for this process; None for four fifths of what is free.
+        steps: how many steps the search has.
+        fast: whether to race.
+        objective: see `LayerSweep`.
+        least: how many of a step's least losses must be exact.
+
+    Raises:
+        SlebError: the model cannot be loaded, or not within the budget.
+
+    Attributes:
+        how: a line for people.
+        dtype: what it computes in.
+        sweep: the exact sweep.
+        screen: that in a cheaper dtype, where races are run on one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: Windows,
+        ranks: Ranks,
+        *,
+        dtype: str,
+        budget: int | None,
+        steps: int,
+        fast: bool,
+        objective: str = "nll",
+        least: int = 1,
+    ) -> None:
+        own = ranks.share(windows.tokens)
+        if budget is None:
+            # Processes on one machine share its memory; accelerators are theirs alone.
+            shared = 1 if torch.accelerator.is_available() else processes_here()
+            budget = default_budget() // shared
+        else:
+            give_back_freed()
+
+        def states_in(dtype: str) -> int:
+            return (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), dtype)
+
+        if dtype == "auto" and checkpoint.dtype in _EMULATED and not has_fast(checkpoint.dtype):
+            wide = _weights(checkpoint, "float32")[0] + states_in("float32")
+            # Never in one process alone: all must compute the same.
+            if all(ranks.gather([wide <= USED_SHARE * budget])):
+                dtype = "float32"
+        resident, outside = _weights(checkpoint, dtype)
+        computed = checkpoint.dtype if dtype == "auto" else dtype
+        states = states_in(computed)
+
+        def sweep(
+            budget: int, dtype: str, weights: int, streamed: bool = False
+        ) -> LayerSweep | WholeModel:
+            model = load_model(checkpoint, dtype, streamed=streamed, device=ranks.device)
+            pieces = None if _is_whole(model, objective) else CausalLM(model, own[0])
+            if pieces is None or not pieces.separable:
+                return WholeModel(model, own, gather=ranks.gather, objective=objective)
+            return LayerSweep(
+                pieces,
+                own,
+                budget=budget,
+                weights=weights,
+                streamed=streamed,
+                gather=ranks.gather,
+                objective=objective,
+            )
+
+        self.screen: LayerSweep | WholeModel | None = None
+        half = resident // 2
+        raced = fast and computed == "float32" and has_fast("bfloat16")
+        if raced and 2 * states + resident + half < budget // 2:
+            part = (budget - resident - half) // 3 + half
+            self.screen = sweep(part, "bfloat16", half)
+            budget -= part
+        streams = outside is not None and resident + states > USED_SHARE * budget
+        try:
+            self.sweep = sweep(budget, dtype, outside or 0 if streams else resident, streams)
+        except BudgetError:
+            if streams or outside is None:
+                raise
+            streams = True
+            self.sweep = sweep(budget, dtype, outside, streams)
+        self._least = least
+        self._prefix = checkpoint.layer_prefix
+        self._weights_dtype: torch.dtype | None = getattr(torch, checkpoint.dtype, None)
+        whole = isinstance(self.sweep, WholeModel)
+        pieces = self.sweep if isinstance(self.sweep, WholeModel) else self.sweep.model
+        self.model: Any = pieces.whole if isinstance(pieces, WholeModel) else pieces.model
+        self.dtype = str(pieces.dtype).removeprefix("torch.")
+        found = len(pieces.layers)
+        if found != checkpoint.num_blocks:
+            raise SlebError(
+                f"{checkpoint.path}: config.json counts {checkpoint.num_blocks} blocks, the model "
+                f"has {found}; this architecture is not supported"
+            )
+        self._race = (
+            FastSearch(self.sweep, error=FAST_ERROR, steps=steps, screen=self.screen)
+            if fast and isinstance(self.sweep, LayerSweep)
+            else None
+        )
+        place = "read from disk layer by layer" if streams else "in memory"
+        race = (
+            ""
+            if whole
+            else f", raced in {'bfloat16' if self.screen else self.dtype}"
+            if fast
+            else ""
+        )
+        shares = f", one of {ranks.count} processes" if ranks.count > 1 else ""
+        self.how = (
+            f"weights {place} ({format_size(resident)} in {self.dtype}){race}, within "
+            f"{format_size(budget)}{shares}"
+        )
+
+    def score(
+        self,
+        removed: Sequence[int],
+        candidates: Sequence[int],
+        base: float | None,
+        on_layer: Callable[[], None],
+    ) -> Scores:
+        """The losses of a step; `base` is that of `removed`, where it is known."""
+        if self._race is not None:
+            return self._race.score(removed, candidates, base, on_layer=on_layer)
+        return self.sweep.score(removed, candidates, on_layer=on_layer, least=self._least)
+
+    def repair(
+        self, windows: Sequence[Sequence[int]], removed: Sequence[int]
+    ) -> tuple[list[Gap], float]:
+        """Fit a repair on all processes' windows: see `sleb_serve.selection.repair.fit`."""
+        if isinstance(self.sweep, WholeModel):
+            raise SlebError(
+                "--repair fold: this model's layers use what other layers computed, so no block "
+                "can be fitted alone; select without --repair"
+            )
+        result: tuple[list[Gap], float] = fit(
+            self.sweep.model, windows, removed, self._weights_dtype, self._prefix
+        )
+        return result
+
+
+def _is_whole(model: Any, objective: str) -> bool:
+    """Whether layers cannot be run one by one; see `sleb_serve.selection.whole_model`."""
+    values = decoder_of(model.config).to_dict()
+    return objective == EMBEDDING or bool(shared_sources(values, count_of(values) or 0))
+
+
+def _weights(checkpoint: Checkpoint, dtype: str) -> tuple[int, int | None]:
+    """Bytes of all weights, and of what is held at once where layers come from disk.
+
+    The latter is None for a checkpoint in PyTorch's own format, which cannot be read in parts.
+    """
+    counts, stored = checkpoint.parameter_counts(), checkpoint.tensor_bytes(frozenset())
+    if counts is None or stored is None:
+        return sum(file.stat().st_size for file in checkpoint.weight_files()), None
+    outside, blocks = counts
+    total = max(1, outside + sum(blocks))
+    item = stored[0] / total if dtype == "auto" else _ITEM_BYTES[dtype]
+    # The layer that is read lies in memory twice: in the file's pages, and as tensors.
+    return int(total * item), int((outside + 2 * max(blocks)) * item)
+
+
+def _state_bytes(checkpoint: Checkpoint, length: int, dtype: str) -> int:
+    hidden = checkpoint.decoder_config.get(
+        "hidden_size", checkpoint.decoder_config.get("n_embd", 0)
+    )
+    return length * hidden * _ITEM_BYTES.get(dtype, 2) if isinstance(hidden, int) else 0
+
+
+def has_fast(dtype: str) -> bool:
+    """Whether matrices are multiplied faster in bfloat16 or float16 than in float32 here."""
+    if dtype == "bfloat16" and torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.accelerator.is_available() or bool(_EMULATED[dtype]())

@@ -1,0 +1,106 @@
+"""Losses by whole passes of the model with blocks deleted: the official way, slow and general.
+
+For models whose layers cannot be run one by one, because they use what other layers computed (keys
+and values shared between layers), and for pooling models, which predict nothing: those are held
+against the dense model's own hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb_serve.cut.likeness import decoder_layers
+from sleb_serve.models.pruned import blocks_deleted
+from sleb_serve.selection.search import Scores
+
+EMBEDDING = "embedding"
+"""The objective of pooling models."""
+
+
+class WholeModel:
+    """Scores candidates as `layer_sweep.LayerSweep` does, with one pass a candidate and sequence.
+
+    Args:
+        model: a Transformers model, in memory.
+        windows: token ids; this process's share of them.
+        gather: what each window of this process gave -> what each window of all processes gave.
+        objective: ``nll`` or ``kl``, see `LayerSweep`; or ``embedding``: one minus the cosine of
+            the last hidden states with the dense model's, the mean over the tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Sequence[Sequence[int]],
+        *,
+        gather: Callable[[list[Any]], list[Any]] = lambda values: values,
+        objective: str = "nll",
+    ) -> None:
+        self.whole = model
+        self.layers = decoder_layers(model)
+        self._gather, self._objective = gather, objective
+        weight = next(model.parameters())
+        self.dtype = weight.dtype
+        self._windows = [torch.tensor([list(window)], device=weight.device) for window in windows]
+        self._dense: list[Tensor] = []
+
+    def score(
+        self,
+        removed: Sequence[int],
+        candidates: Sequence[int],
+        *,
+        on_layer: Callable[[], None] = lambda: None,
+        **_: Any,
+    ) -> Scores:
+        """The loss with `removed` and each of `candidates` in turn deleted; all exact."""
+        base = self.loss(removed)
+        losses = []
+        for block in candidates:
+            losses.append(self.loss([*removed, block]))
+            for _window in self._windows:
+                on_layer()
+        return Scores(tuple(losses), (True,) * len(losses), base)
+
+    def loss(self, removed: Sequence[int]) -> float:
+        """The mean over all processes' windows with `removed` deleted."""
+        if self._objective != "nll" and not self._dense:
+            self._dense = [self._answer(window) for window in self._windows]
+        if not removed:
+            return self._mean()
+        with blocks_deleted(self.whole, removed, {}):
+            return self._mean()
+
+    def layer_count(self, removed: Sequence[int]) -> int:
+        """How often `score` calls `on_layer`, where all blocks are candidates."""
+        return len(self._windows) * (len(self.layers) - len(removed))
+
+    def _mean(self) -> float:
+        own = [self._loss(number) for number in range(len(self._windows))]
+        every = self._gather(own)
+        return float(sum(every) / len(every))
+
+    @torch.inference_mode()
+    def _answer(self, window: Tensor) -> Tensor:
+        """What is compared: log-probabilities [L - 1, V], or hidden states [L, d]."""
+        if self._objective == EMBEDDING:
+            base: Any = getattr(self.whole, "base_model", self.whole)
+            states: Tensor = base(input_ids=window).last_hidden_state[0].float()
+            return states
+        logits = self.whole(input_ids=window, use_cache=False).logits[0, :-1].float()
+        return logits.log_softmax(-1)
+
+    @torch.inference_mode()
+    def _loss(self, number: int) -> float:
+        window, answer = self._windows[number], self._answer(self._windows[number])
+        if self._objective == "nll":
+            loss = nn.functional.nll_loss(answer, window[0, 1:].to(answer.device))
+        elif self._objective == EMBEDDING:
+            loss = (1 - nn.functional.cosine_similarity(self._dense[number], answer, dim=-1)).mean()
+        else:
+            dense = self._dense[number]
+            loss = nn.functional.kl_div(answer, dense, reduction="batchmean", log_target=True)
+        return float(loss.item())

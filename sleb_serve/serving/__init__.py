@@ -1,0 +1,1 @@
+"""The vLLM command, and what asks a server."""

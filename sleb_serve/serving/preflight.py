@@ -1,0 +1,225 @@
+"""Whether a manifest can be served with a model, and what that saves, before a GPU is booked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sleb_bench.plan import Gpu, kv_tokens, shape_of
+from sleb_serve.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.compat.architectures import status, why_refused
+from sleb_serve.compat.vllm_versions import vllm_version
+from sleb_serve.cut.servable import check_servable
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest.manifest import Manifest
+from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.selection.memory import format_size
+from sleb_serve.serving.command import (
+    check_model,
+    check_plugin,
+    compare_weights,
+    revision_of,
+    served_name,
+)
+
+OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "unknown"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question and its answer: `OK`, `WARNING`, `FAILED`, or `UNKNOWN` on this machine."""
+
+    name: str
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All findings, and the sizes they are made of.
+
+    ``sizes``: bytes of weights (``weights_bytes``: dense, pruned), tokens of KV cache on the GPUs
+    asked for (``kv_cache_tokens``: dense, pruned) and the ``shards_not_read``; None where unknown.
+    """
+
+    findings: tuple[Finding, ...]
+    sizes: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing speaks against serving."""
+        return all(finding.status != FAILED for finding in self.findings)
+
+    def to_text(self) -> str:
+        """A line a finding."""
+        width = max(len(finding.name) for finding in self.findings)
+        return "\n".join(
+            f"{finding.status:8} {finding.name:{width}}  {finding.detail}"
+            for finding in self.findings
+        )
+
+
+def check(
+    model: str, manifest: Manifest, gpu: Gpu | None, tp: int, revision: str | None = None
+) -> CheckReport:
+    """Hold `manifest` against `model` and this machine's vLLM.
+
+    Args:
+        model: checkpoint folder or hub id.
+        manifest: cut to the prefix that will be served.
+        gpu: what to work out the KV cache for; None to leave that out.
+        tp: how many GPUs share every matrix.
+        revision: of a hub model; None for the manifest's.
+
+    Raises:
+        SlebError: there is no such model.
+    """
+    pruning = manifest.pruning()
+    revision = revision_of(model, manifest, revision)
+    checkpoint = open_checkpoint(model, revision)
+    sizes: dict[str, Any] = {
+        "weights_bytes": None,
+        "kv_cache_tokens": None,
+        "shards_not_read": None,
+    }
+    findings = [
+        _asked("model", lambda: _model(model, manifest, revision)),
+        _architecture(pruning.architecture),
+        _layers(checkpoint, pruning),
+        _vllm(),
+        _heads(checkpoint, tp),
+    ]
+    if findings[0].status == OK:
+        findings += _memory(checkpoint, pruning, sizes)
+        if gpu is not None:
+            findings.append(_kv_cache(checkpoint, pruning, gpu, tp, sizes))
+    findings.append(
+        Finding(
+            "cache keys",
+            OK,
+            f"served as {served_name(model, pruning)}; the removed blocks and digests are part of "
+            f"the model's config, which torch.compile's cache key covers",
+        )
+    )
+    return CheckReport(tuple(findings), sizes)
+
+
+def _asked(name: str, question: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, OK, question())
+    except SlebError as error:
+        return Finding(name, FAILED, str(error))
+
+
+def _model(model: str, manifest: Manifest, revision: str | None) -> str:
+    pruning, own = manifest.pruning(), manifest.model
+    checkpoint = check_model(model, pruning, revision, servable=False)
+    compared = compare_weights(model, checkpoint, pruning)
+    match = "config and weights match"
+    if not compared:
+        found = checkpoint.path.name
+        if model == own.id and own.revision is not None and found != own.revision:
+            raise SlebError(
+                f"{model} has moved since the selection: commit expected {own.revision}, found "
+                f"{found}, whose weights are not on this machine to be compared; leave --revision "
+                f"out"
+            )
+        match = "config matches; weights are not on this machine, the server compares them"
+    repaired = (
+        "" if pruning.repair is None else f", repaired ({pruning.repair.kind}), sidecar there"
+    )
+    kept = f"{pruning.num_kept} of {pruning.num_blocks} blocks stay"
+    return f"{kept}{repaired}; {match}"
+
+
+def _architecture(name: str) -> Finding:
+    kind, reason = status(name)
+    if kind == "proven":
+        return Finding("architecture", OK, f"{name} is proven against Transformers")
+    if kind == "expected":
+        return Finding("architecture", WARNING, f"{name} is not proven: {reason}")
+    return Finding("architecture", FAILED, why_refused(name))
+
+
+def _layers(checkpoint: Checkpoint, pruning: Pruning) -> Finding:
+    """Whether the layers that stay are as they are in the dense model."""
+    try:
+        compared = check_servable(checkpoint, pruning.cut)
+    except SlebError as error:
+        return Finding("layers", FAILED, str(error))
+    if not compared:
+        detail = "Transformers does not know the model, so they were not compared with the dense"
+        return Finding("layers", WARNING, detail)
+    return Finding("layers", OK, "those that stay are as in the dense model")
+
+
+def _vllm() -> Finding:
+    found = vllm_version()
+    if found is None:
+        return Finding(
+            "vLLM", UNKNOWN, "not installed here; the server checks its version at start"
+        )
+
+    def question() -> str:
+        check_plugin()
+        return f"{found} is tested, and would load the plugin"
+
+    return _asked("vLLM", question)
+
+
+def _heads(checkpoint: Checkpoint, tp: int) -> Finding:
+    config = checkpoint.decoder_config
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    if not isinstance(heads, int):
+        return Finding("tensor parallelism", UNKNOWN, "config.json does not say how many heads")
+    if tp < 1 or heads % tp:
+        return Finding(
+            "tensor parallelism", FAILED, f"{heads} attention heads cannot be shared by {tp} GPUs"
+        )
+    return Finding("tensor parallelism", OK, f"{heads} attention heads on {tp} GPU(s)")
+
+
+def _memory(checkpoint: Checkpoint, pruning: Pruning, sizes: dict[str, Any]) -> list[Finding]:
+    removed = frozenset(pruning.removed)
+    try:
+        split = checkpoint.tensor_bytes(removed)
+    except SlebError:
+        return [Finding("weights", UNKNOWN, "not on this machine")]
+    if split is None:
+        return [Finding("weights", UNKNOWN, "a checkpoint in PyTorch's own format is read whole")]
+    kept, gone = split
+    sizes["weights_bytes"] = {"dense": kept + gone, "pruned": kept}
+    shards = sorted(checkpoint.unneeded_files(removed))
+    sizes["shards_not_read"] = shards
+    detail = f"{format_size(kept)} of {format_size(kept + gone)} are read"
+    if shards:
+        detail += f"; not even opened: {', '.join(shards)}"
+    return [Finding("weights", OK, detail)]
+
+
+def _kv_cache(
+    checkpoint: Checkpoint, pruning: Pruning, gpu: Gpu, tp: int, sizes: dict[str, Any]
+) -> Finding:
+    name = f"KV cache on {tp} x {gpu.name}"
+    weights = sizes["weights_bytes"]
+    try:
+        shape = shape_of(checkpoint.decoder_config, checkpoint.path.name)
+    except SlebError as error:
+        return Finding(name, UNKNOWN, str(error))
+    if weights is None:
+        return Finding(name, UNKNOWN, "the weights' size is not known")
+    tokens = {
+        "dense": kv_tokens(shape, gpu, tp, pruning.num_blocks, weights["dense"]),
+        "pruned": kv_tokens(shape, gpu, tp, pruning.num_kept, weights["pruned"]),
+    }
+    sizes["kv_cache_tokens"] = tokens
+    if not tokens["pruned"]:
+        return Finding(name, FAILED, "the weights do not fit, even pruned; use more or larger GPUs")
+    if not tokens["dense"]:
+        return Finding(name, OK, f"{tokens['pruned']} tokens; dense it does not fit at all")
+    gain = tokens["pruned"] / tokens["dense"]
+    detail = (
+        f"{tokens['dense']} tokens dense, {tokens['pruned']} pruned ({gain:.2f} times); estimate"
+    )
+    return Finding(name, OK, detail)

@@ -1,0 +1,109 @@
+"""A pruned model as a folder of its own, for vLLM's draft-model speculation.
+
+vLLM takes a draft model by its folder and applies no ``--hf-overrides`` to it. So the manifest's
+content stands in the config.json of a folder whose other files are links to the checkpoint's: no
+weight is copied. The config also names an architecture that no vLLM has, so that a vLLM without the
+plugin refuses the folder rather than serve it whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint, download_weights
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name
+from sleb_serve.utils.atomic_io import shared_folder
+
+_SPECULATIVE = re.compile(r"--spec(?!ialize)|-sc\b")
+_NOT_LINKED = re.compile(r"config\.json|\..*")
+
+
+def draft_options(
+    model: str, checkpoint: Checkpoint, pruning: Pruning, options: Sequence[str], tokens: int
+) -> list[str]:
+    """The options that serve `model` whole with its pruned self as draft.
+
+    Args:
+        model: folder or hub id of the dense model.
+        checkpoint: its files.
+        pruning: what the draft leaves out.
+        options: the other options of ``vllm serve``.
+        tokens: how many tokens the draft proposes at a time.
+
+    Raises:
+        SlebError: the options already set up speculation, or the folder cannot be made.
+    """
+    for option in options:
+        if _SPECULATIVE.match(option):
+            raise SlebError(
+                f"{option.partition('=')[0]}: --as-draft sets up speculative decoding itself; "
+                f"leave the option out (--draft-tokens says how many tokens are drafted)"
+            )
+    if not Path(model).is_dir():
+        download_weights(model, value_of(options, "--revision"))
+    ranks = value_of(options, "--tensor-parallel-size", "-tp") or "1"
+    speculation = {
+        "method": "draft_model",
+        "model": str(draft_folder(checkpoint, pruning, _cache())),
+        "num_speculative_tokens": tokens,
+        # vLLM wants the draft split over as many ranks as the model.
+        "draft_tensor_parallel_size": int(ranks) if ranks.isdecimal() else 1,
+        "draft_load_config": {"load_format": FORMAT},
+    }
+    # The draft's config is parsed in the same format; the dense model's is left as it is.
+    text = json.dumps(speculation, separators=(",", ":"))
+    return ["--config-format", FORMAT, "--speculative-config", text]
+
+
+def draft_folder(checkpoint: Checkpoint, pruning: Pruning, root: Path) -> Path:
+    """Make, or find, the folder under `root` that holds the pruned form of `checkpoint`.
+
+    Raises:
+        SlebError: it cannot be written.
+    """
+    source = checkpoint.path.resolve()
+    files = {
+        file.name: file.resolve()
+        for file in source.iterdir()
+        if file.is_file() and not _NOT_LINKED.fullmatch(file.name)
+    }
+    own = {CONFIG_KEY: pruning.to_dict(), "architectures": [guard_name(pruning.architecture)]}
+    config = json.dumps({**checkpoint.config, **own}, indent=2).encode()
+    # Two checkpoints of one content in two places are two folders.
+    content = json.dumps([str(source), sorted(map(str, files.items()))]).encode() + config
+    folder = root / f"{pruning.tag}-{hashlib.sha256(content).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        with shared_folder(folder) as temporary:
+            for name, file in files.items():
+                (temporary / name).symlink_to(file)
+            (temporary / "config.json").write_bytes(config)
+    except OSError as error:
+        raise SlebError(
+            f"cannot write the draft's folder {folder}: {first_line(error)}; set XDG_CACHE_HOME "
+            f"to a folder that can be written"
+        ) from error
+    return folder
+
+
+def value_of(options: Sequence[str], *names: str) -> str | None:
+    """The value that `options` give an option of any of these names; the last one counts."""
+    value = None
+    for i, option in enumerate(options):
+        name, equals, own = option.partition("=")
+        if name.replace("_", "-") in names:
+            value = own if equals else next(iter(options[i + 1 : i + 2]), None)
+    return value
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "sleb-serve" / "drafts"
