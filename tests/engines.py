@@ -17,10 +17,10 @@ import torch
 
 import oracle
 from conftest import ROOT
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal
 from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.protocol import FORMAT
 from sleb_serve.serving.command import pruned_overrides
 

@@ -107,7 +107,7 @@ def test_an_image_in_the_prompt_is_seen_as_transformers_sees_it(
 
 
 def test_a_block_that_a_vision_tower_feeds_is_refused(tmp_path: Path) -> None:
-    from sleb_serve.checkpoint.checkpoint import open_checkpoint
+    from sleb_serve.checkpoint.hub import open_checkpoint
     from sleb_serve.cut.config import Cut
     from sleb_serve.cut.servable import check_servable
     from sleb_serve.errors import SlebError

@@ -21,7 +21,7 @@ from sleb_bench.markdown import to_markdown
 from sleb_bench.ratios import efficiency, line_fit, paired_ratio, t95
 from sleb_bench.report import make_report
 from sleb_serve.cli.main import main
-from sleb_serve.evaluation.speedup import ideal_ratio
+from sleb_serve.roofline.ideal import ideal_ratio
 
 Models = Callable[[str], Path]
 
@@ -312,10 +312,10 @@ def test_a_real_run_measures_every_variant_in_every_round(run: Path) -> None:
 
 
 def test_a_real_run_holds_the_cache_and_the_quality_of_each(run: Path, models: Models) -> None:
-    from sleb_serve.checkpoint.checkpoint import open_checkpoint
+    from sleb_serve.checkpoint.hub import open_checkpoint
     from sleb_serve.data.calibration import held_out_windows
-    from sleb_serve.manifest.manifest import read_manifest
-    from sleb_serve.selection.pipeline import load_tokenizer
+    from sleb_serve.data.tokenizer import load_tokenizer
+    from sleb_serve.manifest.reader import read_manifest
 
     raw, path = raw_records(run), models("llama")
     tokens = {r["variant"]: r.get("kv_cache_tokens") for r in raw if r["record"] == "engine"}
@@ -431,9 +431,9 @@ def test_bad_options_are_refused(
     options: list[str],
     message: str,
 ) -> None:
-    from sleb_serve.checkpoint.checkpoint import open_checkpoint
+    from sleb_serve.checkpoint.hub import open_checkpoint
     from sleb_serve.manifest.binding import bind
-    from sleb_serve.manifest.manifest import Manifest, Removal
+    from sleb_serve.manifest.schema import Manifest, Removal
 
     path = str(models("llama"))
     Manifest(bind(path, open_checkpoint(path)), (Removal(3),)).write(tmp_path / "m.json")
@@ -447,9 +447,9 @@ def test_an_engine_that_does_not_start_ends_the_benchmark(
     models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("vllm")
-    from sleb_serve.checkpoint.checkpoint import open_checkpoint
+    from sleb_serve.checkpoint.hub import open_checkpoint
     from sleb_serve.manifest.binding import bind
-    from sleb_serve.manifest.manifest import Manifest, Removal
+    from sleb_serve.manifest.schema import Manifest, Removal
 
     path = str(models("llama"))
     Manifest(bind(path, open_checkpoint(path)), (Removal(3),)).write(tmp_path / "m.json")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sleb_bench.plan import GPUS, SHAPES, Gpu, Shape, plan, predict, shape_of, step_time
 from sleb_serve.cli.main import main
+from sleb_serve.roofline.plan import GPUS, SHAPES, Gpu, Shape, plan, predict, shape_of, step_time
 from tiny import make_config
 
 # The number of parameters each model's paper gives, in billions.

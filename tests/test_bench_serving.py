@@ -18,10 +18,10 @@ psutil = pytest.importorskip("psutil")
 from sleb_bench import run as bench_run  # noqa: E402
 from sleb_bench.run import BenchOptions, bench  # noqa: E402
 from sleb_bench.serving import ServingOptions, cli_options  # noqa: E402
-from sleb_serve.checkpoint.checkpoint import open_checkpoint  # noqa: E402
+from sleb_serve.checkpoint.hub import open_checkpoint  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
 from sleb_serve.manifest.binding import bind  # noqa: E402
-from sleb_serve.manifest.manifest import Manifest, Removal  # noqa: E402
+from sleb_serve.manifest.schema import Manifest, Removal  # noqa: E402
 
 Models = Callable[[str], Path]
 

@@ -20,9 +20,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "deploy"))
 from plot_board import ask, panels
 
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.serving.canary import canary, read_prompts
 from sleb_serve.serving.client import Client
 

@@ -16,16 +16,10 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, SHARED_DATASETS, tokenizer
-from sleb_serve.data.calibration import (
-    Chats,
-    Tokenizer,
-    held_out_windows,
-    judged_windows,
-    make_windows,
-)
+from sleb_serve.data.calibration import held_out_windows, judged_windows, make_windows
+from sleb_serve.data.tokenizer import Chats, Tokenizer, load_tokenizer
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.manifest import Calibration
-from sleb_serve.selection.pipeline import load_tokenizer
+from sleb_serve.manifest.schema import Calibration
 
 
 def codes(text: str) -> list[int]:

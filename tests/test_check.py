@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sleb_bench.plan import GPUS
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.manifest.schema import Manifest, Removal
+from sleb_serve.roofline.plan import GPUS
 from sleb_serve.serving import preflight as checking
 
 Models = Callable[[str], Path]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cut.config import Cut
+from sleb_serve.cut.written import with_quantisation
 from sleb_serve.errors import SlebError
 
 Models = Callable[[str], Path]
@@ -50,13 +51,13 @@ def test_a_quantisation_is_renumbered_where_it_stands(
         config["quantization_config"] = own
     (tmp_path / "llama/config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(str(tmp_path / "llama"))
-    found = checkpoint.with_quantisation(checkpoint.config, Cut(8, (2, 5)))
+    found = with_quantisation(checkpoint, checkpoint.config, Cut(8, (2, 5)))
     inner = found["text_config"] if place else found
     assert inner["quantization_config"]["ignore"] == ["lm_head", "model.layers.4.mlp.up_proj"]
     assert place == () or "quantization_config" not in found
     (tmp_path / "llama/hf_quant_config.json").write_text("[]")
     with pytest.raises(SlebError, match=r"hf_quant_config.json holds no object"):
-        checkpoint.with_quantisation(checkpoint.config, Cut(8, (2, 5)))
+        with_quantisation(checkpoint, checkpoint.config, Cut(8, (2, 5)))
 
 
 def test_sharding_does_not_change_the_weights_digest(llama: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import oracle
 from conftest import ROOT
 from sleb_serve.cli.main import main
-from sleb_serve.manifest.manifest import read_manifest
+from sleb_serve.manifest.reader import read_manifest
 
 Models = Callable[[str], Path]
 Capture = pytest.CaptureFixture[str]
@@ -43,9 +43,9 @@ def refused(arguments: Sequence[str], capture: Capture) -> str:
 def test_select_writes_a_manifest_that_equals_the_naive_search(
     models: Models, tmp_path: Path, capsys: Capture
 ) -> None:
-    from sleb_serve.checkpoint.checkpoint import open_checkpoint
+    from sleb_serve.checkpoint.hub import open_checkpoint
     from sleb_serve.data.calibration import make_windows
-    from sleb_serve.selection.pipeline import load_tokenizer
+    from sleb_serve.data.tokenizer import load_tokenizer
 
     output = tmp_path / "m.json"
     assert main(select_arguments(models("llama"), output, "--remove", "3")) == 0
@@ -332,7 +332,7 @@ def test_resuming_can_go_further(models: Models, tmp_path: Path) -> None:
     [
         "import sleb_serve.cli.main, sleb_serve.evaluation.report, sleb_serve.serving.command",
         "import sleb_serve.selection.pipeline, sleb_serve.selection.search",
-        "import sleb_serve.manifest.manifest, sleb_serve.checkpoint.checkpoint",
+        "import sleb_serve.manifest.schema, sleb_serve.checkpoint.checkpoint",
         "import sleb_vllm, sleb_serve.compat.architectures, sleb_serve.cut.servable",
         "import sleb_bench.run, sleb_bench.report, sleb_bench.engine",
     ],

@@ -15,22 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from sleb_serve.cut.config import (
-    BY_LAYER,
-    FIRST_LAYERS,
-    LAYER_LETTERS,
-    LAYER_NUMBERS,
-    PER_LAYER,
-    TOWERS,
-    Cut,
-    cut_config,
-    decoder_path,
-    decoder_prefix,
-    explicit,
-    removable,
-    shared_sources,
-)
+from sleb_serve.checkpoint.decoder import TOWERS, decoder_path, decoder_prefix
+from sleb_serve.cut.config import Cut, shared_sources
+from sleb_serve.cut.keys import BY_LAYER, FIRST_LAYERS, LAYER_LETTERS, LAYER_NUMBERS, PER_LAYER
 from sleb_serve.cut.quantisation import Names, renumbered
+from sleb_serve.cut.whole import cut_config, explicit, removable
 from sleb_serve.errors import SlebError
 
 NESTED: tuple[tuple[str, ...], ...] = (

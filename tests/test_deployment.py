@@ -19,10 +19,10 @@ import oracle
 from conftest import save_model
 from engines import NEW_TOKENS, PROMPTS, Case, check_equal, overrides, pruning, run_jobs
 from sleb_bench.server import Server, free_port
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.protocol import FORMAT, READER_KEY
 from sleb_serve.serving.speculative import draft_folder
 

@@ -18,14 +18,14 @@ import torch
 import oracle
 from conftest import ROOT
 from engines import PROMPTS
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.data.calibration import judged_windows
-from sleb_serve.manifest.manifest import read_manifest
+from sleb_serve.data.tokenizer import load_tokenizer
+from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.repair_file import read_sidecar
-from sleb_serve.models.layerwise import load_model
+from sleb_serve.models.loading import load_model
 from sleb_serve.models.pruned import blocks_deleted
-from sleb_serve.selection.pipeline import load_tokenizer
 from test_cli import refused
 from test_export import exported, manifest_for
 from test_repair import manifest_of, repaired

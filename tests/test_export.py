@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import oracle
 from engines import PROMPTS, Case, pruning, run_jobs
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.convert.export import MANIFEST_NAME, export
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal, read_manifest
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.manifest.schema import Manifest, Removal
 from test_cli import refused
 from test_repair import manifest_of, repaired
 

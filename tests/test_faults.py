@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli import main as cli
 from sleb_serve.cli.progress import SearchBars
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.selection.search import Step
 
 Models = Callable[[str], Path]

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Golden, Manifest, Removal
 from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.schema import Golden, Manifest, Removal
 
 Models = Callable[[str], Path]
 

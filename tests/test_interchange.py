@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleb_serve.cli.main import main
-from sleb_serve.convert.formats import Found, llama_cpp_list, mergekit_config, read_blocks
+from sleb_serve.convert.found import Found
+from sleb_serve.convert.lists import llama_cpp_list, read_blocks
+from sleb_serve.convert.mergekit import mergekit_config
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.manifest import Manifest, ModelBinding, Removal, read_manifest
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.manifest.schema import Manifest, ModelBinding, Removal
 from test_cli import refused
 
 Models = Callable[[str], Path]

@@ -21,15 +21,16 @@ import oracle
 import tiny_multimodal
 import tiny_pooling
 from conftest import ROOT, save_model, save_tiny
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.servable import check_servable, exported_config
 from sleb_serve.data.calibration import make_windows
+from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal, read_manifest
-from sleb_serve.selection.pipeline import load_tokenizer
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.manifest.schema import Manifest, Removal
 from test_cli import refused
 
 TEXT = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "48"]

@@ -22,12 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli import main as cli
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Golden, Manifest, Removal, read_manifest
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.manifest.schema import Golden, Manifest, Removal
 from sleb_serve.selection.metrics import SearchMetrics
 from sleb_serve.serving import client, probe
 from sleb_serve.serving.canary import read_prompts

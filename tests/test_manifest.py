@@ -13,8 +13,8 @@ import pytest
 
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
-from sleb_serve.manifest.manifest import parse_manifest, read_manifest
 from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.reader import parse_manifest, read_manifest
 
 SHA = "0123456789abcdef" * 4
 

@@ -14,7 +14,7 @@ import pytest
 import hub
 import oracle
 from engines import Case, check_equal, check_size, overrides, pruning, run_jobs
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 
 Models = Callable[[str], Path]
 

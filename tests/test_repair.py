@@ -15,14 +15,16 @@ import torch
 import oracle
 from conftest import save_model
 from engines import Case, check_size, differences, greedy_equal, run_jobs
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal, Repair, read_manifest
-from sleb_serve.manifest.pruning import gaps
+from sleb_serve.manifest.blocks import gaps
+from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.repair_file import read_sidecar, sidecar_path, write_sidecar
-from sleb_serve.models.layerwise import CausalLM, load_model
+from sleb_serve.manifest.schema import Manifest, Removal, Repair
+from sleb_serve.models.layerwise import CausalLM
+from sleb_serve.models.loading import load_model
 from sleb_serve.selection.repair import Gap, fit
 from sleb_serve.serving.command import pruned_overrides
 from test_scoring import random_windows

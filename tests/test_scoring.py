@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.errors import SlebError
-from sleb_serve.models.layerwise import CausalLM, decoder_layers, load_model
+from sleb_serve.models.layerwise import CausalLM, decoder_layers
+from sleb_serve.models.loading import load_model
 from sleb_serve.selection.layer_sweep import LayerSweep
 from sleb_serve.selection.memory import Needs, Plan, make_plan, parse_size, peak_bytes
 from sleb_serve.selection.search import Score, Step, greedy, recorded
@@ -229,7 +230,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(models: Models) -> None:
 
 def test_on_smollm2_the_sweeps_order_is_the_naive_one(smollm2: Path) -> None:
     from sleb_serve.data.calibration import make_windows
-    from sleb_serve.selection.pipeline import load_tokenizer
+    from sleb_serve.data.tokenizer import load_tokenizer
 
     windows = make_windows(
         "python-docs",

@@ -25,10 +25,10 @@ pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
 from sleb_bench.server import Server, free_port  # noqa: E402
-from sleb_serve.checkpoint.checkpoint import open_checkpoint  # noqa: E402
+from sleb_serve.checkpoint.hub import open_checkpoint  # noqa: E402
 from sleb_serve.cli.main import main  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
-from sleb_serve.manifest.manifest import read_manifest  # noqa: E402
+from sleb_serve.manifest.reader import read_manifest  # noqa: E402
 from sleb_serve.serving.command import serve_command  # noqa: E402
 from sleb_serve.serving.speculative import draft_folder  # noqa: E402
 
@@ -459,7 +459,7 @@ def test_a_models_own_code_cannot_stand_in_for_the_plugin(
     """With auto_map left in place, vLLM without the plugin would fall back to the dense model."""
     import shutil
 
-    from sleb_serve.checkpoint.checkpoint import open_checkpoint
+    from sleb_serve.checkpoint.hub import open_checkpoint
     from sleb_serve.serving.command import pruned_overrides
 
     model = shutil.copytree(models("llama"), tmp_path / "own-code")

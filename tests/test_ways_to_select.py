@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 import oracle
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.data.calibration import make_windows
-from sleb_serve.manifest.manifest import Manifest, read_manifest
-from sleb_serve.models.layerwise import CausalLM, load_model
-from sleb_serve.selection.pipeline import load_tokenizer
+from sleb_serve.data.tokenizer import load_tokenizer
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.manifest.schema import Manifest
+from sleb_serve.models.layerwise import CausalLM
+from sleb_serve.models.loading import load_model
 from sleb_serve.selection.repair import fit
 from test_cli import refused, select_arguments
 

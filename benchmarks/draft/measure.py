@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.serving.speculative import draft_folder
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 64

@@ -24,9 +24,9 @@ from typing import Any
 from sleb_bench.machine import machine
 from sleb_bench.ratios import paired_ratio
 from sleb_bench.variants import make_variants
-from sleb_bench.workloads import Workload
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
-from sleb_serve.manifest.manifest import read_manifest
+from sleb_serve.checkpoint.hub import open_checkpoint
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.roofline.workload import Workload
 
 PROMPT = Workload("prompt", "prefill", 1, 512, 1)
 WARM_UP = 2

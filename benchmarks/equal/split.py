@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.files import read_records
-from sleb_bench.markdown import table
 from sleb_bench.report import make_report
 from sleb_bench.tables import with_interval
+from sleb_serve.utils.markdown import table
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.report import geometric_mean_interval
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal
+from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.serving.command import engine_arguments
 
 REMOVED = (4, 7, 11, 14, 17)

@@ -19,13 +19,17 @@ from typing import Any
 from sleb_bench.demo_model import demo_model
 from sleb_bench.engine import Engine
 from sleb_bench.run import machine
-from sleb_serve.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from sleb_serve.data.calibration import EMBEDDED, make_windows
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
+from sleb_serve.data.calibration import make_windows
+from sleb_serve.data.texts import EMBEDDED
+from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, Removal, Repair, read_manifest
+from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.repair_file import sidecar_path, write_sidecar
-from sleb_serve.models.layerwise import CausalLM, load_model
-from sleb_serve.selection.pipeline import load_tokenizer
+from sleb_serve.manifest.schema import Manifest, Removal, Repair
+from sleb_serve.models.layerwise import CausalLM
+from sleb_serve.models.loading import load_model
 from sleb_serve.selection.repair import fit
 from sleb_serve.serving.command import engine_arguments
 

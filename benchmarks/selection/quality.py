@@ -23,12 +23,14 @@ import torch
 from torch import nn
 
 from sleb_bench.demo_model import demo_model
-from sleb_serve.checkpoint.checkpoint import open_checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.data.calibration import Windows, held_out_windows, make_windows
-from sleb_serve.models.layerwise import CausalLM, load_model
+from sleb_serve.data.tokenizer import load_tokenizer
+from sleb_serve.models.layerwise import CausalLM
+from sleb_serve.models.loading import load_model
 from sleb_serve.models.pruned import blocks_deleted, perplexity
 from sleb_serve.selection.distributed import Ranks
-from sleb_serve.selection.pipeline import as_repaired, load_tokenizer
+from sleb_serve.selection.pipeline import as_repaired
 from sleb_serve.selection.repair import Gap, fit
 from sleb_serve.selection.scorer import Scorer, has_fast
 from sleb_serve.selection.search import Scores, beam, greedy, swap

@@ -26,11 +26,13 @@ import torch
 from torch import nn
 
 from sleb_bench.demo_model import demo_model
-from sleb_serve.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.data.calibration import Windows, make_windows
-from sleb_serve.models.layerwise import CausalLM, load_model
+from sleb_serve.data.tokenizer import load_tokenizer
+from sleb_serve.models.layerwise import CausalLM
+from sleb_serve.models.loading import load_model
 from sleb_serve.selection.distributed import Ranks
-from sleb_serve.selection.pipeline import load_tokenizer
 from sleb_serve.selection.scorer import Scorer
 from sleb_serve.selection.search import Scores, greedy
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from sleb_bench.workloads import Prompts, Workload
+from sleb_serve.roofline.workload import Prompts, Workload
 
 Measured = tuple[float, int, int, int]
 """Seconds, requests, tokens in, tokens out."""
@@ -124,10 +124,10 @@ class TransformersBackend:
     """
 
     def __init__(self, model: str, pruning: Mapping[str, Any] | None, dtype: str) -> None:
-        from sleb_serve.checkpoint.checkpoint import open_checkpoint
+        from sleb_serve.checkpoint.hub import open_checkpoint
         from sleb_serve.manifest.pruning import Pruning
         from sleb_serve.manifest.repair_file import read_sidecar
-        from sleb_serve.models.layerwise import load_model
+        from sleb_serve.models.loading import load_model
         from sleb_serve.models.pruned import blocks_deleted
 
         self._model = load_model(open_checkpoint(model), dtype)

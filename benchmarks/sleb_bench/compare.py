@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sleb_bench.markdown import table
 from sleb_bench.tables import with_interval
+from sleb_serve.utils.markdown import table
 
 Report = Mapping[str, Any]
 REGRESSION = "regression"

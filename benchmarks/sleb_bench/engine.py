@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.backends import BACKENDS
-from sleb_bench.workloads import Prompts, Workload
 from sleb_serve.errors import SlebError
+from sleb_serve.roofline.workload import Prompts, Workload
 
 _REASON_LENGTH = 400
 

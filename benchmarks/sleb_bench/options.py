@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.plan import GPUS, HERE, SHAPES, SPLITS
 from sleb_bench.run import SERVING, BenchOptions
 from sleb_bench.serving import ServingOptions
 from sleb_bench.variants import BESIDE
 from sleb_bench.workloads import NAMES
 from sleb_serve.errors import SlebError
+from sleb_serve.roofline.plan import GPUS, HERE, SHAPES, SPLITS
 
 BENCH_EXAMPLES = """\
 examples:

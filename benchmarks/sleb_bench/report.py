@@ -9,9 +9,9 @@ from typing import Any
 
 from sleb_bench.ratios import efficiency, line_fit, paired_ratio
 from sleb_bench.variants import DENSE, is_beside, uncapped
-from sleb_bench.workloads import Workload
-from sleb_serve.evaluation.speedup import ideal_ratio
-from sleb_serve.manifest.manifest import perplexity_of
+from sleb_serve.manifest.schema import perplexity_of
+from sleb_serve.roofline.ideal import ideal_ratio
+from sleb_serve.roofline.workload import Workload
 
 Record = Mapping[str, Any]
 _SERVED = (

@@ -22,13 +22,15 @@ from sleb_bench.files import RECORDS, write_report
 from sleb_bench.machine import machine
 from sleb_bench.serving import ServingOptions, serve_and_load
 from sleb_bench.variants import BESIDE, DENSE, Variant, make_variants
-from sleb_bench.workloads import DECODE_PROMPT_LENGTH, Prompts, Workload, workloads
+from sleb_bench.workloads import DECODE_PROMPT_LENGTH, workloads
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.data.calibration import EMBEDDED, held_out_windows
+from sleb_serve.data.calibration import held_out_windows
+from sleb_serve.data.texts import EMBEDDED
+from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.errors import SlebError, first_line
-from sleb_serve.evaluation.speedup import head_share
-from sleb_serve.manifest.manifest import Manifest
-from sleb_serve.selection.pipeline import load_tokenizer
+from sleb_serve.manifest.schema import Manifest
+from sleb_serve.roofline.ideal import head_share
+from sleb_serve.roofline.workload import Prompts, Workload
 from sleb_serve.serving.command import check_model, check_plugin, revision_of
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import write_atomically

@@ -10,8 +10,8 @@ from typing import Any
 from sleb_bench.engine import EngineSpec
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.convert.export import export
-from sleb_serve.manifest.manifest import Manifest
 from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.schema import Manifest
 from sleb_serve.serving.command import engine_arguments
 
 DENSE = "dense"

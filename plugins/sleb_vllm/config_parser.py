@@ -9,12 +9,13 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.transformers_utils.config import HFConfigParser, get_config_parser, register_config_parser
 
-from sleb_serve.checkpoint.checkpoint import download_weights, fetch_index, open_checkpoint
+from sleb_serve.checkpoint.decoder import at, decoder_path
+from sleb_serve.checkpoint.hub import download_weights, fetch_index, open_checkpoint
+from sleb_serve.checkpoint.quantisation import QUANTISATION_KEYS
 from sleb_serve.compat.architectures import check_known, check_supported
 from sleb_serve.compat.vllm_versions import check_version, vllm_version
-from sleb_serve.cut.config import at, decoder_path
 from sleb_serve.cut.likeness import apply, check_likeness, decoder_of
-from sleb_serve.cut.quantisation import QUANTISATION_KEYS
+from sleb_serve.cut.written import with_quantisation
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import check_config_binding
 from sleb_serve.manifest.pruning import Pruning
@@ -65,7 +66,7 @@ class SlebConfigParser(HFConfigParser):
         if checkpoint.is_quantised():
             if not Path(model).is_dir() and not fetch_index(str(model), revision):
                 download_weights(str(model), revision)
-            found = checkpoint.with_quantisation(found, pruning.cut)
+            found = with_quantisation(checkpoint, found, pruning.cut)
             inner = at(found, decoder_path(found) or ()) or {}
             for values, part in ((found, config), (inner, decoder_of(config))):
                 for key in QUANTISATION_KEYS:

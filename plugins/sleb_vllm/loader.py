@@ -20,7 +20,8 @@ from vllm.model_executor.model_loader import (
 )
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from sleb_serve.checkpoint.checkpoint import Checkpoint, fetch_index, open_checkpoint
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import fetch_index, open_checkpoint
 from sleb_serve.compat.architectures import status
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import check_config_binding

@@ -18,27 +18,31 @@ from sleb_bench.compare import compare, comparison
 from sleb_bench.files import report_of, write_report
 from sleb_bench.markdown import to_markdown
 from sleb_bench.options import bench_options
-from sleb_bench.plan import GPUS, HERE, Gpu, default_removed, describe_plan, plan, read_shape
-from sleb_bench.probe import device_here
 from sleb_bench.run import bench
-from sleb_serve.checkpoint.checkpoint import download_weights, open_checkpoint
+from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.cli.options import parsers
 from sleb_serve.cli.progress import EvalLines, SearchBars, ShardBar, say
 from sleb_serve.compat.architectures import support, support_markdown, support_text
 from sleb_serve.convert.export import export
-from sleb_serve.convert.formats import (
-    imported,
-    llama_cpp_list,
-    manifest_of,
-    mergekit_config,
-    read_blocks,
-)
+from sleb_serve.convert.lists import imported, llama_cpp_list, manifest_of, read_blocks
+from sleb_serve.convert.mergekit import mergekit_config
 from sleb_serve.cut.servable import check_countable, check_servable
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.evaluate import EvalOptions, evaluate, with_evaluation
 from sleb_serve.evaluation.picture import draw
 from sleb_serve.evaluation.report import describe, evaluation_table
-from sleb_serve.manifest.manifest import Manifest, read_manifest
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.manifest.schema import Manifest
+from sleb_serve.roofline.device import device_here
+from sleb_serve.roofline.plan import (
+    GPUS,
+    HERE,
+    Gpu,
+    default_removed,
+    describe_plan,
+    plan,
+    read_shape,
+)
 from sleb_serve.selection.distributed import is_first
 from sleb_serve.selection.log import log_path
 from sleb_serve.selection.memory import format_size

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from sleb_bench.options import BENCH_EXAMPLES, REPORT_EXAMPLES, add_bench, add_report
-from sleb_bench.plan import GPUS
 from sleb_serve import __version__
-from sleb_serve.data.calibration import EMBEDDED, HUB_TEXTS, JUDGED_TEXTS
+from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS, JUDGED_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.evaluate import PAPER_TASKS
-from sleb_serve.manifest.manifest import OBJECTIVES
 from sleb_serve.manifest.pruning import REPAIRS
+from sleb_serve.manifest.schema import OBJECTIVES
+from sleb_serve.roofline.plan import GPUS
 from sleb_serve.selection.pipeline import DTYPES, SEARCHES
 from sleb_serve.serving.canary import CONCURRENCY
 from sleb_serve.serving.probe import TOLERANCE

@@ -20,13 +20,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sleb_serve.checkpoint.checkpoint import Checkpoint, tensors_of
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.safetensors import tensors_of
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.servable import exported_config
+from sleb_serve.cut.written import written_quantisation
 from sleb_serve.errors import SlebError, first_line
-from sleb_serve.manifest.manifest import Manifest
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.repair_file import check_sidecar
+from sleb_serve.manifest.schema import Manifest
 
 MANIFEST_NAME = "sleb_manifest.json"
 """The manifest inside an exported folder."""
@@ -142,7 +144,7 @@ def export(
                 shutil.copyfile(file, temporary / file.name)
             elif file.name in _FOLDERS and file.is_dir():
                 shutil.copytree(file, temporary / file.name)
-        for name, content in checkpoint.cut_quantisation_files(pruning.cut).items():
+        for name, content in written_quantisation(checkpoint, pruning.cut).items():
             _write_json(temporary / name, content)
         manifest.write(temporary / MANIFEST_NAME)
         _write_json(temporary / "config.json", config)
@@ -157,7 +159,7 @@ def _folded(pruning: Pruning) -> dict[str, _Piece]:
     file = Path(pruning.repair.path)
     return {
         name: _Piece(name, dtype, shape, file, start, end)
-        for name, (dtype, shape, start, end) in tensors_of(file)
+        for name, (dtype, shape, start, end) in tensors_of(file).items()
     }
 
 
@@ -179,7 +181,7 @@ def _shards(
     shards = []
     for file in files:
         pieces = []
-        for name, (dtype, shape, start, end) in tensors_of(file):
+        for name, (dtype, shape, start, end) in tensors_of(file).items():
             new_name = cut.name(name, prefix)
             if new_name is None:
                 continue

@@ -1,8 +1,9 @@
 """Whether the model with fewer layers computes what the dense one does with those blocks skipped.
 
 Tables of config keys (`sleb_serve.cut.config`) foresee much and not all. So the dense and the cut
-model are built in Transformers on the meta device, which costs no memory, and compared: each layer that stays must be of the same class, with the same plain attributes (but its number) and
-the same shapes of weights. What differs is refused by its name.
+model are built in Transformers on the meta device, which costs no memory, and compared: each layer
+that stays must be of the same class, with the same plain attributes (but its number) and the same
+shapes of weights. What differs is refused by its name.
 """
 
 from __future__ import annotations
@@ -16,19 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sleb_serve.cut.config import (
-    BY_LAYER,
-    COUNT_KEYS,
-    FROM_ONE,
-    INSTEAD,
-    LAST_LAYERS,
-    SLICED,
-    Cut,
-    check_entries,
-    count_of,
-    cut_entries,
-    decoder_path,
-)
+from sleb_serve.checkpoint.decoder import COUNT_KEYS, count_of, decoder_path
+from sleb_serve.cut.config import Cut
+from sleb_serve.cut.errors import INSTEAD
+from sleb_serve.cut.fed import check_entries, cut_entries
+from sleb_serve.cut.keys import BY_LAYER, FROM_ONE, LAST_LAYERS, SLICED
 from sleb_serve.errors import SlebError, first_line
 
 _COUNT = re.compile(r"\b(num_hidden_layers|num_layers)\b")

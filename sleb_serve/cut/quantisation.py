@@ -20,12 +20,6 @@ from typing import Any
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.strict_json import short
 
-QUANTISATION_KEYS = ("quantization_config", "compression_config")
-"""Where config.json keeps how the checkpoint is quantised."""
-
-QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside config.json that say the same."""
-
 _REGEX = re.compile(r"[\\^$()|+{]|\.\*")
 _WILDCARD = re.compile(r"[*?\[]")
 _PREFIXES = ("re:", "+:", "-:")

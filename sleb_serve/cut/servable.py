@@ -15,9 +15,11 @@ from types import MappingProxyType
 from typing import Any
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.decoder import COUNT_KEYS, decoder_path
 from sleb_serve.compat.architectures import check_known
-from sleb_serve.cut.config import COUNT_KEYS, Cut, decoder_path
+from sleb_serve.cut.config import Cut
 from sleb_serve.cut.likeness import apply, check_likeness, transformers_config
+from sleb_serve.cut.written import written_config
 from sleb_serve.errors import SlebError
 
 VLLM_PERIODS: Mapping[str, int | str] = MappingProxyType(
@@ -70,7 +72,7 @@ def exported_config(checkpoint: Checkpoint, cut: Cut, *, for_vllm: bool = True) 
         SlebError: config.json cannot say it, or Transformers would not read it so.
     """
     dense = transformers_config(checkpoint.path)
-    config = checkpoint.cut_config(cut, None if dense is None else dense.to_dict())
+    config = written_config(checkpoint, cut, None if dense is None else dense.to_dict())
     if for_vllm:
         _check_periods(checkpoint, cut)
     _check_written(checkpoint, cut, dense, config)

@@ -2,134 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from sleb_serve.data.rows import read_rows
+from sleb_serve.data.texts import (
+    DEFAULT_ROWS,
+    EMBEDDED,
+    HUB_TEXTS,
+    JUDGED_TEXTS,
+    HubText,
+    embedded_text,
+)
+from sleb_serve.data.tokenizer import Tokenize, Tokenizer
 from sleb_serve.errors import SlebError, first_line
-from sleb_serve.manifest.manifest import Calibration
-from sleb_serve.utils import strict_json
+from sleb_serve.manifest.schema import Calibration
 
-Tokenize = Callable[[str], Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Chats:
-    """How a model reads chats.
-
-    Attributes:
-        render: a chat's messages as one text, as the model's chat template writes it.
-        encode: such a text to token ids, with no special tokens but those that it spells out.
-    """
-
-    render: Callable[[list[dict[str, Any]]], str]
-    encode: Tokenize
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A model's tokenizer.
-
-    Attributes:
-        encode: text to token ids, with the special tokens that the tokenizer adds.
-        chats: for chats; None where the tokenizer has no chat template.
-    """
-
-    encode: Tokenize
-    chats: Chats | None = None
-
-    def __call__(self, text: str) -> Sequence[int]:
-        """Text to token ids, with the special tokens that the tokenizer adds."""
-        return self.encode(text)
-
-
-DEFAULT_ROWS = 128
-"""Rows that the official code takes of wikitext2 and C4 (``nsamples``)."""
-
-
-@dataclass(frozen=True)
-class HubText:
-    """A data set on the hub: where its text is, and what the official code puts between rows.
-
-    https://github.com/jiwonsong-dev/SLEB, utils/data_utils.py
-    """
-
-    arguments: tuple[tuple[str, Any], ...]
-    split: str
-    separator: str
-    rows: int | None = None
-
-
-HUB_TEXTS = {
-    "wikitext2": HubText(
-        (("path", "Salesforce/wikitext"), ("name", "wikitext-2-raw-v1")), "train", "\n\n"
-    ),
-    "c4": HubText(
-        (
-            ("path", "allenai/c4"),
-            ("data_files", {"train": "en/c4-train.00000-of-01024.json.gz"}),
-        ),
-        "train",
-        " ",
-    ),
-}
-JUDGED_TEXTS = {
-    "wikitext2": HubText(
-        (("path", "Salesforce/wikitext"), ("name", "wikitext-2-raw-v1")), "test", "\n\n"
-    ),
-    "c4": HubText(
-        (
-            ("path", "allenai/c4"),
-            ("data_files", {"validation": "en/c4-validation.00000-of-00008.json.gz"}),
-        ),
-        "validation",
-        " ",
-        rows=1100,
-    ),
-}
-"""What the official code takes perplexities on."""
 _JUDGED_C4_WINDOWS = 256
-EMBEDDED = "python-docs"
-"""Python's own help topics: 0.7 MB of English that comes with every Python."""
 
-_BETWEEN_ROWS = "\n\n"
-_CHAT_COLUMNS = ("messages", "conversations")
-_INPUT_COLUMNS = ("input", "context")
-_ANSWER_COLUMNS = ("output", "completion", "response")
-_COLUMNS = (
-    *("text", *_CHAT_COLUMNS),
-    *("instruction", *_INPUT_COLUMNS, "prompt", *_ANSWER_COLUMNS),
-)
-_KNOWN_ROWS = (
-    "text, messages, conversations, instruction (and input) with output, or prompt with completion "
-    "or response"
-)
-_SHAREGPT = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-
-class _BadRowError(Exception):
-    """A row that cannot be read: what is wrong and what to do, to be read after its number."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of a file as text, and whether a chat template wrote it."""
-
-    text: str
-    is_chat: bool = False
+BETWEEN_ROWS = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -288,7 +182,7 @@ def _tokens(tokenizer: Tokenizer, source: str, wanted: int | None) -> Sequence[i
     Reading and tokenising a file of gigabytes to use its first page would be waste. A prefix of the
     text is enough: its last few tokens may differ from the whole text's, so a margin is cut off.
     """
-    rows = _rows(source, tokenizer.chats)
+    rows = read_rows(source, tokenizer.chats)
     texts: list[str] = []
     read = 0
     encode = tokenizer.encode
@@ -302,7 +196,7 @@ def _tokens(tokenizer: Tokenizer, source: str, wanted: int | None) -> Sequence[i
             read += len(row.text)
             if read > length:
                 break
-        text = _BETWEEN_ROWS.join(texts)
+        text = BETWEEN_ROWS.join(texts)
         if wanted is None or len(text) <= length:
             break
         ids = encode(text[: int(length)])
@@ -346,180 +240,3 @@ def _load(source: str, hub: HubText, instead: str) -> Any:
             f"cannot load the data set of {source}: {first_line(error)}; connect to the hub "
             f"once, set HF_DATASETS_CACHE, or {instead}"
         ) from error
-
-
-def embedded_text() -> str:
-    """Python's help topics, 0.7 MB of English that every machine with Python has."""
-    import pydoc_data.topics
-
-    topics = pydoc_data.topics.topics
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def _rows(source: str, chats: Chats | None) -> Iterator[_Row]:
-    """The rows of a text that is not a data set of the hub, one after the other."""
-    if source == EMBEDDED:
-        yield _Row(embedded_text())
-        return
-    path = Path(source)
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {
-        ".txt": lambda file: iter([("it", {"text": file.read_text(encoding="utf-8")})]),
-        ".jsonl": _jsonl_rows,
-        ".jsonl.gz": _jsonl_rows,
-        ".parquet": _parquet_rows,
-    }
-    reader = next((read for end, read in readers.items() if path.name.endswith(end)), None)
-    if reader is None:
-        known = ", ".join((*HUB_TEXTS, EMBEDDED))
-        raise SlebError(
-            f"unknown text {source}; give {known}, or a file whose name ends in "
-            f"{', '.join(readers)}"
-        )
-    try:
-        for place, entry in reader(path):
-            try:
-                row = _row(entry, chats)
-            except _BadRowError as error:
-                raise SlebError(f"cannot read text {source}: {place} {error}") from error
-            yield row
-    except UnicodeDecodeError as error:
-        raise SlebError(
-            f"text {source} is not UTF-8 (byte {error.start}); convert it first"
-        ) from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise SlebError(
-            f"cannot read text {source}: {first_line(error)}; rows need one of the columns "
-            f"{_KNOWN_ROWS}"
-        ) from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:
-        for number, row in enumerate(file, 1):
-            if row.strip():
-                try:
-                    entry = json.loads(row)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"line {number} is not JSON: {first_line(error)}") from error
-                yield f"line {number}", entry
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = [name for name in names if name in _COLUMNS] or names
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                for entry in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", entry
-    except pyarrow.ArrowException as error:
-        raise ValueError(first_line(error)) from error
-
-
-def _row(entry: object, chats: Chats | None) -> _Row:
-    """A row as text.
-
-    Raises:
-        _BadRowError: it is of no known kind, or broken.
-    """
-    if not isinstance(entry, dict):
-        raise _BadRowError(f"is not an object; rows need {_KNOWN_ROWS}")
-    # A parquet file has every column in every row.
-    entry = {key: value for key, value in entry.items() if value is not None}
-    if "text" in entry:
-        row = _Row(_string(entry["text"], "text"))
-    else:
-        messages = _messages(entry)
-        if messages is None:
-            columns = strict_json.short(list(entry)) if entry else "no values"
-            raise _BadRowError(f"has none of the columns known here, but {columns}: {_KNOWN_ROWS}")
-        if chats is None:
-            raise _BadRowError(
-                "is a chat, and the tokenizer has no chat template; give rows with a column named "
-                "text, or put chat_template.jinja beside the tokenizer"
-            )
-        try:
-            row = _Row(chats.render(messages), is_chat=True)
-        except Exception as error:
-            raise _BadRowError(
-                f"is refused by the chat template: {first_line(error)}; change or remove the row"
-            ) from error
-    try:
-        row.text.encode()
-    except UnicodeEncodeError as error:
-        raise _BadRowError("has a lone surrogate, which is no text; remove the row") from error
-    return row
-
-
-def _messages(entry: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The chat in a row, as a chat template takes it; None if it holds none of a known kind."""
-    for column in _CHAT_COLUMNS:
-        if column in entry:
-            return _turns(entry[column], column)
-    answer = next((column for column in _ANSWER_COLUMNS if column in entry), None)
-    if answer is None:
-        return None
-    if "instruction" in entry:
-        asked = [_string(entry["instruction"], "instruction")]
-        asked += [_string(entry[column], column) for column in _INPUT_COLUMNS if column in entry]
-        question = [{"role": "user", "content": "\n\n".join(filter(None, asked))}]
-    elif "prompt" in entry:
-        question = _said(entry["prompt"], "prompt", "user")
-    else:
-        return None
-    return [*question, *_said(entry[answer], answer, "assistant")]
-
-
-def _said(value: object, column: str, role: str) -> list[dict[str, Any]]:
-    if isinstance(value, list):
-        return _turns(value, column)
-    return [{"role": role, "content": _string(value, column)}]
-
-
-def _turns(value: object, column: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise _BadRowError(f"has no list of messages in {column}; give {{role, content}} objects")
-    return [_turn(turn, f"{column}[{i}]") for i, turn in enumerate(value)]
-
-
-def _turn(value: object, place: str) -> dict[str, Any]:
-    """A message with its role and its text, from either of the two ways to write one."""
-    if not isinstance(value, dict):
-        raise _BadRowError(f"has no message in {place}; give a {{role, content}} object")
-    turn = {key: entry for key, entry in value.items() if entry is not None}
-    if "role" in turn:
-        role = _string(turn.pop("role"), f"{place}.role")
-        content = turn.pop("content", None)
-    else:
-        speaker = turn.pop("from", None)
-        role = _SHAREGPT.get(speaker, "") if isinstance(speaker, str) else ""
-        if not role:
-            raise _BadRowError(
-                f"has {strict_json.short(speaker)} as speaker of {place}; known are "
-                f"{', '.join(_SHAREGPT)}"
-            )
-        content = turn.pop("value", None)
-    if content is None and "tool_calls" in turn:
-        content = ""
-    if isinstance(content, list):
-        content = "\n".join(_part(part, place) for part in content)
-    return {**turn, "role": role, "content": _string(content, f"{place}.content")}
-
-
-def _part(value: object, place: str) -> str:
-    if not isinstance(value, dict) or value.get("type") != "text":
-        raise _BadRowError(f"has a part in {place} that is not of type text; only text is read")
-    return _string(value.get("text"), f"{place}.content.text")
-
-
-def _string(value: object, place: str) -> str:
-    if not isinstance(value, str):
-        raise _BadRowError(
-            f"has something else than a string in {place}; correct or remove the row"
-        )
-    return value

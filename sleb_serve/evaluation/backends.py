@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.data.tokenizer import context_length
 from sleb_serve.errors import SlebError, first_line
-from sleb_serve.manifest.manifest import Manifest
-from sleb_serve.selection.pipeline import context_length
+from sleb_serve.manifest.schema import Manifest
 
 if TYPE_CHECKING:
     from sleb_serve.evaluation.evaluate import EvalOptions
@@ -43,7 +43,7 @@ def transformers_judges(
 ) -> Iterator[JudgeOf]:
     """Transformers: the model is loaded once, when it is first asked."""
     from sleb_serve.manifest.repair_file import read_sidecar
-    from sleb_serve.models.layerwise import load_model
+    from sleb_serve.models.loading import load_model
     from sleb_serve.models.pruned import blocks_deleted
 
     loaded: list[Any] = []

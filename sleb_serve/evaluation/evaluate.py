@@ -19,11 +19,11 @@ from typing import Any, Protocol
 from sleb_serve import __version__
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.data.calibration import judged_windows
+from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.evaluation.backends import transformers_judges, vllm_judges
-from sleb_serve.evaluation.speedup import head_share, ideal_ratio
-from sleb_serve.manifest.manifest import Manifest
-from sleb_serve.selection.pipeline import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
+from sleb_serve.manifest.schema import Manifest
+from sleb_serve.roofline.ideal import head_share, ideal_ratio
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import check_writable, write_atomically
 

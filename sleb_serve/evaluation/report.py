@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from sleb_serve.evaluation.picture import accuracy
-from sleb_serve.manifest.manifest import Manifest
+from sleb_serve.manifest.schema import Manifest
 
 _BAR = 40
 

@@ -1,12 +1,12 @@
-"""What binds a manifest to a model: see `sleb_serve.manifest.manifest.ModelBinding`."""
+"""What binds a manifest to a model: see `sleb_serve.manifest.schema.ModelBinding`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.manifest.manifest import ModelBinding
 from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.schema import ModelBinding
 
 
 def check_config_binding(checkpoint: Checkpoint, model: str, pruning: Pruning) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from sleb_serve.cut.config import Cut
 from sleb_serve.errors import SlebError
+from sleb_serve.manifest.blocks import block_count, check_blocks, gaps
 from sleb_serve.protocol import CONFIG_KEY
 from sleb_serve.utils import strict_json
-
-MAX_BLOCKS = 100_000
-"""More blocks than any model has; keeps a hostile block count from costing memory."""
-
 
 REPAIRS = ("fold",)
 """What can be done at the gaps that removed blocks leave; see `sleb_serve.selection.repair`."""
@@ -183,17 +180,6 @@ class Pruning:
                 )
 
 
-def gaps(removed: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Runs of consecutive blocks among `removed`, as (first, last), ascending."""
-    runs: list[tuple[int, int]] = []
-    for block in sorted(removed):
-        if runs and runs[-1][1] == block - 1:
-            runs[-1] = (runs[-1][0], block)
-        else:
-            runs.append((block, block))
-    return tuple(runs)
-
-
 def repair_kind(value: object, where: str) -> str:
     """The kind of a repair, read strictly."""
     kind = strict_json.line(value, where)
@@ -217,19 +203,3 @@ def _parse_repair(value: object) -> RepairFile:
         sha256=strict_json.sha256(fields["sha256"], "pruning.repair.sha256"),
         path=strict_json.line(fields["path"], "pruning.repair.path"),
     )
-
-
-def block_count(value: object, where: str) -> int:
-    """How many blocks a model has, read strictly."""
-    return strict_json.integer(value, where, 1, MAX_BLOCKS)
-
-
-def check_blocks(blocks: Sequence[int], num_blocks: int, where: str) -> None:
-    """Refuse a list of removed blocks that is empty, names one twice, or leaves none."""
-    if not blocks:
-        raise SlebError(f"{where} is empty: nothing is removed; serve the dense model with vllm")
-    if len(set(blocks)) != len(blocks):
-        twice = next(block for i, block in enumerate(blocks) if block in blocks[:i])
-        raise SlebError(f"{where} names block {twice} twice; each block can be removed once")
-    if len(blocks) >= num_blocks:
-        raise SlebError(f"{where} names all {num_blocks} blocks; at least one must remain")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_serve.cut.config import COUNT_KEYS, Cut
+from sleb_serve.checkpoint.decoder import COUNT_KEYS
+from sleb_serve.cut.config import Cut
 from sleb_serve.cut.likeness import apply, decoder_layers, decoder_of
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.manifest import Golden
+from sleb_serve.manifest.schema import Golden
 from sleb_serve.manifest.tensors import kept_parts
 
 

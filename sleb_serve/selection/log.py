@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_serve.errors import SlebError, first_line
-from sleb_serve.manifest.manifest import perplexity_of
+from sleb_serve.manifest.schema import perplexity_of
 from sleb_serve.selection.search import Step
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import write_atomically

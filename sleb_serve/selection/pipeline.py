@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sleb_serve import __version__
-from sleb_serve.checkpoint.checkpoint import Checkpoint, download_weights, open_checkpoint
-from sleb_serve.cut.config import removable
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.cut.servable import check_servable
-from sleb_serve.data.calibration import Chats, Tokenizer, Windows, make_windows
-from sleb_serve.errors import SlebError, first_line
+from sleb_serve.cut.whole import removable
+from sleb_serve.data.calibration import Windows, make_windows
+from sleb_serve.data.tokenizer import (
+    OFFICIAL_SEQUENCE_LENGTH,
+    context_length,
+    load_tokenizer,
+)
+from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.manifest import Manifest, ModelBinding, Removal, Repair, Selection
 from sleb_serve.manifest.repair_file import sidecar_path, write_sidecar
+from sleb_serve.manifest.schema import Manifest, ModelBinding, Removal, Repair, Selection
 from sleb_serve.selection.distributed import launched
 from sleb_serve.selection.log import SearchLog, log_path
 from sleb_serve.selection.memory import parse_size
@@ -45,9 +51,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 SEARCHES = ("greedy", "fast", "beam:W", "swap")
 """How to search; W is a number."""
-
-OFFICIAL_SEQUENCE_LENGTH = 2048
-"""The official code's window, where the model's context is not shorter."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def select(options: SelectOptions, progress: Progress) -> Manifest:
             log of the steps that were finished.
     """
     from sleb_serve.cut.likeness import transformers_config
-    from sleb_serve.models.layerwise import generates
+    from sleb_serve.models.loading import generates
     from sleb_serve.models.pruned import golden
     from sleb_serve.selection.scorer import Scorer
     from sleb_serve.selection.whole_model import EMBEDDING
@@ -391,43 +394,6 @@ def as_repaired(
         exact=tuple(index in repaired for index in range(len(candidates))),
         rivals=(),
     )
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's own tokenizer.
-
-    Raises:
-        SlebError: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.path))
-    except Exception as error:
-        raise SlebError(
-            f"cannot load the tokenizer of {checkpoint.path}: {first_line(error)}; the folder "
-            f"must hold the tokenizer's files too"
-        ) from error
-
-    def encode(text: str, special: bool = True) -> list[int]:
-        # verbose=False: a text longer than the model's context is cut into windows, not fed whole.
-        return list(tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
-
-    def render(messages: list[dict[str, Any]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
-    # A template writes the special tokens itself; a second BOS is not what the model is served.
-    chats = Chats(render, partial(encode, special=False))
-    return Tokenizer(encode, chats if tokenizer.chat_template else None)
-
-
-def context_length(checkpoint: Checkpoint) -> int:
-    """How many positions the model was made for, as its config says; 2,048 where it does not."""
-    for key in ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length"):
-        value = checkpoint.decoder_config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return OFFICIAL_SEQUENCE_LENGTH
 
 
 def _check_context(checkpoint: Checkpoint, sequence_length: int) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.pruning import gaps
+from sleb_serve.manifest.blocks import gaps
 from sleb_serve.models.layerwise import Call, CausalLM
 from sleb_serve.selection.lm_head import Vocabulary
 

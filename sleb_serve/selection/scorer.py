@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.cut.config import count_of, shared_sources
+from sleb_serve.checkpoint.decoder import count_of
+from sleb_serve.cut.config import shared_sources
 from sleb_serve.cut.likeness import decoder_of
 from sleb_serve.data.calibration import Windows
 from sleb_serve.errors import SlebError
-from sleb_serve.models.layerwise import CausalLM, load_model
+from sleb_serve.models.layerwise import CausalLM
+from sleb_serve.models.loading import load_model
 from sleb_serve.selection.distributed import Ranks, processes_here
 from sleb_serve.selection.layer_sweep import LayerSweep
 from sleb_serve.selection.memory import (

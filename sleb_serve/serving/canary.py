@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from sleb_serve.data.calibration import embedded_text
+from sleb_serve.data.texts import embedded_text
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.serving.client import Client, Completion
 from sleb_serve.utils import strict_json

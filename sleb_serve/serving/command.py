@@ -13,14 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sleb_serve.checkpoint.checkpoint import Checkpoint, download_weights, open_checkpoint
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.compat.architectures import check_supported
 from sleb_serve.compat.vllm_versions import check_version, vllm_version
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import check_config_binding
-from sleb_serve.manifest.manifest import Manifest
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.repair_file import check_sidecar
+from sleb_serve.manifest.schema import Manifest
 from sleb_serve.protocol import (
     CONFIG_KEY,
     ENTRY_POINT,

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sleb_bench.plan import Gpu, kv_tokens, shape_of
-from sleb_serve.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.compat.architectures import status, why_refused
 from sleb_serve.compat.vllm_versions import vllm_version
 from sleb_serve.cut.servable import check_servable
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.manifest import Manifest
 from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.schema import Manifest
+from sleb_serve.roofline.plan import Gpu, kv_tokens, shape_of
 from sleb_serve.selection.memory import format_size
 from sleb_serve.serving.command import (
     check_model,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.manifest import Manifest
+from sleb_serve.manifest.schema import Manifest
 from sleb_serve.protocol import MANIFEST_PATH
 from sleb_serve.serving.client import Client, ServerError
 from sleb_serve.utils import strict_json

@@ -15,7 +15,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sleb_serve.checkpoint.checkpoint import Checkpoint, download_weights
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import download_weights
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name

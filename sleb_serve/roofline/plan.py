@@ -15,10 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sleb_bench.markdown import table
-from sleb_bench.workloads import OFFICIAL
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.roofline.workload import OFFICIAL
 from sleb_serve.utils import strict_json
+from sleb_serve.utils.markdown import table
 
 _BYTES = 2  # of a weight or of a number in the KV cache: float16 or bfloat16
 _MEMORY_USED = 0.9  # of a GPU's memory, as vLLM's gpu_memory_utilization
@@ -168,7 +168,7 @@ def read_shape(model: str) -> Shape:
     if path.is_file():
         config = strict_json.any_object(strict_json.load(path.read_bytes()), model)
         return shape_of(config, path.parent.name)
-    from sleb_serve.checkpoint.checkpoint import open_checkpoint
+    from sleb_serve.checkpoint.hub import open_checkpoint
 
     checkpoint = open_checkpoint(model)
     return shape_of(checkpoint.config, path.resolve().name if path.is_dir() else model)

@@ -1,0 +1,109 @@
+"""A model by its folder or its id on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.files import WEIGHT_FILES
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.protocol import without_guard
+
+_CONFIG_MAX_BYTES = 16 << 20
+
+
+def open_checkpoint(
+    model: str, revision: str | None = None, cache_dir: str | None = None
+) -> Checkpoint:
+    """Find `model`'s config.json: a local folder, or a hub id whose config is fetched if need be.
+
+    Args:
+        model: a folder, or an id on the Hugging Face hub.
+        revision: branch, tag or commit on the hub; None for the default.
+        cache_dir: where hub models are kept on this machine; None for the hub library's default.
+
+    Raises:
+        SlebError: there is no such model, or its config.json is not an object.
+    """
+    path = Path(model)
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise SlebError(
+                f"{model} is a folder without config.json; give a Transformers checkpoint folder"
+            )
+    elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise SlebError(f"no such model: {model} is no folder; give a checkpoint folder or hub id")
+    else:
+        file = Path(_hub_file(model, "config.json", revision, cache_dir))
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(_CONFIG_MAX_BYTES + 1)
+        config = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SlebError(
+            f"cannot read {file}: {first_line(error)}; download the model again"
+        ) from error
+    if len(data) > _CONFIG_MAX_BYTES or not isinstance(config, dict):
+        raise SlebError(f"{file} is not a model config; give a Transformers checkpoint")
+    return Checkpoint(path=file.parent, config=without_guard(config))
+
+
+def download_weights(model: str, revision: str | None = None) -> None:
+    """Bring a hub model's files into the local cache, as `from_pretrained` would.
+
+    `Checkpoint.path` of a hub id is its snapshot folder, so its digests can be taken afterwards.
+
+    Raises:
+        SlebError: the hub cannot be reached or has no such model.
+    """
+    if Path(model).is_dir():
+        return
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
+    try:
+        found = snapshot_download(model, revision=revision, allow_patterns=patterns)
+        if not any(Path(found).glob("*.safetensors")):
+            snapshot_download(model, revision=revision, allow_patterns=[*patterns, "*.bin"])
+    except Exception as error:
+        raise _no_such_model(model, error) from error
+
+
+def fetch_index(model: str, revision: str | None = None, cache_dir: str | None = None) -> bool:
+    """Bring a hub model's index of shards into the local cache.
+
+    Returns:
+        Whether it is there; False for a folder, and a model with its weights in one file.
+    """
+    if Path(model).is_dir():
+        return False
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for _, index in WEIGHT_FILES:
+        with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
+            hf_hub_download(model, index, revision=revision, cache_dir=cache_dir)
+            return True
+    return False
+
+
+def _hub_file(model: str, name: str, revision: str | None, cache_dir: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return str(hf_hub_download(model, name, revision=revision, cache_dir=cache_dir))
+    except Exception as error:
+        raise _no_such_model(model, error) from error
+
+
+def _no_such_model(model: str, error: Exception) -> SlebError:
+    why = "the hub is not to be reached and the model is not in the local cache"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        why = "no such folder here, and HF_HUB_OFFLINE forbids asking the hub"
+    elif type(error).__name__ not in {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        why = first_line(error)
+    return SlebError(f"no such model: {model} ({why}); give a checkpoint folder or a hub id")

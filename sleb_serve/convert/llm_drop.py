@@ -1,0 +1,47 @@
+"""LLM-Drop's configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sleb_serve.convert.found import Found, block_numbers, check_count
+from sleb_serve.errors import SlebError
+
+
+def of_llm_drop(value: Mapping[str, Any], where: str, num_blocks: int) -> Found:
+    """LLM-Drop's blocks, in the order of ``drop_attn_list``.
+
+    Both lists are in order of removal. LLM-Drop writes the same list twice for whole blocks, so
+    where the orders differ neither is more right; one of truth values has none.
+    """
+    key = "num_hidden_layers"
+    if value.get(key) is not None:
+        check_count(value[key], num_blocks, where, key)
+    (attention, ordered), (mlp, _) = (
+        _dropped(value.get(key), f"{where}: {key}", num_blocks)
+        for key in ("drop_attn_list", "drop_mlp_list")
+    )
+    halves = [
+        f"only the {half} of block {', '.join(map(str, sorted(blocks)))}"
+        for half, blocks in (
+            ("attention", set(attention) - set(mlp)),
+            ("MLP", set(mlp) - set(attention)),
+        )
+        if blocks
+    ]
+    if halves:
+        raise SlebError(
+            f"{where} drops {' and '.join(halves)}; whole blocks can be removed, halves cannot"
+        )
+    return Found(attention if ordered else mlp, "LLM-Drop's config")
+
+
+def _dropped(value: object, where: str, num_blocks: int) -> tuple[tuple[int, ...], bool]:
+    """Block numbers, and whether they are in order: LLM-Drop also writes a truth value a block."""
+    if value is None:
+        return (), True
+    if isinstance(value, list) and value and all(isinstance(entry, bool) for entry in value):
+        check_count(len(value), num_blocks, where, "its length")
+        return tuple(block for block, dropped in enumerate(value) if dropped), False
+    return block_numbers(value, where), True

@@ -1,0 +1,84 @@
+"""A model's own tokenizer, and how long its sequences can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.errors import SlebError, first_line
+
+Tokenize = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Chats:
+    """How a model reads chats.
+
+    Attributes:
+        render: a chat's messages as one text, as the model's chat template writes it.
+        encode: such a text to token ids, with no special tokens but those that it spells out.
+    """
+
+    render: Callable[[list[dict[str, Any]]], str]
+    encode: Tokenize
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model's tokenizer.
+
+    Attributes:
+        encode: text to token ids, with the special tokens that the tokenizer adds.
+        chats: for chats; None where the tokenizer has no chat template.
+    """
+
+    encode: Tokenize
+    chats: Chats | None = None
+
+    def __call__(self, text: str) -> Sequence[int]:
+        """Text to token ids, with the special tokens that the tokenizer adds."""
+        return self.encode(text)
+
+
+OFFICIAL_SEQUENCE_LENGTH = 2048
+"""The official code's window, where the model's context is not shorter."""
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's own tokenizer.
+
+    Raises:
+        SlebError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.path))
+    except Exception as error:
+        raise SlebError(
+            f"cannot load the tokenizer of {checkpoint.path}: {first_line(error)}; the folder "
+            f"must hold the tokenizer's files too"
+        ) from error
+
+    def encode(text: str, special: bool = True) -> list[int]:
+        # verbose=False: a text longer than the model's context is cut into windows, not fed whole.
+        return list(tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    # A template writes the special tokens itself; a second BOS is not what the model is served.
+    chats = Chats(render, partial(encode, special=False))
+    return Tokenizer(encode, chats if tokenizer.chat_template else None)
+
+
+def context_length(checkpoint: Checkpoint) -> int:
+    """How many positions the model was made for, as its config says; 2,048 where it does not."""
+    for key in ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length"):
+        value = checkpoint.decoder_config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return OFFICIAL_SEQUENCE_LENGTH

@@ -1,0 +1,38 @@
+"""Numbers of blocks, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sleb_serve.errors import SlebError
+from sleb_serve.utils import strict_json
+
+MAX_BLOCKS = 100_000
+"""More blocks than any model has; keeps a hostile block count from costing memory."""
+
+
+def gaps(removed: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Runs of consecutive blocks among `removed`, as (first, last), ascending."""
+    runs: list[tuple[int, int]] = []
+    for block in sorted(removed):
+        if runs and runs[-1][1] == block - 1:
+            runs[-1] = (runs[-1][0], block)
+        else:
+            runs.append((block, block))
+    return tuple(runs)
+
+
+def block_count(value: object, where: str) -> int:
+    """How many blocks a model has, read strictly."""
+    return strict_json.integer(value, where, 1, MAX_BLOCKS)
+
+
+def check_blocks(blocks: Sequence[int], num_blocks: int, where: str) -> None:
+    """Refuse a list of removed blocks that is empty, names one twice, or leaves none."""
+    if not blocks:
+        raise SlebError(f"{where} is empty: nothing is removed; serve the dense model with vllm")
+    if len(set(blocks)) != len(blocks):
+        twice = next(block for i, block in enumerate(blocks) if block in blocks[:i])
+        raise SlebError(f"{where} names block {twice} twice; each block can be removed once")
+    if len(blocks) >= num_blocks:
+        raise SlebError(f"{where} names all {num_blocks} blocks; at least one must remain")

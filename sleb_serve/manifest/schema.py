@@ -1,0 +1,255 @@
+"""The removal manifest: which decoder blocks of which model are left out, and why.
+
+A manifest is one JSON object (UTF-8, at most 1 MiB, ``schema_version`` 1). Block indices are those
+of the original model. ``removed`` is in order of removal, so every prefix is a pruning of its own.
+Losses are mean nats per predicted token.
+
+This module knows no torch and no vLLM: a manifest can be read and checked anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest.pruning import Pruning, RepairFile
+from sleb_serve.utils.atomic_io import write_atomically
+
+SCHEMA_VERSION = 1
+OBJECTIVES = ("nll", "kl", "embedding")
+"""What losses are: nats per predicted token of the text, or of divergence from the dense model; or
+one minus the cosine of the last hidden states with the dense model's."""
+MAX_BYTES = 1 << 20
+
+
+def _nothing() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class ModelBinding:
+    """The model a manifest belongs to.
+
+    ``id`` and ``revision`` say where it came from; the architecture, the block count and the two
+    digests (see `sleb_serve.checkpoint`) are what a model must match to be served by the manifest.
+    """
+
+    id: str
+    revision: str | None
+    architecture: str
+    num_blocks: int
+    config_sha256: str
+    weights_sha256: str
+    block_sha256: tuple[str, ...] | None = None
+    """The digest of each block's weights: with it, a server need not read removed blocks."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One removed block, and the model's calibration loss once it and all before it are gone."""
+
+    block: int
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that the losses were measured on.
+
+    ``sequences`` windows of ``sequence_length`` tokens; ``rows`` counts the data-set rows they were
+    cut from (None for a file). ``tokens_sha256`` is the digest of the token ids as little-endian
+    int64, window after window.
+    """
+
+    source: str
+    split: str | None
+    sequences: int
+    sequence_length: int
+    seed: int
+    tokens_sha256: str
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the blocks were searched for: SLEB's greedy search, its barriers, the model's dtype.
+
+    Losses are those of the ``objective``: ``nll`` on the text, or ``kl`` from the dense model.
+    ``samples`` are the blocks that the same search removes on other samples of the text.
+    """
+
+    method: str
+    early_barrier: int
+    late_barrier: int
+    dtype: str
+    objective: str = "nll"
+    samples: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How the gaps are repaired: the kind, the sidecar's name beside the manifest, its digest.
+
+    Fitted on ``sequences`` windows of the calibration text; ``loss`` is that on them, repaired.
+    """
+
+    kind: str
+    file: str
+    sha256: str
+    sequences: int
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What the pruned model made of a short prompt when it was selected, to know it by.
+
+    ``logprobs`` are those of each of the ``tokens`` but the first, in nats.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A removal manifest; see the module's docstring.
+
+    Only ``model`` and ``removed`` are needed to serve; the rest records where they came from.
+    """
+
+    model: ModelBinding
+    removed: tuple[Removal, ...]
+    dense_loss: float | None = None
+    calibration: Calibration | None = None
+    selection: Selection | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=_nothing)
+    created_by: Mapping[str, str] = field(default_factory=_nothing)
+    repair: Repair | None = None
+    golden: Golden | None = None
+    folder: Path | None = field(default=None, compare=False)
+    """Where the manifest was read from, and its sidecar lies; not part of the file."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The removed blocks, in order of removal."""
+        return tuple(removal.block for removal in self.removed)
+
+    def prefix(self, blocks: int | None) -> Manifest:
+        """The manifest with only its first ``blocks`` removals (all of them for None).
+
+        Raises:
+            SlebError: ``blocks`` is not between 1 and the number of removals.
+        """
+        if blocks is None:
+            return self
+        if not 1 <= blocks <= len(self.removed):
+            raise SlebError(
+                f"--blocks {blocks}: this manifest removes {len(self.removed)} blocks, so K must "
+                f"be between 1 and {len(self.removed)}; for more, select with a larger --remove"
+            )
+        if self.repair is not None and blocks < len(self.removed):
+            raise SlebError(
+                f"--blocks {blocks}: this manifest is repaired for {len(self.removed)} blocks, and "
+                f"fewer need another repair; select with --remove {blocks} --repair "
+                f"{self.repair.kind} for a manifest of its own"
+            )
+        if blocks == len(self.removed):
+            return self
+        # Golden log-probabilities are those of all removals.
+        return replace(self, removed=self.removed[:blocks], golden=None)
+
+    def pruning(self) -> Pruning:
+        """What a server needs of this manifest."""
+        removed = tuple(sorted(self.blocks))
+        digests = self.model.block_sha256
+        return Pruning(
+            architecture=self.model.architecture,
+            num_blocks=self.model.num_blocks,
+            config_sha256=self.model.config_sha256,
+            weights_sha256=self.model.weights_sha256,
+            removed=removed,
+            removed_sha256=() if digests is None else tuple(digests[block] for block in removed),
+            repair=None if self.repair is None else self._repair_file(self.repair),
+        )
+
+    def perplexity(self, loss: float | None) -> float | None:
+        """exp(loss); None where there is no such thing, as for a divergence."""
+        is_loss = self.selection is None or self.selection.objective == "nll"
+        return perplexity_of(loss) if is_loss else None
+
+    def _repair_file(self, repair: Repair) -> RepairFile:
+        path = (self.folder or Path()).resolve() / repair.file
+        return RepairFile(repair.kind, repair.sha256, str(path))
+
+    def to_json(self) -> bytes:
+        """The manifest as the bytes of its file; equal manifests give equal bytes."""
+        value: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "model": {
+                name: _thaw(entry)
+                for name, entry in vars(self.model).items()
+                if name != "block_sha256" or entry is not None
+            },
+            "removed": [
+                {"block": r.block, "loss": r.loss, "perplexity": self.perplexity(r.loss)}
+                for r in self.removed
+            ],
+        }
+        if self.dense_loss is not None:
+            value["dense"] = {
+                "loss": self.dense_loss,
+                "perplexity": self.perplexity(self.dense_loss),
+            }
+        if self.calibration is not None:
+            value["calibration"] = dict(vars(self.calibration))
+        if self.selection is not None:
+            value["selection"] = {
+                name: _thaw(entry) for name, entry in vars(self.selection).items() if entry != ()
+            }
+        if self.repair is not None:
+            value["repair"] = {k: v for k, v in vars(self.repair).items() if v is not None}
+        if self.golden is not None:
+            value["golden"] = {name: _thaw(entry) for name, entry in vars(self.golden).items()}
+        value["evaluation"] = _thaw(self.evaluation)
+        value["created_by"] = dict(self.created_by)
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        return (text + "\n").encode()
+
+    def write(self, path: Path) -> None:
+        """Write the manifest to `path`, whole or not at all.
+
+        Raises:
+            SlebError: the file cannot be written, or would be larger than a reader accepts.
+        """
+        data = self.to_json()
+        if len(data) > MAX_BYTES:
+            raise SlebError(
+                f"{path}: the manifest would have {len(data)} bytes, more than the {MAX_BYTES} a "
+                f"reader accepts; store less under its evaluation"
+            )
+        write_atomically(path, data)
+
+
+def perplexity_of(loss: float | None) -> float | None:
+    """The exponential of a loss in nats per token; None if unknown or beyond a float."""
+    if loss is None:
+        return None
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
+
+
+def _thaw(value: object) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _thaw(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_thaw(item) for item in value]
+    return value
