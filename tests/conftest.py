@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tiny import AS_MADE, TINY, Tiny
+
+if TYPE_CHECKING:
+    from fake_servers import Fake
 
 # Before anything imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,16 +48,24 @@ def take_share_of_cores() -> None:
 
 take_share_of_cores()
 
+pytest.register_assert_rewrite("commands", "engines", "running")
+
 # Other work on the machine must not make a property's inputs "too slow".
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
+_BUSY: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=50, **_BUSY)
+settings.register_profile("thorough", max_examples=1000, **_BUSY)
+THOROUGH = os.environ.get("SLEB_TEST_THOROUGH", "") not in ("", "0")
+"""Whether properties are tried on many inputs, which takes minutes."""
+settings.load_profile("thorough" if THOROUGH else "quick")
 
 ROOT = Path(__file__).resolve().parent.parent
+Models = Callable[[str], Path]
+"""What the fixture `models` is: the folder of a tiny model, by its name."""
 SHARED_DATASETS = ROOT.parent / "shared" / "hf" / "datasets"
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Folder of a tiny random model by its name in `tiny.TINY`."""
     root = tmp_path_factory.mktemp("models")
 
@@ -78,6 +89,23 @@ def smollm2() -> Path:
         return demo_model(Path(folder).resolve())
     except SlebError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Fake]]:
+    """Starts servers that answer with what they are given, and stops them."""
+    from fake_servers import Fake
+
+    servers: list[Fake] = []
+
+    def start(*arguments: Any) -> Fake:
+        servers.append(Fake(*arguments))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def save_model(name: str, path: Path, dtype: str = "float32", **changes: Any) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 
 import oracle
 from conftest import ROOT
+from forking import run_fork
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.pruning import Pruning
@@ -61,17 +60,6 @@ def overrides(path: Path, removed: Sequence[int]) -> dict[str, Any]:
     return pruned_overrides(pruning(path, removed), open_checkpoint(str(path)))
 
 
-def forks() -> ForkServerContext:
-    """Starts processes that have vLLM imported: forks of one in which no engine ever ran.
-
-    Importing it costs a quarter of a minute or more. The processes have the environment of the
-    first of them, so what libraries read while they are imported must be as it was then.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_model_runner"])
-    return context
-
-
 def run_jobs(
     jobs: Sequence[dict[str, Any]],
     folder: Path,
@@ -81,10 +69,7 @@ def run_jobs(
     """Run jobs in one child process; one that takes the process down is an error of the test."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     if python == sys.executable and all(name.startswith("VLLM_") for name in environment):
-        child = forks().Process(target=_run, args=(folder, environment))
-        child.start()
-        child.join()
-        code = child.exitcode
+        code = run_fork(_run, folder / "output.log", folder, **environment)
     else:
         code = _run_anew(python, folder, environment)
     assert code == 0, (folder / "output.log").read_text(errors="replace")[-5000:]
@@ -92,15 +77,11 @@ def run_jobs(
     return results
 
 
-def _run(folder: Path, environment: dict[str, str]) -> None:
+def _run(folder: Path) -> None:
     """In the child."""
-    output = os.open(folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(folder)
-    os.environ.update(environment)
     import engine_jobs
 
+    os.chdir(folder)
     engine_jobs.main("jobs.json", "results.json")
 
 
@@ -125,13 +106,15 @@ def differences(result: dict[str, Any], model: Any) -> list[float]:
     return [abs(a - b) for a, b in zip(found, expected, strict=True)]
 
 
-def greedy_equal(result: dict[str, Any], model: Any) -> bool:
+def greedy_equal(
+    result: dict[str, Any], model: Any, prompts: Sequence[Sequence[int]] = PROMPTS
+) -> bool:
     """Whether an engine's continuations are a model's greedy ones, up to ties.
 
     One pass over prompt and continuation tells of each token whether it is the likeliest there.
     """
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
-    for prompt, tokens in zip(PROMPTS, result["tokens"], strict=True):
+    for prompt, tokens in zip(prompts, result["tokens"], strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0].float()
         said = logits[len(prompt) - 1 : -1]
@@ -139,6 +122,13 @@ def greedy_equal(result: dict[str, Any], model: Any) -> bool:
         if float(behind.max()) > tolerance:
             return False
     return True
+
+
+def check_greedy(result: dict[str, Any], model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Hold continuations alone against a model's: all of them, at full length."""
+    assert "error" not in result, result["error"]
+    assert [len(tokens) for tokens in result["tokens"]] == [NEW_TOKENS] * len(prompts)
+    assert greedy_equal(result, model, prompts)
 
 
 def check_equal(result: dict[str, Any], path: Path, case: Case, limit: float = 1e-3) -> None:

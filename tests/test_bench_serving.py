@@ -6,11 +6,13 @@ import json
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from conftest import Models
 
 pytest.importorskip("vllm")
 psutil = pytest.importorskip("psutil")
@@ -22,8 +24,6 @@ from sleb_serve.checkpoint.hub import open_checkpoint  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
 from sleb_serve.manifest.binding import bind  # noqa: E402
 from sleb_serve.manifest.schema import Manifest, Removal  # noqa: E402
-
-Models = Callable[[str], Path]
 
 FAST, SLOW = 20.0, 2.0
 SERVING = ServingOptions(

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, Models
 
 sys.path.insert(0, str(ROOT / "deploy"))
 from plot_board import ask, panels
@@ -27,8 +27,6 @@ from sleb_serve.serving.canary import canary, read_prompts
 from sleb_serve.serving.client import Client
 
 pytestmark = pytest.mark.slow
-
-Models = Callable[[str], Path]
 
 PROMETHEUS = shutil.which("prometheus")
 SECONDS = float(os.environ.get("SLEB_TEST_BOARD_SECONDS", "15"))

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.roofline.plan import GPUS
 from sleb_serve.serving import preflight as checking
-
-Models = Callable[[str], Path]
 
 
 def write(path: Path, model: Path, *removed: int) -> Path:

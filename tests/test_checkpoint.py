@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.written import with_quantisation
 from sleb_serve.errors import SlebError
-
-Models = Callable[[str], Path]
 
 
 @pytest.fixture

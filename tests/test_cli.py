@@ -9,35 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import oracle
-from conftest import ROOT
+from commands import (
+    Capture,
+    one_thread,
+    refused,
+    run_in_one,
+    run_with_one_thread,
+    select_arguments,
+)
+from conftest import ROOT, Models
+from forking import start_fork
 from sleb_serve.cli.main import main
 from sleb_serve.manifest.reader import read_manifest
-
-Models = Callable[[str], Path]
-Capture = pytest.CaptureFixture[str]
-
-
-def select_arguments(model: Path, output: Path, *options: str) -> list[str]:
-    defaults = ["--remove", "2", "--calibration", "python-docs", "--sequences", "2"]
-    return ["select", str(model), "-o", str(output), *defaults, "--sequence-length", "32", *options]
-
-
-def refused(arguments: Sequence[str], capture: Capture) -> str:
-    """Run the command line in this process, expecting a refusal; its one line."""
-    assert main(arguments) == 2
-    captured = capture.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("sleb-serve")]
-    assert captured.out == ""
-    assert len(lines) == 1
-    assert captured.err.rstrip().endswith(lines[0])
-    assert "Traceback" not in captured.err
-    return lines[0]
 
 
 def test_select_writes_a_manifest_that_equals_the_naive_search(
@@ -248,46 +237,34 @@ def test_help_has_examples(capsys: Capture) -> None:
         assert "examples:" in capsys.readouterr().out
 
 
-def command_line(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "sleb_serve.cli", *arguments]
-
-
-def test_a_killed_search_resumes_to_the_same_bytes(models: Models, tmp_path: Path) -> None:
+def test_a_killed_search_resumes_to_the_same_bytes(
+    models: Models, tmp_path: Path, capsys: Capture
+) -> None:
     """Windows are made long, so that a step takes seconds and a kill lands inside one."""
     options = ["--remove", "5", "--sequences", "12", "--sequence-length", "512"]
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(output: Path, *more: str) -> subprocess.Popen[str]:
-        arguments = select_arguments(models("llama"), output, *options, *more)
-        return subprocess.Popen(
-            command_line(*arguments),
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    process = run(whole)
-    assert process.wait() == 0
+    with one_thread():
+        assert main(select_arguments(models("llama"), whole, *options)) == 0
 
     log = tmp_path / "killed.json.search.jsonl"
-    process = run(killed)
+    arguments = select_arguments(models("llama"), killed, *options)
+    process = start_fork(run_with_one_thread, tmp_path / "output", arguments)
+    assert process.pid is not None
     while not (log.exists() and b'"step": 2, "removed"' in log.read_bytes()):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
     finished = log.read_bytes()
     steps = finished.count(b'"removed"')
     assert 2 <= steps < 5
     assert not killed.exists()
 
-    process = run(killed, "--resume")
-    _, error = process.communicate()
-    assert process.returncode == 0
+    capsys.readouterr()
+    with one_thread():
+        assert main([*arguments, "--resume"]) == 0
+    error = capsys.readouterr().err
     assert killed.read_bytes() == whole.read_bytes()
     assert log.read_bytes().startswith(finished)
     assert log.read_bytes() == (tmp_path / "whole.json.search.jsonl").read_bytes()
@@ -352,20 +329,20 @@ def test_a_hub_model_is_bound_by_its_id_and_commit(models: Models, tmp_path: Pat
     shutil.copytree(models("opt"), root / "snapshots" / commit)
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(commit)
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command_line(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-
     output = tmp_path / "m.json"
-    done = run(*select_arguments(Path("org/tiny"), output))
-    assert done.returncode == 0, done.stderr
+    select = select_arguments(Path("org/tiny"), output)
+    serve, other = (
+        ["serve", model, "-m", str(output), "--dry-run"] for model in ("org/tiny", models("opt"))
+    )
+    ((selected, served, folder),) = run_in_one(
+        [select, serve, list(map(str, other))],
+        tmp_path / "run",
+        HF_HUB_CACHE=str(tmp_path / "cache"),
+        HF_HUB_OFFLINE="1",
+    )
+    assert selected.code == 0, selected.error
     model = read_manifest(output).model
     assert (model.id, model.revision) == ("org/tiny", commit)
-    done = run("serve", "org/tiny", "-m", str(output), "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert f"--served-model-name org/tiny-{read_manifest(output).pruning().tag}" in done.stdout
-    done = run("serve", str(models("opt")), "-m", str(output), "--dry-run")
-    assert done.returncode == 0, "the same weights from a folder are the same model"
+    assert served.code == 0, served.error
+    assert f"--served-model-name org/tiny-{read_manifest(output).pruning().tag}" in served.out
+    assert folder.code == 0, "the same weights from a folder are the same model"

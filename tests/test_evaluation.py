@@ -8,7 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ import pytest
 import torch
 
 import oracle
-from conftest import ROOT
+from commands import refused
+from conftest import ROOT, Models
 from engines import PROMPTS
+from exports import exported, manifest_for
+from repairs import manifest_of, repaired
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.data.calibration import judged_windows
@@ -26,11 +29,7 @@ from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.repair_file import read_sidecar
 from sleb_serve.models.loading import load_model
 from sleb_serve.models.pruned import blocks_deleted
-from test_cli import refused
-from test_export import exported, manifest_for
-from test_repair import manifest_of, repaired
 
-Models = Callable[[str], Path]
 Capture = pytest.CaptureFixture[str]
 SHARED = ROOT.parent / "shared" / "hf" / "datasets"
 REMOVED = (5, 2, 3)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,17 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import oracle
+from commands import refused
+from conftest import Models
 from engines import PROMPTS, Case, pruning, run_jobs
+from exports import exported, manifest_for
+from repairs import manifest_of, repaired
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.convert.export import MANIFEST_NAME, export
-from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.reader import read_manifest
-from sleb_serve.manifest.schema import Manifest, Removal
-from test_cli import refused
-from test_repair import manifest_of, repaired
 
-Models = Callable[[str], Path]
 REMOVED = {"llama": (2, 5), "gemma3": (1, 4), "qwen2": (1, 3), "opt": (2, 4)}
-SMOLLM2 = (5, 25, 17, 16, 18, 12)
-
-
-def manifest_for(path: Path, removed: Sequence[int]) -> Manifest:
-    return Manifest(bind(str(path), open_checkpoint(str(path))), tuple(map(Removal, removed)))
-
-
-def exported(path: Path, removed: Sequence[int], folder: Path) -> Path:
-    export(open_checkpoint(str(path)), manifest_for(path, removed), folder)
-    return folder
 
 
 def logits_differ(one: Any, other: Any, prompt: Sequence[int]) -> float:
@@ -71,15 +60,13 @@ def test_transformers_loads_what_deletion_makes(models: Models, tmp_path: Path, 
 
 
 def test_stock_vllm_serves_it_as_the_plugin_serves_the_original(
-    models: Models, smollm2: Path, tmp_path: Path
+    models: Models, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm")
-    paths = {name: models(name) for name in REMOVED} | {"smollm2": smollm2}
-    removed = {**REMOVED, "smollm2": SMOLLM2}
-    plugged = [Case(name, removed[name]).job(path) for name, path in paths.items()]
+    plugged = [Case(name, removed).job(models(name)) for name, removed in REMOVED.items()]
     plain = [
-        Case(name, ()).job(exported(path, removed[name], tmp_path / name))
-        for name, path in paths.items()
+        Case(name, ()).job(exported(models(name), removed, tmp_path / name))
+        for name, removed in REMOVED.items()
     ]
     (tmp_path / "plugged").mkdir()
     (tmp_path / "plain").mkdir()

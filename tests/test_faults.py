@@ -6,25 +6,21 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli import main as cli
 from sleb_serve.cli.progress import SearchBars
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.selection.search import Step
-
-Models = Callable[[str], Path]
 
 TEXT = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
 WITHIN = 30.0
@@ -44,19 +40,19 @@ def one_line(text: str) -> str:
 
 @pytest.mark.parametrize("limit", [0, 600])
 def test_a_full_disk_leaves_no_half_written_manifest(
-    models: Models, tmp_path: Path, limit: int
+    models: Models, tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A limit on file size stands for a disk that fills: writing ends with an error from there."""
     output = tmp_path / "m.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "sleb_serve.cli", *select(models("llama"), output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 2, done.stderr
-    message = one_line(done.stderr)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        code = cli.main(select(models("llama"), output))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert code == 2, error
+    message = one_line(error)
     assert message.startswith("sleb-serve: error: ")
     assert "File too large" in message or "No usable temporary directory" in message
     assert not output.exists()

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.schema import Golden, Manifest, Removal
-
-Models = Callable[[str], Path]
 
 ATTACKS = sorted((Path(__file__).parent / "attacks").iterdir())
 
@@ -95,15 +94,28 @@ hostile = st.recursive(
 )
 
 
-@settings(
-    max_examples=1000,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+ANY_MANIFEST = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@settings(max_examples=150, suppress_health_check=ANY_MANIFEST)
+@given(data=st.data())
+def test_changed_manifests_are_accepted_or_refused_in_one_line(
+    data: st.DataObject, honest: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    check_answers(changed(data, honest), honest, model, tmp_path / "m.json")
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, suppress_health_check=ANY_MANIFEST)
 @given(data=st.data())
 def test_a_thousand_changed_manifests_are_accepted_or_refused_in_one_line(
     data: st.DataObject, honest: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
+    check_answers(changed(data, honest), honest, model, tmp_path / "m.json")
+
+
+def changed(data: st.DataObject, honest: dict[str, Any]) -> dict[str, Any]:
+    """An honest manifest with up to three changes."""
     value = copy.deepcopy(honest)
     for _ in range(data.draw(st.integers(1, 3))):
         where = data.draw(st.sampled_from(list(places(value))))
@@ -121,7 +133,11 @@ def test_a_thousand_changed_manifests_are_accepted_or_refused_in_one_line(
             place[where[-1]] = data.draw(hostile)
         if not value:
             break
-    path = tmp_path / "m.json"
+    return value
+
+
+def check_answers(value: dict[str, Any], honest: dict[str, Any], model: Path, path: Path) -> None:
+    """Every reader takes a manifest, or refuses it in one line."""
     path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
 
     code, out, error = run("show", str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commands import refused
+from conftest import Models
 from sleb_serve.cli.main import main
 from sleb_serve.convert.found import Found
 from sleb_serve.convert.lists import llama_cpp_list, read_blocks
@@ -18,9 +19,6 @@ from sleb_serve.convert.mergekit import mergekit_config
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.schema import Manifest, ModelBinding, Removal
-from test_cli import refused
-
-Models = Callable[[str], Path]
 
 OFFICIAL = """\
 Time Elapsed: 612.7

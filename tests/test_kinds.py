@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ import hub
 import oracle
 import tiny_multimodal
 import tiny_pooling
-from conftest import ROOT, save_model, save_tiny
+from commands import Capture, Done, refused, run_in_one
+from conftest import save_model, save_tiny
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.cut.config import Cut
@@ -31,7 +29,6 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.schema import Manifest, Removal
-from test_cli import refused
 
 TEXT = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "48"]
 IDS = torch.randint(5, 250, (1, 80), generator=torch.Generator().manual_seed(0))
@@ -292,48 +289,51 @@ def test_a_hub_model_is_the_manifests_revision_and_a_moved_branch_is_refused(
     old, new = "a" * 40, "b" * 40
     manifest = tmp_path / "m.json"
 
-    def run(address: str, *arguments: str) -> tuple[int, str]:
+    def run(address: str, commands: list[list[str]]) -> list[Done]:
         environment = {
-            **os.environ,
             "HF_ENDPOINT": address,
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(tmp_path / "cache"),
             "HF_HUB_DISABLE_XET": "1",
         }
-        done = subprocess.run(
-            [sys.executable, "-m", "sleb_serve.cli", *arguments],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, done.stdout + done.stderr
+        (results,) = run_in_one(commands, tmp_path / "run", **environment)
+        return results
 
     with hub.serving("org/tiny", before, old) as (address, _):
-        code, said = run(address, "import", "[2, 4]", "org/tiny", "-o", str(manifest))
-        assert code == 0, said
+        (done,) = run(address, [["import", "[2, 4]", "org/tiny", "-o", str(manifest)]])
+        assert done.code == 0, done.error
     assert read_manifest(manifest).model.revision == old
-    out = ["--perplexity", "python-docs", "--sequence-length", "48", "--windows", "1"]
+    text = ["--perplexity", "python-docs", "--sequence-length", "48", "--windows", "1"]
     asked = {
         "check": ["check", str(manifest), "org/tiny"],
-        "eval": ["eval", "org/tiny", "-m", str(manifest), *out],
+        "eval": ["eval", "org/tiny", "-m", str(manifest), *text],
         "export": ["export", "org/tiny", "-m", str(manifest), str(tmp_path / "out")],
         "serve": ["serve", "org/tiny", "-m", str(manifest), "--dry-run"],
     }
+    moved = [[a.replace("/out", "/out2") for a in command] for command in asked.values()]
+    moved = [[*command, "--revision", "main"] for command in moved]
     with hub.serving("org/tiny", after, new, {old: before}) as (address, _):
-        for command, arguments in asked.items():
-            code, said = run(address, *arguments)
-            assert code == 0, (command, said)
-            if command == "serve":
-                assert f"--revision {old}" in said
-            moved = [a if a != str(tmp_path / "out") else str(tmp_path / "out2") for a in arguments]
-            code, said = run(address, *moved, "--revision", "main")
-            assert code in (1, 2), (command, said)
-            expected = "commit expected" if command == "check" else "weights_sha256 expected"
-            assert expected in said, (command, said)
+        done_of = dict(
+            zip(
+                [*asked, *(f"{name}, moved" for name in asked)],
+                run(address, [*asked.values(), *moved]),
+                strict=True,
+            )
+        )
+    for command in asked:
+        done = done_of[command]
+        assert done.code == 0, (command, done.error)
+        if command == "serve":
+            assert f"--revision {old}" in done.out
+        done = done_of[f"{command}, moved"]
+        assert done.code in (1, 2), (command, done)
+        expected = "commit expected" if command == "check" else "weights_sha256 expected"
+        assert expected in done.out + done.error, (command, done)
 
 
-def test_check_does_not_say_that_weights_match_which_are_not_there(tmp_path: Path) -> None:
+def test_check_does_not_say_that_weights_match_which_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     path = tmp_path / "model"
     save_model("opt", path)
     manifest = tmp_path / "m.json"
@@ -344,12 +344,9 @@ def test_check_does_not_say_that_weights_match_which_are_not_there(tmp_path: Pat
     shutil.copy(path / "config.json", root / "snapshots" / commit)
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(commit)
-    done = subprocess.run(
-        [sys.executable, "-m", "sleb_serve.cli", "check", str(manifest), "org/tiny"],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert "config matches; weights are not on this machine" in done.stdout, done.stderr
-    assert "weights match" not in done.stdout
+    # What HF_HUB_CACHE says, to a library that has read it already.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    main(["check", str(manifest), "org/tiny"])
+    out, error = capsys.readouterr()
+    assert "config matches; weights are not on this machine" in out, error
+    assert "weights match" not in out

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 
 import oracle
+from conftest import Models
 from sleb_serve.selection.racing import Budget, Drop, FastSearch, _tail, racing, rivals
 from sleb_serve.selection.search import Scores, Step, greedy, recorded
-from test_scoring import random_windows, sweep_of
-
-Models = Callable[[str], Path]
+from sweeps import random_windows, sweep_of
 
 
 @pytest.mark.parametrize("degrees", [9, 15, 63, 500])

@@ -4,62 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import oracle
-from conftest import save_model
-from engines import Case, check_size, differences, greedy_equal, run_jobs
+from conftest import Models, save_model
+from repairs import fitted, manifest_of, repaired
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.blocks import gaps
 from sleb_serve.manifest.reader import read_manifest
-from sleb_serve.manifest.repair_file import read_sidecar, sidecar_path, write_sidecar
-from sleb_serve.manifest.schema import Manifest, Removal, Repair
+from sleb_serve.manifest.repair_file import read_sidecar, sidecar_path
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
-from sleb_serve.selection.repair import Gap, fit
-from sleb_serve.serving.command import pruned_overrides
-from test_scoring import random_windows
+from sleb_serve.selection.repair import fit
+from sweeps import random_windows
 
-Models = Callable[[str], Path]
 REMOVED = (2, 3, 6)
-
-
-def fitted(path: Path, removed: Sequence[int], count: int = 20, length: int = 240) -> list[Gap]:
-    windows, checkpoint = random_windows(count, length), open_checkpoint(str(path))
-    model = CausalLM(load_model(checkpoint, "float32"), windows[0])
-    own: torch.dtype = getattr(torch, checkpoint.dtype)
-    found: list[Gap] = fit(model, windows, removed, own)[0]
-    return found
-
-
-def repaired(path: Path, removed: Sequence[int], tensors: dict[str, torch.Tensor]) -> Any:
-    """Transformers with the blocks skipped and a repair's weights put where they belong."""
-    model = oracle.load(path)
-    own = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        own[name].data.copy_(tensor)
-    return oracle.skip_blocks(model, removed)
-
-
-def manifest_of(path: Path, removed: Sequence[int], output: Path, **text: int) -> Manifest:
-    found = fitted(path, removed, **text)
-    digest = write_sidecar(sidecar_path(output), {gap.name: gap.weight for gap in found}, {})
-    manifest = Manifest(
-        bind(str(path), open_checkpoint(str(path))),
-        tuple(Removal(block) for block in removed),
-        repair=Repair("fold", sidecar_path(output).name, digest, 12),
-    )
-    manifest.write(output)
-    return read_manifest(output)
 
 
 def test_gaps_are_runs_of_removed_blocks() -> None:
@@ -224,94 +190,3 @@ def test_a_kind_of_repair_that_is_no_more_is_refused_in_one_line(
         (line,) = capsys.readouterr().err.splitlines()
         assert f"repair.kind is {kind}, which is no longer served" in line
         assert "select again with --repair fold" in line
-
-
-SERVED = [("llama", REMOVED), ("opt", (1, 3)), ("qwen2", (1, 3))]
-
-
-@pytest.fixture
-def jobs(models: Models, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    def make(cases: Sequence[tuple[str, tuple[int, ...]]], **engine: Any) -> Any:
-        made = []
-        for number, (name, removed) in enumerate(cases):
-            path = models(name)
-            manifest = manifest_of(path, removed, tmp_path / f"{number}.json")
-            job = Case(name, removed).job(path, **engine)
-            checkpoint = open_checkpoint(str(path))
-            made.append({**job, "overrides": pruned_overrides(manifest.pruning(), checkpoint)})
-        return made
-
-    return make
-
-
-def check(
-    results: list[dict[str, Any]],
-    cases: Sequence[tuple[str, tuple[int, ...]]],
-    models: Models,
-    folder: Path,
-) -> None:
-    for number, (result, (name, removed)) in enumerate(zip(results, cases, strict=True)):
-        manifest = read_manifest(folder / f"{number}.json")
-        model = repaired(models(name), removed, read_sidecar(manifest.pruning()))
-        assert max(differences(result, model)) < 1e-3
-        assert greedy_equal(result, model)
-        check_size(result, models(name), Case(name, removed))
-        # The repair is not so small that its absence would pass.
-        assert max(differences(result, oracle.pruned(models(name), removed))) > 1e-2
-
-
-def test_vllm_serves_repaired_models_as_transformers_computes_them(
-    models: Models, jobs: Callable[..., list[dict[str, Any]]], tmp_path: Path
-) -> None:
-    pytest.importorskip("vllm")
-    check(run_jobs(jobs(SERVED), tmp_path), SERVED, models, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "engine",
-    [
-        {"tensor_parallel_size": 2},
-        pytest.param({"enforce_eager": False}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_repaired_models_on_two_ranks_and_compiled(
-    models: Models,
-    jobs: Callable[..., list[dict[str, Any]]],
-    tmp_path: Path,
-    engine: dict[str, Any],
-) -> None:
-    pytest.importorskip("vllm")
-    cases = SERVED[:2]
-    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    if "tensor_parallel_size" in engine:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    check(run_jobs(jobs(cases, **engine), tmp_path, **environment), cases, models, tmp_path)
-
-
-def test_smollm2_repaired_in_vllm_is_smollm2_repaired_in_transformers(
-    smollm2: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("vllm")
-    removed, checkpoint = (17, 18), open_checkpoint(str(smollm2))
-    manifest = manifest_of(smollm2, removed, tmp_path / "m.json", count=8, length=96)
-    job = Case("smollm2", removed).job(smollm2)
-    job["overrides"] = pruned_overrides(manifest.pruning(), checkpoint)
-    (result,) = run_jobs([job], tmp_path)
-    model = repaired(smollm2, removed, read_sidecar(manifest.pruning()))
-    assert max(differences(result, model)) < 1e-3
-    assert greedy_equal(result, model)
-    assert max(differences(result, oracle.pruned(smollm2, removed))) > 1e-2
-
-
-def test_an_engine_refuses_a_sidecar_that_changed(
-    models: Models, jobs: Callable[..., list[dict[str, Any]]], tmp_path: Path
-) -> None:
-    pytest.importorskip("vllm")
-    good, bad = jobs([SERVED[0], SERVED[1]])
-    Path(bad["overrides"]["sleb"][0]["repair"]["path"]).write_bytes(b"")
-    for job in (good, bad):
-        job["only_configure"] = True
-    results = run_jobs([good, bad], tmp_path)
-    assert "hash" in results[0]
-    assert "is not the manifest's: sha256 expected" in results[1]["error"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
+from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.models.layerwise import CausalLM, decoder_layers
 from sleb_serve.models.loading import load_model
 from sleb_serve.selection.layer_sweep import LayerSweep
 from sleb_serve.selection.memory import Needs, Plan, make_plan, parse_size, peak_bytes
-from sleb_serve.selection.search import Score, Step, greedy, recorded
+from sleb_serve.selection.search import Step
+from sweeps import greedy_steps, random_windows, search, sweep_of
 from tiny import VOCABULARY
-
-Models = Callable[[str], Path]
-
-
-def random_windows(count: int, length: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
-
-
-def sweep_of(path: Path, windows: list[list[int]], **options: Any) -> LayerSweep:
-    checkpoint = open_checkpoint(str(path))
-    model = load_model(checkpoint, "float32", streamed=options.get("streamed", False))
-    return LayerSweep(CausalLM(model, windows[0]), windows, **options)
-
-
-def greedy_steps(score: Score, **limits: Any) -> list[Step]:
-    found: list[Step] = []
-    greedy(recorded(score, (), found.append), **limits)
-    return found
-
-
-def search(path: Path, windows: list[list[int]], remove: int, **barriers: int) -> list[Step]:
-    sweep = sweep_of(path, windows)
-    return greedy_steps(sweep.score, num_blocks=len(sweep.model.layers), remove=remove, **barriers)
 
 
 def check(steps: Sequence[Step], naive: Sequence[tuple[int, dict[int, float]]]) -> None:
@@ -228,6 +206,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(models: Models) -> None:
         sweep_of(models("llama"), [[1, 2, VOCABULARY - 1], [1, 2, VOCABULARY]])
 
 
+@pytest.mark.slow
 def test_on_smollm2_the_sweeps_order_is_the_naive_one(smollm2: Path) -> None:
     from sleb_serve.data.calibration import make_windows
     from sleb_serve.data.tokenizer import load_tokenizer

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, save_model
+from commands import one_thread, run_in_one
+from conftest import Models, save_model
+from forking import run_fork
+from memory import measure_memory
 from sleb_serve.cli.main import main
-
-Models = Callable[[str], Path]
 
 WIDE = {"vocab_size": 384, "hidden_size": 512, "num_attention_heads": 8}
 LARGE = ["--sequences", "2", "--sequence-length", "2048"]
-
-MEASURE = """
-import json, sys
-from pathlib import Path
-from sleb_serve.cli.main import main
-
-def status(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
-
-first, second = json.loads(sys.argv[1])
-assert main(first) == 0  # what libraries load and allocate once
-Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
-before = status("VmRSS")
-assert main(second) == 0
-print(json.dumps(status("VmHWM") - before))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +50,11 @@ def test_memory_stays_within_the_budget(
         select(models("llama"), tmp_path / "small.json", *small, "--memory-budget", "64M"),
         select(wide, tmp_path / "m.json", *LARGE, "--memory-budget", budget),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(commands)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert way in done.stderr
-    peak = json.loads(done.stdout.splitlines()[-1]) >> 20
-    assert peak <= int(budget[:-1])
+    log = tmp_path / "log"
+    code = run_fork(measure_memory, log, *commands, tmp_path / "peak")
+    assert code == 0, log.read_text()[-3000:]
+    assert way in log.read_text()
+    assert int((tmp_path / "peak").read_text()) >> 20 <= int(budget[:-1])
     assert (tmp_path / "m.json").read_bytes() == unlimited.read_bytes()
 
 
@@ -92,27 +68,25 @@ def test_a_budget_that_cannot_do_is_refused(
     assert not (tmp_path / "m.json").exists()
 
 
-@pytest.mark.parametrize("search", ["greedy", "fast"])
-def test_two_processes_give_the_bytes_of_one(models: Models, tmp_path: Path, search: str) -> None:
-    text = ["--sequences", "5", "--sequence-length", "64", "--search", search]
-    for launcher, name in (([], "one"), (["torch.distributed.run", "--nproc-per-node=2"], "two")):
-        command = ["sleb_serve.cli", *select(models("llama"), tmp_path / f"{name}.json", *text)]
-        started = [part for module in (launcher, command) if module for part in ("-m", *module)]
-        done = subprocess.run(
-            [sys.executable, *started],
-            # The same number of threads, or sums differ in the last bit.
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("wrote ") == 1
-    assert "one of 2 processes" in done.stderr
-    for end in ("json", "json.search.jsonl"):
-        one, two = (tmp_path / f"{name}.{end}" for name in ("one", "two"))
-        assert one.read_bytes() == two.read_bytes()
+def test_two_processes_give_the_bytes_of_one(models: Models, tmp_path: Path) -> None:
+    def command(search: str, count: str) -> list[str]:
+        text = ["--sequences", "5", "--sequence-length", "64", "--search", search]
+        return select(models("llama"), tmp_path / f"{search}-{count}.json", *text)
+
+    searches = ("greedy", "fast")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+    commands = [command(search, "two") for search in searches]
+    first, second = run_in_one(commands, tmp_path / "two", launcher, OMP_NUM_THREADS="1")
+    with one_thread():
+        assert [main(command(search, "one")) for search in searches] == [0, 0]
+    for search, told, quiet in zip(searches, first, second, strict=True):
+        assert (told.code, quiet.code) == (0, 0)
+        assert "one of 2 processes" in told.error
+        assert told.out.count("wrote ") == 1
+        assert "wrote " not in quiet.out
+        for end in ("json", "json.search.jsonl"):
+            one, two = (tmp_path / f"{search}-{count}.{end}" for count in ("one", "two"))
+            assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import oracle
+from commands import refused, select_arguments
+from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.data.calibration import make_windows
@@ -19,9 +21,7 @@ from sleb_serve.manifest.schema import Manifest
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
 from sleb_serve.selection.repair import fit
-from test_cli import refused, select_arguments
 
-Models = Callable[[str], Path]
 Capture = pytest.CaptureFixture[str]
 
 

@@ -1,0 +1,106 @@
+"""A benchmark's records with round numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def variant(name: str, blocks: int, over: str | None = "dense") -> dict[str, Any]:
+    return {
+        "record": "variant",
+        "variant": name,
+        "blocks": blocks,
+        "over": over,
+        "backend": "vllm",
+        "pruning_digest": "0" * 64 if blocks else None,
+        "weights_bytes": 1000 - 50 * blocks,
+    }
+
+
+DECODE = (1.0, 1.0, 2.0)
+"""Elapsed times of the pruned model's decoding: of the warm-up, and of two rounds."""
+
+
+def records(pruned_decode: tuple[float, ...] = DECODE) -> list[dict[str, Any]]:
+    """A run of two rounds with round numbers: decode gains 1.2 and 1.3, prefill 1.25 twice."""
+    quality = [
+        {"record": "quality", "variant": "dense", "loss": 2.0},
+        {"record": "quality", "variant": "sleb2", "loss": 3.0},
+    ]
+    return [
+        setting(),
+        variant("dense", 0, None),
+        variant("sleb2", 2),
+        *engines(),
+        *quality,
+        *samples(pruned_decode),
+    ]
+
+
+def setting() -> dict[str, Any]:
+    """What was asked for, and of what machine."""
+    sizes = {"num_requests": 4, "prompt_length": 100, "output_length": 1}
+    decode = {**sizes, "prompt_length": 16, "output_length": 11}
+    return {
+        "record": "setting",
+        "command": "sleb-serve bench m",
+        "model": "m",
+        "num_blocks": 10,
+        "weights_sha256": "1" * 64,
+        "options": {"starts": 1, "rounds": 2, "one_at_a_time": False},
+        "workloads": [
+            {"name": "prefill", "measure": "prefill", **sizes, "unit": "prompt tokens/s"},
+            {"name": "decode", "measure": "decode", **decode, "unit": "generated tokens/s"},
+        ],
+        "quality_text": "some text",
+        "head_share": 0.5,
+        "evaluation": {},
+        "machine": {
+            "cpu": "a cpu",
+            "cores": 2,
+            "gpus": [],
+            "python": "3",
+            "versions": {"vllm": "1", "torch": "2"},
+        },
+    }
+
+
+def engines() -> list[dict[str, Any]]:
+    """What the two engines said when they started."""
+    return [
+        {
+            "record": "engine",
+            "start": 1,
+            "variant": name,
+            "kv_cache_tokens": tokens,
+            "startup_time": 2.0,
+            "memory_bytes": 3e9,
+            "max_concurrency": 4.0,
+        }
+        for name, tokens in (("dense", 1000), ("sleb2", 1250))
+    ]
+
+
+def samples(pruned_decode: tuple[float, ...]) -> list[dict[str, Any]]:
+    """A warm-up and two rounds of each workload with each variant."""
+    times = {
+        ("prefill", "dense"): (9.0, 2.0, 1.0),
+        ("prefill", "sleb2"): (1.0, 1.6, 0.8),
+        ("decode", "dense"): (9.0, 1.2, 2.6),
+        ("decode", "sleb2"): pruned_decode,
+    }
+    return [
+        {
+            "record": "sample",
+            "workload": workload,
+            "variant": name,
+            "start": 1,
+            "round": number,
+            "elapsed_time": elapsed,
+            "num_requests": 4,
+            "total_input_tokens": 400 if workload == "prefill" else 64,
+            "total_output_tokens": 4 if workload == "prefill" else 44,
+        }
+        for (workload, name), values in times.items()
+        for number, elapsed in enumerate(values)
+    ]

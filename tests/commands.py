@@ -1,0 +1,94 @@
+"""The command line run in this process, and what it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from sleb_serve.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def select_arguments(model: Path, output: Path, *options: str) -> list[str]:
+    defaults = ["--remove", "2", "--calibration", "python-docs", "--sequences", "2"]
+    return ["select", str(model), "-o", str(output), *defaults, "--sequence-length", "32", *options]
+
+
+def refused(arguments: Sequence[str], capture: Capture) -> str:
+    """Run the command line in this process, expecting a refusal; its one line."""
+    assert main(arguments) == 2
+    captured = capture.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("sleb-serve")]
+    assert captured.out == ""
+    assert len(lines) == 1
+    assert captured.err.rstrip().endswith(lines[0])
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def command_line(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "sleb_serve.cli", *arguments]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a command."""
+
+    code: int
+    out: str
+    error: str
+
+
+def run_in_one(
+    commands: Sequence[Sequence[str]],
+    folder: Path,
+    launcher: Sequence[str] = (),
+    **environment: str,
+) -> list[list[Done]]:
+    """Run commands in a new interpreter, or as many as a launcher starts; results by rank.
+
+    Its environment is its own from the start, which matters to what libraries read at import; and
+    importing them, which takes longer than most commands, is done once.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / "commands.json").write_text(json.dumps([list(command) for command in commands]))
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tests" / "several_commands.py"), str(folder)],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = sorted(folder.glob("results-*.json"))
+    return [[Done(**result) for result in json.loads(file.read_text())] for file in files]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order: with more threads the last bit differs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_with_one_thread(arguments: list[str]) -> None:
+    """For a fork: the whole command line."""
+    with one_thread():
+        sys.exit(main(arguments))

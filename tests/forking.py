@@ -1,0 +1,74 @@
+"""Work in processes of its own, sooner: forks of one that has imported what takes long."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+PRELOADED = [
+    "sleb_serve.cli.main",
+    "transformers",
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.worker.cpu_model_runner",
+]
+"""What forks find imported; what is not installed is passed over."""
+
+
+def forks() -> ForkServerContext:
+    """Starts processes that have vLLM imported: forks of one in which no engine ever ran.
+
+    Importing it costs a quarter of a minute or more. The processes have the environment of the
+    first of them, so what libraries read while they are imported must be as it was then.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def start_fork(
+    work: Callable[..., None], log: Path, *arguments: Any, **environment: str
+) -> ForkServerProcess:
+    """Do work of a module's top level in a fork, in a session of its own; its output goes to log.
+
+    The environment is added to this process's, for what is read while the work is done.
+    """
+    child = forks().Process(target=_do, args=(work, log, arguments, environment))
+    child.start()
+    return child
+
+
+def run_fork(work: Callable[..., None], log: Path, *arguments: Any, **environment: str) -> int:
+    """As `start_fork`, to the end; the exit code."""
+    child = start_fork(work, log, *arguments, **environment)
+    try:
+        child.join()
+    finally:
+        end_fork(child)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def end_fork(child: ForkServerProcess) -> None:
+    """Leave nothing of a fork and the processes that it started."""
+    assert child.pid is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.join()
+
+
+def _do(
+    work: Callable[..., None], log: Path, arguments: tuple[Any, ...], environment: dict[str, str]
+) -> None:
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(environment)
+    work(*arguments)

@@ -1,0 +1,49 @@
+"""Repairs fitted to random tokens, and put into Transformers' model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import oracle
+from sleb_serve.checkpoint.hub import open_checkpoint
+from sleb_serve.manifest.binding import bind
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.manifest.repair_file import sidecar_path, write_sidecar
+from sleb_serve.manifest.schema import Manifest, Removal, Repair
+from sleb_serve.models.layerwise import CausalLM
+from sleb_serve.models.loading import load_model
+from sleb_serve.selection.repair import Gap, fit
+from sweeps import random_windows
+
+
+def fitted(path: Path, removed: Sequence[int], count: int = 20, length: int = 240) -> list[Gap]:
+    windows, checkpoint = random_windows(count, length), open_checkpoint(str(path))
+    model = CausalLM(load_model(checkpoint, "float32"), windows[0])
+    own: torch.dtype = getattr(torch, checkpoint.dtype)
+    found: list[Gap] = fit(model, windows, removed, own)[0]
+    return found
+
+
+def repaired(path: Path, removed: Sequence[int], tensors: dict[str, torch.Tensor]) -> Any:
+    """Transformers with the blocks skipped and a repair's weights put where they belong."""
+    model = oracle.load(path)
+    own = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        own[name].data.copy_(tensor)
+    return oracle.skip_blocks(model, removed)
+
+
+def manifest_of(path: Path, removed: Sequence[int], output: Path, **text: int) -> Manifest:
+    found = fitted(path, removed, **text)
+    digest = write_sidecar(sidecar_path(output), {gap.name: gap.weight for gap in found}, {})
+    manifest = Manifest(
+        bind(str(path), open_checkpoint(str(path))),
+        tuple(Removal(block) for block in removed),
+        repair=Repair("fold", sidecar_path(output).name, digest, 12),
+    )
+    manifest.write(output)
+    return read_manifest(output)

@@ -1,0 +1,69 @@
+"""Servers for tests: what starts them, and forks of a process that has vLLM imported."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from commands import select_arguments
+from forking import end_fork, start_fork
+from sleb_serve.cli.main import main
+
+OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
+LOCAL = ["--host", "127.0.0.1", "--port"]
+
+
+def selected(model: Path, folder: Path) -> Path:
+    """A manifest of three blocks, found by `select`."""
+    output = folder / "m.json"
+    assert main(select_arguments(model, output, "--remove", "3")) == 0
+    return output
+
+
+def printed_command(model: Path, manifest: Path, *options: str) -> list[str]:
+    """What --dry-run prints as its last line, split as a shell would."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["serve", str(model), "-m", str(manifest), *options, "--dry-run"]) == 0
+    return shlex.split(printed.getvalue().splitlines()[-1])
+
+
+def run_until_end(
+    command: Sequence[str], port: int, log: Path, **environment: str
+) -> tuple[int, str]:
+    """Run a server that must not start; its exit code and output, no port ever having answered.
+
+    It runs in a fork of a process that has vLLM imported, as the command's own main program.
+    """
+    answered = False
+    deadline = time.monotonic() + 300
+    # As any process that vLLM starts for itself, but sooner.
+    environment = {"VLLM_WORKER_MULTIPROC_METHOD": "fork", **environment}
+    child = start_fork(_become, log, list(command), **environment)
+    try:
+        while child.is_alive() and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                answered |= probe.connect_ex(("127.0.0.1", port)) == 0
+            time.sleep(0.05)
+    finally:
+        end_fork(child)
+    assert not answered
+    assert child.exitcode is not None
+    return child.exitcode, log.read_text()
+
+
+def _become(command: list[str]) -> None:
+    """In the fork: be the program that the command would start."""
+    if command[1] == "-m":
+        sys.argv = command[2:]
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
