@@ -41,11 +41,17 @@ def _start_sooner() -> None:
     """
     from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
+    from vllm.transformers_utils import config as transformers_config
+    from vllm.transformers_utils import repo_utils
 
     # It looks through all that is imported, eight times an engine, and its thawing undoes ours.
     gc.collect()
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None
+    # A model that is refused is looked at again, in case it was the network's fault.
+    if hasattr(repo_utils, "with_retry"):
+        once = functools.partial(repo_utils.with_retry, max_retries=1)
+        transformers_config.with_retry = repo_utils.with_retry = once
     if current_platform.is_cpu():
         # For each class that its cache does not know it starts a process, which imports vLLM, so
         # that this one touches no GPU before the engine does.

@@ -14,9 +14,13 @@ from typing import Any
 PRELOADED = [
     "sleb_serve.cli.main",
     "transformers",
+    "compressed_tensors",
     "vllm.entrypoints.llm",
     "vllm.entrypoints.openai.api_server",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.worker.cpu.model_runner",
     "vllm.v1.worker.cpu_model_runner",
+    "vllm.v1.worker.cpu_worker",
 ]
 """What forks find imported; what is not installed is passed over."""
 

@@ -166,13 +166,16 @@ def image_job(name: str, path: Path) -> dict[str, Any]:
     }
 
 
-def image_answer(name: str, path: Path, model: Any) -> dict[str, Any]:
-    """What a Transformers model answers the same prompt, in the form of an engine's result."""
+def image_answer(name: str, path: Path, model: Any, tokens: list[int]) -> dict[str, Any]:
+    """What a Transformers model says of the same prompt and of an engine's continuation of it.
+
+    One pass over both, without a cache: `logprobs` of the prompt, and by how much each new token
+    is `behind` the likeliest there.
+    """
     import torch
     from transformers import AutoProcessor
 
     from engine_jobs import make_image
-    from engines import NEW_TOKENS
 
     prompt = IMAGE_PROMPTS[name]
     inputs = AutoProcessor.from_pretrained(path)(
@@ -183,21 +186,21 @@ def image_answer(name: str, path: Path, model: Any) -> dict[str, Any]:
     del inputs["attention_mask"]
     ids = inputs.pop("input_ids")
     length = ids.shape[1]
-    tokens: list[int] = []
-    logprobs: list[float] = []
+    # What is said of each token is said of new ones, too.
+    more = {
+        key: torch.nn.functional.pad(value, (0, len(tokens)))
+        if key in ("token_type_ids", "mm_token_type_ids")
+        else value
+        for key, value in inputs.items()
+    }
+    whole = torch.cat([ids, torch.tensor([tokens])], dim=1)
     with torch.no_grad():
-        while len(tokens) < NEW_TOKENS:
-            # Without a cache, as elsewhere: what is said of each token is said of new ones, too.
-            more = {
-                key: torch.nn.functional.pad(value, (0, len(tokens)))
-                if key in ("token_type_ids", "mm_token_type_ids")
-                else value
-                for key, value in inputs.items()
-            }
-            logits = model(input_ids=ids, **more, use_cache=False).logits.float()
-            if not tokens:
-                known = logits.log_softmax(-1)[0, :-1]
-                logprobs = known.gather(1, ids[0, 1:, None])[:, 0].tolist()
-            tokens.append(int(logits[0, -1].argmax()))
-            ids = torch.cat([ids, torch.tensor([[tokens[-1]]])], dim=1)
-    return {"prompts": [ids[0, :length].tolist()], "logprobs": [logprobs], "tokens": [tokens]}
+        logits = model(input_ids=whole, **more, use_cache=False).logits[0].float()
+    known = logits[: length - 1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    said = logits[length - 1 : -1]
+    behind = said.max(-1).values - said.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return {
+        "prompts": [ids[0].tolist()],
+        "logprobs": [known.tolist()],
+        "behind": behind.tolist(),
+    }

@@ -33,6 +33,30 @@ SECONDS = float(os.environ.get("SLEB_TEST_BOARD_SECONDS", "15"))
 """How long both servers are scraped under load."""
 
 
+def prometheus(folder: Path, watched: list[str], stack: ExitStack) -> str:
+    """Start Prometheus on servers; its address."""
+    from sleb_bench.server import free_port
+
+    assert PROMETHEUS is not None
+    targets = ", ".join(url.removeprefix("http://") for url in watched)
+    (folder / "prometheus.yml").write_text(
+        "global: {scrape_interval: 1s}\n"
+        "scrape_configs:\n"
+        f"  - {{job_name: vllm, static_configs: [{{targets: [{targets}]}}]}}\n"
+    )
+    port = free_port()
+    options = [
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    log = stack.enter_context((folder / "prometheus.log").open("wb"))
+    process = subprocess.Popen([PROMETHEUS, *options], stdout=subprocess.DEVNULL, stderr=log)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return f"http://127.0.0.1:{port}"
+
+
 @pytest.fixture(scope="module")
 def watched(
     models: Models, tmp_path_factory: pytest.TempPathFactory
@@ -65,26 +89,7 @@ def watched(
             stack.callback(servers[-1].stop)
         for server in servers:
             server.wait(300)
-        targets = ", ".join(server.url.removeprefix("http://") for server in servers)
-        (folder / "prometheus.yml").write_text(
-            "global: {scrape_interval: 1s}\n"
-            "scrape_configs:\n"
-            f"  - {{job_name: vllm, static_configs: [{{targets: [{targets}]}}]}}\n"
-        )
-        port = free_port()
-        process = subprocess.Popen(
-            [
-                *(PROMETHEUS, f"--config.file={folder / 'prometheus.yml'}"),
-                *(
-                    f"--storage.tsdb.path={folder / 'data'}",
-                    f"--web.listen-address=127.0.0.1:{port}",
-                ),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / "prometheus.log").open("wb"),
-        )
-        stack.callback(process.wait)
-        stack.callback(process.kill)
+        url = prometheus(folder, [server.url for server in servers], stack)
         clients = [Client(server.url) for server in servers]
         done = threading.Event()
 
@@ -97,7 +102,7 @@ def watched(
         thread = threading.Thread(target=load)
         thread.start()
         time.sleep(SECONDS)
-        yield f"http://127.0.0.1:{port}", clients[0], clients[1]
+        yield url, clients[0], clients[1]
         done.set()
         thread.join()
 

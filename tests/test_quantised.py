@@ -43,7 +43,11 @@ def test_quantised_equals_its_physically_pruned_twin(name: str, results: Results
     assert found["logprobs"] == twin["logprobs"]
 
 
-def test_each_form_is_computed_as_such(results: Results) -> None:
-    """Not the plain weights by another name: every form rounds its weights in its own way."""
-    said = [str(found["logprobs"]) for found in results.values() if "error" not in found]
-    assert len(set(said)) == len(said) // 2
+def test_each_form_rounds_in_its_own_way(results: Results) -> None:
+    """So that none is the plain weights by another name."""
+    if any("error" in result for result in results.values()):
+        pytest.skip("this vLLM has no 4-bit kernels for a CPU without AVX-512")
+    said = {name: str(results[name]["logprobs"]) for name in FORMS}
+    # GPTQ and AWQ hold the same numbers of 4 bits, packed in two orders.
+    assert said["gptq"] == said["awq"]
+    assert len(set(said.values())) == 3

@@ -216,6 +216,9 @@ def _guarded(load_model: Any) -> Any:
         if getattr(model_config.hf_config, CONFIG_KEY, None) is not None and not isinstance(
             self, SlebModelLoader
         ):
+            own = _draft_loader(vllm_config, model_config)
+            if own is not None:
+                return own.load_model(vllm_config, model_config, *args, **kwargs)
             raise SlebError(
                 f"the config asks for a pruned model and --load-format is "
                 f"{self.load_config.load_format}, which loads dense ones; use --load-format "
@@ -224,6 +227,14 @@ def _guarded(load_model: Any) -> Any:
         return load_model(self, vllm_config, model_config, *args, **kwargs)
 
     return guarded
+
+
+def _draft_loader(vllm_config: Any, model_config: Any) -> SlebModelLoader | None:
+    """The plugin's loader, for a draft that was given it: vLLM loads some drafts as the target."""
+    asked = getattr(vllm_config.speculative_config, "draft_load_config", None)
+    if model_config.runner_type != "draft" or asked is None or asked.load_format != FORMAT:
+        return None
+    return SlebModelLoader(asked)
 
 
 def _count(model: nn.Module) -> int:
