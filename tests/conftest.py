@@ -64,6 +64,20 @@ Models = Callable[[str], Path]
 SHARED_DATASETS = ROOT.parent / "shared" / "hf" / "datasets"
 
 
+LONGEST = (
+    *("test_architectures", "test_plugin", "test_server", "test_bench", "test_deployment"),
+    *("test_select_size", "test_reading", "test_compiled", "test_faults", "test_board"),
+    *("test_bench_serving", "test_repair_served", "test_evaluation", "test_export"),
+    *("test_wrong_ways", "test_binding", "test_quantised", "test_cli", "test_kinds"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that workers side by side end together."""
+    places = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Folder of a tiny random model by its name in `tiny.TINY`."""

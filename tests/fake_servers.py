@@ -66,6 +66,7 @@ class Hostile(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), HostileHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.answers: dict[str, Any] = {}
+        self.manifest = Path()
         self.sent = 0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 

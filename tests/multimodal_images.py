@@ -138,7 +138,7 @@ PROCESSORS: dict[str, Callable[[Any], Any]] = {
 
 
 QWEN_PROMPT = "Look: <start><image><end> and say"
-IMAGE_PROMPTS = {
+IMAGE_PROMPTS: dict[str, dict[str, Any]] = {
     name: {"prompt": prompt, "images": [{"size": [56, 40], "seed": 0}]}
     for name, prompt in (
         *(

@@ -19,7 +19,7 @@ psutil = pytest.importorskip("psutil")
 
 from sleb_bench import run as bench_run  # noqa: E402
 from sleb_bench.run import BenchOptions, bench  # noqa: E402
-from sleb_bench.serving import ServingOptions, cli_options  # noqa: E402
+from sleb_bench.serving import ServingOptions, cli_options, serve_and_load  # noqa: E402
 from sleb_serve.checkpoint.hub import open_checkpoint  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
 from sleb_serve.manifest.binding import bind  # noqa: E402
@@ -66,7 +66,6 @@ def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run whose pruned server is killed in the middle of its last load."""
     path, out = models("llama"), tmp_path_factory.mktemp("serving") / "out"
     manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
-    serve_and_load = bench_run.serve_and_load
 
     def watched(*arguments: Any) -> Iterator[dict[str, Any]]:
         for record in serve_and_load(*arguments):

@@ -186,7 +186,8 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def ours(theirs: Any) -> Tokenizer:
-    return load_tokenizer(SimpleNamespace(path=Path(theirs.name_or_path)))
+    folder: Any = SimpleNamespace(path=Path(theirs.name_or_path))
+    return load_tokenizer(folder)
 
 
 def served(theirs: Any, messages: list[dict[str, Any]]) -> list[int]:

@@ -63,7 +63,7 @@ def test_shards_that_need_not_be_read_are_named(
     shutil.copytree(models("llama"), model)
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
-    shards = {"a.safetensors": {}, "b.safetensors": {}}
+    shards: dict[str, dict[str, Any]] = {"a.safetensors": {}, "b.safetensors": {}}
     for name, tensor in weights.items():
         shards["b.safetensors" if ".layers.3." in name else "a.safetensors"][name] = tensor
     for name, tensors in shards.items():

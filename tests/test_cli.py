@@ -332,10 +332,11 @@ def test_a_hub_model_is_bound_by_its_id_and_commit(models: Models, tmp_path: Pat
     output = tmp_path / "m.json"
     select = select_arguments(Path("org/tiny"), output)
     serve, other = (
-        ["serve", model, "-m", str(output), "--dry-run"] for model in ("org/tiny", models("opt"))
+        ["serve", str(model), "-m", str(output), "--dry-run"]
+        for model in ("org/tiny", models("opt"))
     )
     ((selected, served, folder),) = run_in_one(
-        [select, serve, list(map(str, other))],
+        [select, serve, other],
         tmp_path / "run",
         HF_HUB_CACHE=str(tmp_path / "cache"),
         HF_HUB_OFFLINE="1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_compiled_equals_transformers_with_the_blocks_deleted(
 def test_three_ranks_share_heads_that_are_an_odd_number(tmp_path: Path) -> None:
     path, case = tmp_path / "model", Case("llama", (1, 3))
     # Of vLLM's, each rank's share of the vocabulary must be whole.
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "vocab_size": 384}
+    heads: dict[str, Any] = {"num_attention_heads": 3, "num_key_value_heads": 3, "vocab_size": 384}
     save_model("llama", path, **heads, hidden_size=96, num_hidden_layers=6)
     job = case.job(path, tensor_parallel_size=3)
     (result,) = run_jobs([job], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1|1")

@@ -134,7 +134,7 @@ def large(tmp_path: Path) -> Path:
     folder.mkdir()
     config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 8, "hidden_size": 2048}
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 32}))
-    places = {}
+    places: dict[str, str] = {}
     for shard in range(4):
         name = f"model-{shard + 1:05}-of-00004.safetensors"
         tensors = {

@@ -127,7 +127,7 @@ def test_the_digest_names_what_is_served_and_nothing_else() -> None:
 def test_a_pruning_survives_its_travel_and_nothing_else_does() -> None:
     pruning = parse(example()).pruning()
     assert Pruning.from_dict(json.loads(json.dumps(pruning.to_dict()))) == pruning
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"removed": [14, 3]},
         {"removed": []},
         {"removed": [3, 30]},
@@ -137,7 +137,8 @@ def test_a_pruning_survives_its_travel_and_nothing_else_does() -> None:
         {"extra": 1},
         {"removed_sha256": [SHA]},
         {"removed_sha256": ["x"] * 3},
-    ):
+    )
+    for change in changes:
         with pytest.raises(SlebError):
             Pruning.from_dict({**pruning.to_dict(), **change})
     with pytest.raises(SlebError):

@@ -27,7 +27,7 @@ def sharded(models: Models, tmp_path: Path) -> Path:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     places = {"2": 1, "3": 1, "4": 2, "5": 2, "6": 3, "7": 3}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(4):
         file = f"model-0000{shard + 1}-of-00004.safetensors"
         held = {
@@ -93,7 +93,7 @@ def test_tensors_of_removed_layers_are_never_asked_for(
 
     class Watched:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.file = safetensors.safe_open(*args, **kwargs)
+            self.file: Any = safetensors.safe_open(*args, **kwargs)
 
         def __enter__(self) -> Watched:
             self.file.__enter__()

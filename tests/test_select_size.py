@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from forking import run_fork
 from memory import measure_memory
 from sleb_serve.cli.main import main
 
-WIDE = {"vocab_size": 384, "hidden_size": 512, "num_attention_heads": 8}
+WIDE: dict[str, Any] = {"vocab_size": 384, "hidden_size": 512, "num_attention_heads": 8}
 LARGE = ["--sequences", "2", "--sequence-length", "2048"]
 
 
@@ -22,7 +23,11 @@ LARGE = ["--sequences", "2", "--sequence-length", "2048"]
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 30 MB whose states over 2,048 tokens have 4 MB each."""
     folder = tmp_path_factory.mktemp("wide")
-    shape = {"num_hidden_layers": 7, "intermediate_size": 256, "max_position_embeddings": 2048}
+    shape: dict[str, Any] = {
+        "num_hidden_layers": 7,
+        "intermediate_size": 256,
+        "max_position_embeddings": 2048,
+    }
     save_model("llama", folder, **WIDE, **shape, num_key_value_heads=2)
     return folder
 
@@ -93,7 +98,11 @@ def test_two_processes_give_the_bytes_of_one(models: Models, tmp_path: Path) -> 
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 115 MB in bfloat16, which does not fit 250 MiB in float32."""
     folder = tmp_path_factory.mktemp("half")
-    shape = {"num_hidden_layers": 8, "intermediate_size": 4096, "max_position_embeddings": 64}
+    shape: dict[str, Any] = {
+        "num_hidden_layers": 8,
+        "intermediate_size": 4096,
+        "max_position_embeddings": 64,
+    }
     save_model("llama", folder, "bfloat16", **WIDE, **shape, num_key_value_heads=8)
     return folder
 
