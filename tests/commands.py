@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -92,3 +94,15 @@ def run_with_one_thread(arguments: list[str]) -> None:
     """For a fork: the whole command line."""
     with one_thread():
         sys.exit(main(arguments))
+
+
+def run_on_full_disk(arguments: list[str], limit: int) -> None:
+    """For a fork: the command line where no file can be longer than so many bytes."""
+    error = io.StringIO()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(error):
+        code = main(arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    print(error.getvalue(), flush=True)
+    sys.exit(code)

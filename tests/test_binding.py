@@ -17,6 +17,8 @@ from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.schema import Manifest, Removal
 
+TEXT = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "48"]
+
 
 def test_a_checkpoint_with_weights_of_fewer_layers_is_refused_everywhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -31,7 +33,7 @@ def test_a_checkpoint_with_weights_of_fewer_layers_is_refused_everywhere(
     Manifest(bind(str(whole), open_checkpoint(str(whole))), (Removal(2),)).write(manifest)
     asked = {
         "import": ["import", "[1, 3]", str(path), "-o", str(tmp_path / "n.json")],
-        "select": ["select", str(path), "-o", str(tmp_path / "n.json"), "--remove", "2"],
+        "select": ["select", str(path), "-o", str(tmp_path / "n.json"), "--remove", "2", *TEXT],
         "eval": ["eval", str(path), "--perplexity", "python-docs"],
         "export": ["export", str(path), "--removal-list", "[1]", str(tmp_path / "out")],
         "serve": ["serve", str(path), "-m", str(manifest), "--dry-run"],

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, Models
+from running import SOONER
 
 sys.path.insert(0, str(ROOT / "deploy"))
 from plot_board import ask, panels
@@ -85,7 +86,7 @@ def watched(
                 if name == "pruned"
                 else server_command(str(path), ["--served-model-name", "llama", *common, str(port)])
             )
-            servers.append(Server(command, port, folder / f"{name}.log"))
+            servers.append(Server(command, port, folder / f"{name}.log", SOONER))
             stack.callback(servers[-1].stop)
         for server in servers:
             server.wait(300)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -14,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from commands import run_on_full_disk
 from conftest import Models
+from forking import run_fork
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli import main as cli
 from sleb_serve.cli.progress import SearchBars
@@ -40,23 +41,19 @@ def one_line(text: str) -> str:
 
 @pytest.mark.parametrize("limit", [0, 600])
 def test_a_full_disk_leaves_no_half_written_manifest(
-    models: Models, tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str]
+    models: Models, tmp_path: Path, limit: int
 ) -> None:
     """A limit on file size stands for a disk that fills: writing ends with an error from there."""
     output = tmp_path / "m.json"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-    try:
-        code = cli.main(select(models("llama"), output))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = capsys.readouterr().err
+    log = tmp_path / "log"
+    code = run_fork(run_on_full_disk, log, select(models("llama"), output), limit)
+    error = log.read_text()
     assert code == 2, error
     message = one_line(error)
     assert message.startswith("sleb-serve: error: ")
     assert "File too large" in message or "No usable temporary directory" in message
     assert not output.exists()
-    assert {path.name for path in tmp_path.iterdir()} <= {"m.json.search.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"log", "m.json.search.jsonl"}
 
 
 def test_a_folder_that_vanishes_in_mid_search_is_an_error_of_one_line(
