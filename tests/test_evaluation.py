@@ -226,14 +226,9 @@ def run(command: Sequence[str], folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_vllm_agrees_and_lm_evals_own_command_takes_what_serve_prints(
-    models: Models,
-    tmp_path: Path,
-    text: Path,
-    capsys: Capture,
-    monkeypatch: pytest.MonkeyPatch,
+def test_vllm_judges_as_transformers_with_the_blocks_deleted(
+    models: Models, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three ways to one pruned model in vLLM, and Transformers with the blocks deleted."""
     pytest.importorskip("vllm")
     # Engines in the process that asks, which saves one import of vLLM each.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -250,9 +245,20 @@ def test_vllm_agrees_and_lm_evals_own_command_takes_what_serve_prints(
         by_hf["perplexity"][str(text)], rel=1e-4
     )
     assert by_vllm["tasks"] == by_hf["tasks"]
-    if not HAS_DATA:
-        return
 
+
+@needs_data
+@pytest.mark.slow
+def test_lm_evals_own_command_takes_what_serve_prints(
+    models: Models, tmp_path: Path, capsys: Capture
+) -> None:
+    """Two more ways to one pruned model in vLLM, and Transformers with the blocks deleted."""
+    pytest.importorskip("vllm")
+    path, file = models("llama"), tmp_path / "m.json"
+    manifest_for(path, REMOVED).write(file)
+    engine = '{"enforce_eager": true, "max_model_len": 512}'
+    asked = ["-m", str(file), "--tasks", "piqa", "--limit", "4"]
+    by_hf = evaluated(path, tmp_path / "hf.json", *asked)["results"][0]
     capsys.readouterr()
     assert main(["serve", str(path), "-m", str(file), "--dry-run"]) == 0
     printed = shlex.split(capsys.readouterr().out.splitlines()[-1])
