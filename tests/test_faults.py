@@ -92,8 +92,8 @@ def test_nothing_is_written_beside_the_model(models: Models, tmp_path: Path) -> 
     output = tmp_path / "m.json"
     assert cli.main(select(model, output)) == 0
     for arguments in (
-        ["check", str(output), str(model)],
-        ["export", str(model), "-m", str(output), str(tmp_path / "exported")],
+        ["check", str(model), "-m", str(output)],
+        ["export", str(model), "-m", str(output), "-o", str(tmp_path / "exported")],
         ["serve", str(model), "-m", str(output), "--dry-run"],
     ):
         assert cli.main(arguments) == 0

@@ -98,7 +98,9 @@ def test_an_export_is_the_model_with_the_blocks_skipped(
 ) -> None:
     name, path = kind
     out = tmp_path / "out"
-    assert main(["export", str(path), "--removal-list", str(list(KINDS[name])), str(out)]) == 0
+    assert (
+        main(["export", str(path), "--removal-list", str(list(KINDS[name])), "-o", str(out)]) == 0
+    )
     expected = logits(oracle.pruned(path, KINDS[name]))
     assert (logits(oracle.load(out)) - expected).abs().max() < 1e-5
     assert expected.abs().max() > 0.1
@@ -172,7 +174,7 @@ def test_a_pooling_model_is_selected_by_the_distance_of_its_states(
             for a, b in zip(dense, states(manifest.blocks[:count]), strict=True)
         ]
         assert removal.loss == pytest.approx(sum(far) / len(far), abs=1e-5)
-    assert main(["export", str(path), "-m", str(output), str(tmp_path / "out")]) == 0
+    assert main(["export", str(path), "-m", str(output), "-o", str(tmp_path / "out")]) == 0
     capsys.readouterr()
     assert "needs predictions" in refused([*arguments, "--objective", "nll"], capsys)
 
@@ -182,7 +184,7 @@ def test_what_vllm_would_run_otherwise_is_exported_for_transformers_alone(
 ) -> None:
     path = tmp_path / "model"
     save_model("gpt_oss", path)
-    export = ["export", str(path), str(tmp_path / "out"), "--removal-list"]
+    export = ["export", str(path), "-o", str(tmp_path / "out"), "--removal-list"]
     line = refused([*export, "[1, 3]"], capsys)
     assert "vLLM takes the kind of a layer of GptOssForCausalLM from its number" in line
     assert main([*export, "[1, 3]", "--for", "transformers"]) == 0
@@ -198,7 +200,7 @@ def test_other_tools_are_not_asked_for_what_they_cannot_say(
     name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = build(name, tmp_path / "model")
-    export = ["export", str(path), "--format", form, "-", "--removal-list"]
+    export = ["export", str(path), "--format", form, "-o", "-", "--removal-list"]
     assert "would have another layer" in refused([*export, "[1, 4]"], capsys)
     assert main([*export, "[2, 3]"]) == 0
 
@@ -211,7 +213,7 @@ def test_all_of_a_tokenizers_chat_templates_are_exported(tmp_path: Path) -> None
     made = AutoTokenizer.from_pretrained(path)
     made.chat_template = {"default": "PLAIN", "tool_use": "TOOLS {{ messages[0]['content'] }}"}
     made.save_pretrained(path)
-    assert main(["export", str(path), "--removal-list", "[2]", str(tmp_path / "out")]) == 0
+    assert main(["export", str(path), "--removal-list", "[2]", "-o", str(tmp_path / "out")]) == 0
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     chat = [{"role": "user", "content": "hello"}]
     text = found.apply_chat_template(chat, chat_template="tool_use", tokenize=False)
@@ -224,7 +226,7 @@ def test_layers_for_multi_token_prediction_follow_the_last_that_stays(tmp_path: 
     tensors = load_file(path / "model.safetensors")
     last = {k.replace(".5.", ".6.", 1): v.clone() for k, v in tensors.items() if ".layers.5." in k}
     save_file({**tensors, **last}, path / "model.safetensors", metadata={"format": "pt"})
-    assert main(["export", str(path), "--removal-list", "[1, 3]", str(tmp_path / "out")]) == 0
+    assert main(["export", str(path), "--removal-list", "[1, 3]", "-o", str(tmp_path / "out")]) == 0
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert {name.split(".")[2] for name in found if ".layers." in name} == set("01234")
     assert torch.equal(
@@ -245,7 +247,7 @@ def test_quantised_layers_that_are_named_by_patterns_stay_as_they_were(tmp_path:
     config["quantization_config"]["ignore"] = ["lm_head", r"re:.*layers\.6\..*"]
     (path / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
-    assert main(["export", str(path), "--removal-list", "[2, 5]", str(out)]) == 0
+    assert main(["export", str(path), "--removal-list", "[2, 5]", "-o", str(out)]) == 0
     expected = logits(oracle.pruned(path, (2, 5)))
     found = logits(oracle.load(out))
     assert bool(found.isfinite().all())
@@ -264,10 +266,10 @@ def test_a_checkpoint_with_weights_of_fewer_layers_is_refused_everywhere(
     manifest = tmp_path / "m.json"
     Manifest(bind(str(whole), open_checkpoint(str(whole))), (Removal(2),)).write(manifest)
     asked = {
-        "import": ["import", "[1, 3]", str(path), "-o", str(tmp_path / "n.json")],
+        "import": ["import", str(path), "[1, 3]", "-o", str(tmp_path / "n.json")],
         "select": ["select", str(path), "-o", str(tmp_path / "n.json"), "--remove", "2", *TEXT],
         "eval": ["eval", str(path), "--perplexity", "python-docs"],
-        "export": ["export", str(path), "--removal-list", "[1]", str(tmp_path / "out")],
+        "export": ["export", str(path), "--removal-list", "[1]", "-o", str(tmp_path / "out")],
         "serve": ["serve", str(path), "-m", str(manifest), "--dry-run"],
         "bench": ["bench", str(path), "-m", str(manifest), "-o", str(tmp_path / "bench")],
     }
@@ -275,7 +277,7 @@ def test_a_checkpoint_with_weights_of_fewer_layers_is_refused_everywhere(
         line = refused(arguments, capsys)
         assert "counts 8 layers and the checkpoint has weights of 6" in line, command
     capsys.readouterr()
-    assert main(["check", str(manifest), str(path)]) == 1
+    assert main(["check", str(path), "-m", str(manifest)]) == 1
     assert "counts 8 layers and the checkpoint has weights of 6" in capsys.readouterr().out
     assert not (tmp_path / "n.json").exists()
 
@@ -310,14 +312,14 @@ def test_a_hub_model_is_the_manifests_revision_and_a_moved_branch_is_refused(
         return done.returncode, done.stdout + done.stderr
 
     with hub.serving("org/tiny", before, old) as (address, _):
-        code, said = run(address, "import", "[2, 4]", "org/tiny", "-o", str(manifest))
+        code, said = run(address, "import", "org/tiny", "[2, 4]", "-o", str(manifest))
         assert code == 0, said
     assert read_manifest(manifest).model.revision == old
     out = ["--perplexity", "python-docs", "--sequence-length", "48", "--windows", "1"]
     asked = {
-        "check": ["check", str(manifest), "org/tiny"],
+        "check": ["check", "org/tiny", "-m", str(manifest)],
         "eval": ["eval", "org/tiny", "-m", str(manifest), *out],
-        "export": ["export", "org/tiny", "-m", str(manifest), str(tmp_path / "out")],
+        "export": ["export", "org/tiny", "-m", str(manifest), "-o", str(tmp_path / "out")],
         "serve": ["serve", "org/tiny", "-m", str(manifest), "--dry-run"],
     }
     with hub.serving("org/tiny", after, new, {old: before}) as (address, _):
@@ -345,7 +347,7 @@ def test_check_does_not_say_that_weights_match_which_are_not_there(tmp_path: Pat
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(commit)
     done = subprocess.run(
-        [sys.executable, "-m", "sleb_serve.cli", "check", str(manifest), "org/tiny"],
+        [sys.executable, "-m", "sleb_serve.cli", "check", "org/tiny", "-m", str(manifest)],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -180,7 +180,7 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1G", "2X", "much", "nan"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(SlebError, match="--memory-budget"):
+    with pytest.raises(SlebError, match="memory_budget"):
         parse_size(text)
 
 

@@ -186,7 +186,7 @@ def repair_kind(value: object, where: str) -> str:
     if kind in _FORMER_REPAIRS:
         raise SlebError(
             f"{where} is {kind}, which is no longer served: it needs code in every layer and gives "
-            f"back less than a fold; select again with --repair fold, or without a repair"
+            f"back less than a fold; select again with repair=fold, or without a repair"
         )
     if kind not in REPAIRS:
         raise SlebError(

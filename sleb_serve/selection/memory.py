@@ -67,7 +67,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text.strip())
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
-        raise SlebError(f"--memory-budget {text}: give a size, as 2GiB or 800M")
+        raise SlebError(f"memory_budget={text}: give a size, as 2GiB or 800M")
     return size
 
 
@@ -139,10 +139,10 @@ def make_plan(
     least = needs.weights + group + max(needs.layer, needs.head) + finals
     if least > usable:
         raise BudgetError(
-            f"--memory-budget {format_size(budget)} is too small: weights of "
+            f"memory_budget={format_size(budget)} is too small: weights of "
             f"{format_size(needs.weights)} and one window's states with the work on them need "
             f"{format_size((least + _LIBRARIES) / USED_SHARE)}; give that, or a smaller "
-            f"--sequence-length"
+            f"`sequence_length`"
         )
     rest = usable - least
     at_once = 1
