@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.run import SERVING, BenchOptions
+from sleb_bench.records import SERVING
+from sleb_bench.run import BenchOptions
 from sleb_bench.serving import ServingOptions
 from sleb_bench.variants import BESIDE
 from sleb_bench.workloads import NAMES

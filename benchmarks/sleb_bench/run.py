@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.engine import Engine, EngineSpec
-from sleb_bench.files import RECORDS, write_report
+from sleb_bench.files import write_report
 from sleb_bench.machine import machine
+from sleb_bench.records import SERVING, Records
 from sleb_bench.serving import ServingOptions, serve_and_load
 from sleb_bench.variants import BESIDE, DENSE, Variant, make_variants
 from sleb_bench.workloads import DECODE_PROMPT_LENGTH, workloads
@@ -36,7 +37,6 @@ from sleb_serve.serving.command import check_plugin
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import write_atomically
 
-SERVING = "serving"
 _LOSS_WINDOW = 512
 Say = Callable[[str], None]
 
@@ -80,30 +80,6 @@ class BenchOptions:
             if name not in BESIDE:
                 raise SlebError(f"--beside: {name} is not one of {', '.join(BESIDE)}")
         self.serving.check()
-
-
-class Records:
-    """The raw records of a run, on disk after every start, so that a broken run keeps them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries: list[dict[str, Any]] = []
-
-    def add(self, kind: str, values: Mapping[str, Any]) -> None:
-        """One more record."""
-        self.entries.append({"record": kind, **values})
-
-    def save(self) -> None:
-        """Write all of them."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-        write_atomically(self.folder / RECORDS, lines.encode())
-
-    def measured(self) -> bool:
-        """Whether a report could say anything."""
-        return any(
-            entry["record"] == SERVING or (entry["record"] == "sample" and entry["round"])
-            for entry in self.entries
-        )
 
 
 def bench(

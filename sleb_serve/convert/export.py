@@ -127,7 +127,6 @@ def export(
             f"the repair holds {', '.join(sorted(replaced))}, which the checkpoint does not; "
             f"select with `repair` again"
         )
-    size = sum(piece.size for shard in shards for piece in shard)
     sizes = checkpoint.tensor_bytes(frozenset(pruning.removed))
     with _whole_folder(folder) as temporary:
         names = [
@@ -138,13 +137,7 @@ def export(
             _write_shard(temporary / name, shard)
             on_shard(number, len(shards))
         if len(shards) > 1:
-            places = {
-                piece.name: name
-                for name, shard in zip(names, shards, strict=True)
-                for piece in shard
-            }
-            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-            _write_json(temporary / f"{_SINGLE}.index.json", index)
+            _write_index(temporary, names, shards)
         for file in sorted(checkpoint.path.iterdir()):
             if file.is_file() and not _WEIGHTS.fullmatch(file.name):
                 shutil.copyfile(file, temporary / file.name)
@@ -154,7 +147,22 @@ def export(
             _write_json(temporary / name, content)
         manifest.write(temporary / MANIFEST_NAME)
         _write_json(temporary / "config.json", config)
+    size = _size(shards)
     return Exported(folder, pruning.num_kept, len(shards), size, sum(sizes or ()))
+
+
+def _size(shards: Sequence[Sequence[_Piece]]) -> int:
+    return sum(piece.size for shard in shards for piece in shard)
+
+
+def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[_Piece]]) -> None:
+    """Which shard holds which tensor."""
+    places = {
+        piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard
+    }
+    total = {"total_size": _size(shards)}
+    index = {"metadata": total, "weight_map": dict(sorted(places.items()))}
+    _write_json(folder / f"{_SINGLE}.index.json", index)
 
 
 def _folded(pruning: Pruning) -> dict[str, _Piece]:

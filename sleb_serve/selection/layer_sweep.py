@@ -140,8 +140,7 @@ class LayerSweep:
         best = min((c for c in active if exact[c]), key=lambda c: bounds[c], default=BASE)
         close = () if best == BASE else rivals({c: segments[c] for c in active}, best)
         for block in set(candidates).difference(active):
-            seen = segments[block]
-            ahead = math.fsum(a - b for a, b in zip(seen, segments[best], strict=False)) / len(seen)
+            ahead = _lead(segments[best], segments[block])
             bounds[block], exact[block] = bounds[best] + max(ahead, _ROUNDING), False
         self._losses |= bounds
         for window in self._windows:
@@ -345,3 +344,8 @@ class LayerSweep:
             streamed=streamed,
             extra=len(self._windows) if self._against_dense else 0,
         )
+
+
+def _lead(best: Sequence[float], other: Sequence[float]) -> float:
+    """By how much one is better than another on the text that the other was scored on."""
+    return math.fsum(a - b for a, b in zip(other, best, strict=False)) / len(other)

@@ -118,13 +118,14 @@ class Scorer:
             if fast and isinstance(self.sweep, LayerSweep)
             else None
         )
+        self.how = self._describe(resident, budget, streams, fast and not whole, ranks.count)
+
+    def _describe(self, size: int, budget: int, streams: bool, races: bool, ranks: int) -> str:
         place = "read from disk layer by layer" if streams else "in memory"
-        race = (
-            f", raced in {'bfloat16' if self.screen else self.dtype}" if fast and not whole else ""
-        )
-        shares = f", one of {ranks.count} processes" if ranks.count > 1 else ""
-        self.how = (
-            f"weights {place} ({format_size(resident)} in {self.dtype}){race}, within "
+        race = f", raced in {'bfloat16' if self.screen else self.dtype}" if races else ""
+        shares = f", one of {ranks} processes" if ranks > 1 else ""
+        return (
+            f"weights {place} ({format_size(size)} in {self.dtype}){race}, within "
             f"{format_size(budget)}{shares}"
         )
 
