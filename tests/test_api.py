@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 import oracle
 from conftest import ROOT
+from sleb_bench.server import Server, free_port
 from sleb_serve import (
     EvalConfig,
     SelectConfig,
@@ -112,3 +115,27 @@ assert not heavy, heavy
 assert set(sleb_serve.__all__) <= set(dir(sleb_serve))
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_the_script_of_the_documentation_runs(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    port = free_port()
+    script = ROOT / "docs" / "python_api.py"
+    assert len(script.read_text().splitlines()) < 25
+    options = ["--port", str(port), "--enforce-eager", "--dtype", "float32"]
+    command = [sys.executable, str(script), str(models("llama")), *options]
+    server = Server(command, port, tmp_path / "log")
+    try:
+        server.wait()
+        with urllib.request.urlopen(f"{server.url}/v1/models") as reply:
+            (served,) = json.load(reply)["data"]
+    finally:
+        server.stop()
+    assert "sleb" in served["id"]
+    log = (tmp_path / "log").read_text()
+    assert "blocks=6" in log
+    config = json.loads((tmp_path / "pruned-model" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6

@@ -17,8 +17,9 @@ from sleb_serve.errors import SlebError
 from sleb_serve.models.layerwise import CausalLM, decoder_layers
 from sleb_serve.models.loading import load_model
 from sleb_serve.selection.layer_sweep import LayerSweep
-from sleb_serve.selection.memory import Needs, Plan, make_plan, parse_size, peak_bytes
+from sleb_serve.selection.memory import Needs, Plan, make_plan, peak_bytes
 from sleb_serve.selection.search import Score, Step, greedy, recorded
+from sleb_serve.utils.sizes import parse_size
 from tiny import VOCABULARY
 
 Models = Callable[[str], Path]

@@ -27,9 +27,10 @@ from sleb_bench.demo_model import demo_model
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.data.calibration import Windows, held_out_windows, make_windows
 from sleb_serve.data.tokenizer import load_tokenizer
+from sleb_serve.evaluation.perplexity import perplexity
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
-from sleb_serve.models.pruned import blocks_deleted, perplexity
+from sleb_serve.models.pruned import blocks_deleted
 from sleb_serve.selection.distributed import Ranks
 from sleb_serve.selection.repair import Gap, fit
 from sleb_serve.selection.scorer import Scorer, has_fast

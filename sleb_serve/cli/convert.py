@@ -17,8 +17,8 @@ from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
-from sleb_serve.selection.memory import format_size
 from sleb_serve.utils.atomic_io import check_writable, write_atomically
+from sleb_serve.utils.sizes import format_size
 
 _EXPORT_EXAMPLES = """\
 examples:

@@ -17,9 +17,9 @@ from sleb_serve.manifest.schema import OBJECTIVES
 from sleb_serve.selection.config import DTYPES, SEARCHES, Progress, SelectConfig
 from sleb_serve.selection.distributed import is_first
 from sleb_serve.selection.log import log_path
-from sleb_serve.selection.memory import parse_size
 from sleb_serve.selection.metrics import SearchMetrics
 from sleb_serve.selection.pipeline import select
+from sleb_serve.utils.sizes import parse_size
 
 _EXAMPLES = """\
 examples:

@@ -20,7 +20,7 @@ from sleb_serve.serving.command import (
     plugin_environment,
     serve_command,
 )
-from sleb_serve.serving.speculative import value_of
+from sleb_serve.serving.options import value_of
 
 HELP = "serve a pruned model with vLLM"
 USAGE = "%(prog)s MODEL -m M.json [--blocks K] [--as-draft] [--dry-run] [any option of vllm serve]"

@@ -96,7 +96,7 @@ class _Piece:
 def export(
     model: str | Path,
     manifest: Manifest,
-    folder: Path,
+    folder: str | Path,
     *,
     revision: str | None = None,
     for_vllm: bool = True,
@@ -116,6 +116,7 @@ def export(
         SlebError: the model is not the manifest's or cannot be expressed without these blocks, or a
             file cannot be written.
     """
+    folder = Path(folder)
     pruning = manifest.pruning()
     revision = revision_of(str(model), manifest, revision)
     checkpoint = check_model(str(model), pruning, revision, servable=False, fetch=True)

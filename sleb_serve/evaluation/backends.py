@@ -82,7 +82,7 @@ class _TransformersJudge:
         self._model, self._path, self._batch_size = model, path, batch_size
 
     def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
-        from sleb_serve.models.pruned import perplexity
+        from sleb_serve.evaluation.perplexity import perplexity
 
         return float(perplexity(self._model, windows))
 

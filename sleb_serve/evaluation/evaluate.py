@@ -120,7 +120,7 @@ def evaluate(
     model: str | Path,
     manifest: Manifest | None = None,
     config: EvalConfig | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
     resume: bool = False,
     progress: Progress | None = None,
@@ -141,6 +141,7 @@ def evaluate(
     Raises:
         SlebError: a text or a task is not there, the model is not the manifest's, or cannot be run.
     """
+    output = None if output is None else Path(output)
     work = _prepared(str(model), manifest, config or EvalConfig(), output)
     tokenizer = load_tokenizer(work.checkpoint)
     texts = {

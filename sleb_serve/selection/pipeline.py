@@ -40,7 +40,7 @@ class _Texts:
 def select(
     model: str | Path,
     config: SelectConfig,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
     resume: bool = False,
     progress: Progress | None = None,
@@ -61,12 +61,13 @@ def select(
     """
     from sleb_serve.selection.run import Search
 
+    output = None if output is None else Path(output)
     task = _task(str(model), config, output, resume)
     texts = _texts(task.checkpoint, config)
     progress = progress or Silent()
 
     def search(sample: int) -> Search:
-        log = None if output is None else log_path(output, sample)
+        log = None if output is None else log_path(Path(output), sample)
         return Search(task, texts.samples[sample], log, progress)
 
     found = search(0)
@@ -164,7 +165,7 @@ def _manifest(
     task: Task, texts: _Texts, found: Search, output: Path | None, progress: Progress
 ) -> Manifest:
     """What the first search gave; a repair is fitted and written beside it."""
-    from sleb_serve.models.pruned import golden
+    from sleb_serve.models.golden import golden
 
     removed = [choice.block for choice in found.choices]
     repair, tensors = None, {}

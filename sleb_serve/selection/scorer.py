@@ -18,17 +18,12 @@ from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
 from sleb_serve.selection.distributed import Ranks, processes_here
 from sleb_serve.selection.layer_sweep import LayerSweep
-from sleb_serve.selection.memory import (
-    USED_SHARE,
-    BudgetError,
-    default_budget,
-    format_size,
-    give_back_freed,
-)
+from sleb_serve.selection.memory import USED_SHARE, BudgetError, default_budget, give_back_freed
 from sleb_serve.selection.racing import FastSearch
 from sleb_serve.selection.repair import Gap, fit
 from sleb_serve.selection.search import Scores
 from sleb_serve.selection.whole_model import EMBEDDING, WholeModel
+from sleb_serve.utils.sizes import format_size
 
 FAST_ERROR = 0.05
 """Probability that ``--search fast`` goes another way than the exact search, in any step."""

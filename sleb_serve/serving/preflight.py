@@ -16,8 +16,8 @@ from sleb_serve.manifest.binding import check_model, compare_weights, revision_o
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.plan import Gpu, kv_tokens, shape_of
-from sleb_serve.selection.memory import format_size
 from sleb_serve.serving.command import check_plugin, served_name
+from sleb_serve.utils.sizes import format_size
 
 OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "unknown"
 
