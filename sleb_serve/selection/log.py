@@ -46,7 +46,7 @@ class SearchLog:
             write_atomically(self.path, _line({"search": self._subject}))
 
     def resume(self) -> None:
-        """Take over the finished steps of an earlier log; without one, begin anew.
+        """Take over the finished steps of an earlier log; without one, start a new log.
 
         Raises:
             SlebError: the log is of another search, or damaged elsewhere than at its end.
@@ -81,7 +81,7 @@ class SearchLog:
                     self.dense_loss, pending = dense, []
             except (SlebError, KeyError, ValueError) as error:
                 raise SlebError(
-                    f"{where} cannot be resumed from: {error}; run without `resume` to start anew"
+                    f"{where} cannot be resumed from: {error}; run without `resume` to start again"
                 ) from error
             finished = whole[:number]
         if self._writes and (torn or len(finished) != len(whole)):
