@@ -92,7 +92,7 @@ def test_show_prints_for_people_and_for_machines(
         (["--remove", "1.5"], "--remove 1.5"),
         (["--remove", "x"], "--remove x"),
         (["--calibration", "empty.txt"], "empty.txt is empty"),
-        (["--calibration", "short.txt"], "less than one window of 32"),
+        (["--calibration", "short.txt"], "less than one sequence of 32"),
         (["--calibration", "nowhere.txt"], "cannot read text nowhere.txt"),
         (["--sequence-length", "100000"], "more than the model's context of 512"),
         (["--sequence-length", "1"], "at least 2 tokens"),

@@ -203,7 +203,7 @@ def test_a_plan_never_holds_more_than_the_budget(
             budget, needs, windows=windows, forks=forks, best_chunk=8, streamed=streamed
         )
     except SlebError:
-        # What must fit: the weights, one window's states, the work on one, two finalists.
+        # What must fit: the weights, one sequence's states, the work on one, two finalists.
         assert weights + (forks + 2 + 2 * windows) * state + layer > 0.85 * budget - (40 << 20) - 1
         return
     held = weights + plan.windows * (forks + 2) * state + plan.chunk * layer

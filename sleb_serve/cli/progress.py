@@ -34,7 +34,7 @@ class SearchBars:
     def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there."""
         text = windows.calibration
-        self._say(f"calibration: {text.sequences} windows of {text.sequence_length} tokens")
+        self._say(f"calibration: {text.sequences} sequences of {text.sequence_length} tokens")
         self._say(f"scoring: {how}")
         for number, step in enumerate(resumed, 1):
             self._say(f"{self._line(number, step)} (resumed)")

@@ -65,11 +65,11 @@ def make_windows(
     """
     if sequence_length < 2:
         raise SlebError(
-            f"sequence_length={sequence_length}: a window needs at least 2 tokens, one to read "
+            f"sequence_length={sequence_length}: a sequence needs at least 2 tokens, one to read "
             f"and one to predict"
         )
     if sequences is not None and sequences < 1:
-        raise SlebError(f"sequences={sequences}: at least one window is needed")
+        raise SlebError(f"sequences={sequences}: at least one sequence is needed")
     if source in HUB_TEXTS:
         first, seed = 0, seed + sample
         ids, rows = _hub_tokens(source, tokenizer, sequences, sequence_length, seed, rows)
@@ -101,12 +101,12 @@ def _cut(
     available = len(ids) // length
     if available == 0:
         raise SlebError(
-            f"text {source} has {len(ids)} tokens, less than one window of "
+            f"text {source} has {len(ids)} tokens, less than one sequence of "
             f"{length}; give more text or a smaller `sequence_length`"
         )
     if count is not None and available < first + count:
         raise SlebError(
-            f"text {source} gives {available} windows of {length} tokens, "
+            f"text {source} gives {available} sequences of {length} tokens, "
             f"{first + count} were asked for; give more text or smaller `sequences`"
         )
     last = available if count is None else first + count
@@ -139,7 +139,7 @@ def judged_windows(
     available = len(ids) // length
     if available == 0:
         raise SlebError(
-            f"text {source} has {len(ids)} tokens, less than one window of {length}; give more "
+            f"text {source} has {len(ids)} tokens, less than one sequence of {length}; give more "
             f"text or a smaller `sequence_length`"
         )
     if count is not None:
@@ -164,7 +164,7 @@ def held_out_windows(
         used = calibration.sequences * calibration.sequence_length
     if start < used:
         raise SlebError(
-            f"{count} windows of {length} tokens of {EMBEDDED} would overlap the calibration's; "
+            f"{count} sequences of {length} tokens of {EMBEDDED} would overlap the calibration's; "
             f"ask for fewer `perplexity_windows`"
         )
     return tuple(tuple(ids[start + i * length : start + (i + 1) * length]) for i in range(count))

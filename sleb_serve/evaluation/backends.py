@@ -169,14 +169,14 @@ class _VllmJudge:
         try:
             return self._pool.submit(work, self._arguments, str(self._log), *values).result()
         except BrokenProcessPool as error:
-            raise SlebError(f"the engine ended without a word; its output is in {self._log}") from (
+            raise SlebError(f"the engine process died; see its log: {self._log}") from (
                 error
             )
         except SlebError:
             raise
         except Exception as error:
             raise SlebError(
-                f"the engine failed: {first_line(error)}; its output is in {self._log}"
+                f"the engine failed: {first_line(error)}; see its log: {self._log}"
             ) from error
 
 

@@ -176,7 +176,7 @@ def _prepared(
         check_servable(checkpoint, manifest.pruning().cut)
     length = config.sequence_length or min(OFFICIAL_SEQUENCE_LENGTH, context_length(checkpoint))
     if length < 2:
-        raise SlebError(f"sequence_length={length}: a window needs at least 2 tokens")
+        raise SlebError(f"sequence_length={length}: a sequence needs at least 2 tokens")
     blocks = config.blocks
     if blocks is None:
         blocks = (0,) if manifest is None else (len(manifest.removed),)

@@ -92,7 +92,7 @@ def make_plan(
 ) -> Plan:
     """Divide a budget.
 
-    What must fit is one window's states, the base's and one for each fork, and the work on one of
+    What must fit is one sequence's states, the base's and one for each fork, and the work on one of
     them. Then come: the states of all windows, if weights are streamed, so that each is read once
     a step; larger chunks; two finalists; snapshots.
 
@@ -116,7 +116,7 @@ def make_plan(
     if least > usable:
         raise BudgetError(
             f"memory_budget={format_size(budget)} is too small: weights of "
-            f"{format_size(needs.weights)} and one window's states with the work on them need "
+            f"{format_size(needs.weights)} and one sequence's states with the work on them need "
             f"{format_size((least + _LIBRARIES) / USED_SHARE)}; give that, or a smaller "
             f"`sequence_length`"
         )

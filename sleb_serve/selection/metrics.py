@@ -39,7 +39,7 @@ class SearchMetrics:
             return Counter(f"sleb_select_{name}", text, registry=self._registry)
 
         self._steps = counter("steps", "Finished steps, those of an earlier run included.")
-        self._layers = counter("layer_runs", "Runs of a layer on one window's states.")
+        self._layers = counter("layer_runs", "Runs of a layer on one sequence's states.")
         self._tokens = counter("layer_tokens", "Tokens that those runs had, a state each.")
         self._step_layers = gauge("step_layer_runs", "Runs that the step under way takes in all.")
         self._candidates = gauge("candidates", "Blocks that the step under way chooses from.")

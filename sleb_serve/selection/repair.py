@@ -84,7 +84,7 @@ def fit(
     """
     if len(windows) < _HELD_OUT:
         raise SlebError(
-            f"`repair` needs at least {_HELD_OUT} windows, one of them to choose the strength of "
+            f"`repair` needs at least {_HELD_OUT} sequences, one of them to choose the strength of "
             f"the regression; ask for more `sequences`"
         )
     runs = gaps(removed)

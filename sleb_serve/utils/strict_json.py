@@ -139,7 +139,7 @@ def sha256(value: object, where: str) -> str:
     """A SHA-256 digest in lower-case hexadecimal."""
     if not isinstance(value, str) or not _SHA256.match(value):
         raise SlebError(
-            f"{where} must be 64 lower-case hexadecimal digits, found {short(value)}; select anew"
+            f"{where} must be 64 lower-case hexadecimal digits, found {short(value)}"
         )
     return value
 
@@ -151,7 +151,7 @@ def integer(value: object, where: str, low: int, high: int) -> int:
         raise SlebError(f"{where} must be a whole number, found {short(value)}")
     if not low <= value <= high:
         raise SlebError(
-            f"{where} must be between {low} and {high}, found {short(value)}; select anew"
+            f"{where} must be between {low} and {high}, found {short(value)}"
         )
     return value
 
