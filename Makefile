@@ -27,7 +27,7 @@ install: $(STAMP)
 # whose published builds are for CUDA and break `import transformers` beside a CPU torch.
 $(STAMP): requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; set PYTHON=python3.11, say" >&2; exit 1; }
+	  { echo "Python 3.11 or newer is needed; set PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar off --no-deps '$(TORCH)' || \
 	  $(BIN)/pip install --progress-bar off --no-deps --index-url $(TORCH_INDEX) '$(TORCH)'
@@ -59,8 +59,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
-# Resolve anew; needs uv.
+# Resolve the versions again; needs uv.
 lock:
 	uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra eval --extra dev \
 	  --universal --python-version 3.11 --index-strategy unsafe-best-match --no-annotate --quiet \

@@ -40,7 +40,7 @@ def check_reader(load_format: str) -> None:
     if load_format not in READERS:
         raise SlebError(
             f"--load-format {load_format} reads other files than the checkpoint that the manifest "
-            f"was made on, so they cannot be held against it; leave the option out"
+            f"was made on, so sleb-serve cannot compare them; leave the option out"
         )
 
 

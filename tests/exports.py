@@ -16,5 +16,5 @@ def manifest_for(path: Path, removed: Sequence[int]) -> Manifest:
 
 
 def exported(path: Path, removed: Sequence[int], folder: Path) -> Path:
-    export(open_checkpoint(str(path)), manifest_for(path, removed), folder)
+    export(path, manifest_for(path, removed), folder)
     return folder

@@ -73,11 +73,11 @@ def test_pruning_leaves_more_for_the_kv_cache() -> None:
 
 
 def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--plan", "--gpu", "A100-80G", "--tp", "2"]) == 0
+    assert main(["plan", "--gpu", "A100-80G", "-tp", "2"]) == 0
     text = capsys.readouterr().out
     for part in ("llama-2-70b on 2 x A100-80G", "1718.4", "1364.1", "299.0", "381.0"):
         assert part in text
-    arguments = ["bench", "llama-2-7b", "--plan", "--removed", "4", "--json"]
+    arguments = ["plan", "llama-2-7b", "--removed", "4", "--json"]
     assert main(arguments) == 0
     values = json.loads(capsys.readouterr().out)
     assert [p["removed"] for p in values["predictions"]] == [0, 4]
@@ -88,8 +88,8 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         (["--gpu", "A101"], "--gpu A101 is not one of A100-40G"),
-        (["--tp", "3"], "--tp 3: llama-2-70b has 64 heads"),
-        (["--tp", "0"], "--tp 0"),
+        (["-tp", "3"], "--tensor-parallel-size 3: llama-2-70b has 64 heads"),
+        (["-tp", "0"], "--tensor-parallel-size 0"),
         (["--removed", "80"], "--removed 80: llama-2-70b has 80 blocks"),
         (["--removed", "few"], "few: give whole numbers"),
         (["--memory-efficiency", "0"], "--memory-efficiency is above 0"),
@@ -98,7 +98,7 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_plan_that_cannot_be_is_refused(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main(["bench", "--plan", *arguments]) == 2
+    assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -106,11 +106,11 @@ def test_a_kind_of_model_that_is_not_known_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    assert main(["bench", str(tmp_path / "config.json"), "--plan"]) == 2
+    assert main(["plan", str(tmp_path / "config.json")]) == 2
     assert "no plan for model type mamba" in capsys.readouterr().err
 
 
 def test_what_a_benchmark_lacks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 2
     error = capsys.readouterr().err
-    assert "bench needs MODEL and -m M.json or --removal-list and -o DIR" in error
+    assert "required: MODEL" in error

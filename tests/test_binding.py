@@ -32,10 +32,10 @@ def test_a_checkpoint_with_weights_of_fewer_layers_is_refused_everywhere(
     manifest = tmp_path / "m.json"
     Manifest(bind(str(whole), open_checkpoint(str(whole))), (Removal(2),)).write(manifest)
     asked = {
-        "import": ["import", "[1, 3]", str(path), "-o", str(tmp_path / "n.json")],
+        "import": ["import", str(path), "[1, 3]", "-o", str(tmp_path / "n.json")],
         "select": ["select", str(path), "-o", str(tmp_path / "n.json"), "--remove", "2", *TEXT],
         "eval": ["eval", str(path), "--perplexity", "python-docs"],
-        "export": ["export", str(path), "--removal-list", "[1]", str(tmp_path / "out")],
+        "export": ["export", str(path), "--removal-list", "[1]", "-o", str(tmp_path / "out")],
         "serve": ["serve", str(path), "-m", str(manifest), "--dry-run"],
         "bench": ["bench", str(path), "-m", str(manifest), "-o", str(tmp_path / "bench")],
     }
@@ -43,7 +43,7 @@ def test_a_checkpoint_with_weights_of_fewer_layers_is_refused_everywhere(
         line = refused(arguments, capsys)
         assert "counts 8 layers and the checkpoint has weights of 6" in line, command
     capsys.readouterr()
-    assert main(["check", str(manifest), str(path)]) == 1
+    assert main(["check", str(path), "-m", str(manifest)]) == 1
     assert "counts 8 layers and the checkpoint has weights of 6" in capsys.readouterr().out
     assert not (tmp_path / "n.json").exists()
 
@@ -71,14 +71,14 @@ def test_a_hub_model_is_the_manifests_revision_and_a_moved_branch_is_refused(
         return results
 
     with hub.serving("org/tiny", before, old) as (address, _):
-        (done,) = run(address, [["import", "[2, 4]", "org/tiny", "-o", str(manifest)]])
+        (done,) = run(address, [["import", "org/tiny", "[2, 4]", "-o", str(manifest)]])
         assert done.code == 0, done.error
     assert read_manifest(manifest).model.revision == old
     text = ["--perplexity", "python-docs", "--sequence-length", "48", "--windows", "1"]
     asked = {
-        "check": ["check", str(manifest), "org/tiny"],
+        "check": ["check", "org/tiny", "-m", str(manifest)],
         "eval": ["eval", "org/tiny", "-m", str(manifest), *text],
-        "export": ["export", "org/tiny", "-m", str(manifest), str(tmp_path / "out")],
+        "export": ["export", "org/tiny", "-m", str(manifest), "-o", str(tmp_path / "out")],
         "serve": ["serve", "org/tiny", "-m", str(manifest), "--dry-run"],
     }
     moved = [[a.replace("/out", "/out2") for a in command] for command in asked.values()]
@@ -117,7 +117,7 @@ def test_check_does_not_say_that_weights_match_which_are_not_there(
     (root / "refs" / "main").write_text(commit)
     # What HF_HUB_CACHE says, to a library that has read it already.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    main(["check", str(manifest), "org/tiny"])
+    main(["check", "org/tiny", "-m", str(manifest)])
     out, error = capsys.readouterr()
     assert "config matches; weights are not on this machine" in out, error
     assert "weights match" not in out

@@ -106,7 +106,7 @@ def test_held_out_windows_do_not_overlap_the_calibration() -> None:
     [
         ("t.txt", b"", {}, "is empty"),
         ("t.txt", b" \n\n ", {}, "is empty"),
-        ("t.txt", b"short", {}, "has 5 tokens, less than one window of 100"),
+        ("t.txt", b"short", {}, "has 5 tokens, less than one sequence of 100"),
         ("t.txt", b"x" * 250, {}, "gives 2 windows of 100 tokens, 3 were asked for"),
         ("t.txt", b"\xff\xfe\x00", {}, "not UTF-8"),
         ("t.txt", None, {}, "cannot read"),

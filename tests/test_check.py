@@ -24,8 +24,10 @@ def write(path: Path, model: Path, *removed: int) -> Path:
     return path
 
 
-def checked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
-    code = main(["check", *arguments, "--json"])
+def checked(
+    capsys: pytest.CaptureFixture[str], manifest: str, model: str, *options: str
+) -> tuple[int, dict[str, Any]]:
+    code = main(["check", model, "-m", manifest, *options, "--json"])
     value: dict[str, Any] = json.loads(capsys.readouterr().out)
     value["status"] = {finding["name"]: finding["status"] for finding in value["findings"]}
     return code, value
@@ -36,7 +38,7 @@ def test_what_fits_passes_and_its_sizes_are_those_of_the_tensors(
 ) -> None:
     model = models("llama")
     manifest = write(tmp_path / "m.json", model, 3, 1)
-    code, found = checked(capsys, str(manifest), str(model), "--gpu", "L4", "--tp", "2")
+    code, found = checked(capsys, str(manifest), str(model), "--gpu", "L4", "-tp", "2")
     assert (code, found["passed"]) == (0, True)
     weights = load_file(model / "model.safetensors")
     gone = sum(t.nbytes for n, t in weights.items() if ".layers.1." in n or ".layers.3." in n)
@@ -50,7 +52,7 @@ def test_what_fits_passes_and_its_sizes_are_those_of_the_tensors(
         "dense": int((free - dense) / (8 * token)),
         "pruned": int((free - dense + gone) / (6 * token)),
     }
-    assert main(["check", str(manifest), str(model)]) == 0
+    assert main(["check", str(model), "-m", str(manifest)]) == 0
     assert "6 of 8 blocks stay" in capsys.readouterr().out
 
 
@@ -88,7 +90,7 @@ def test_what_does_not_fit_fails_by_name(
     manifest = write(tmp_path / "m.json", model, 3)
     code, found = checked(capsys, str(manifest), str(other))
     assert (code, found["passed"], found["status"]["model"]) == (1, False, "failed")
-    code, found = checked(capsys, str(manifest), str(model), "--tp", "3")
+    code, found = checked(capsys, str(manifest), str(model), "-tp", "3")
     assert (code, found["status"]["tensor parallelism"]) == (1, "failed")
     tiny = GPUS["L4"].__class__("tiny", 1.0, 1.0, 1000.0, 1.0)
     assert not checking.check(
@@ -143,5 +145,5 @@ def test_a_check_that_cannot_be_made_is_refused(
     message: str,
 ) -> None:
     manifest = write(tmp_path / "m.json", models("llama"), 3)
-    assert main(["check", str(manifest), str(models("llama")), *arguments]) == 2
+    assert main(["check", str(models("llama")), "-m", str(manifest), *arguments]) == 2
     assert message in capsys.readouterr().err

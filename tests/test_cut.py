@@ -208,7 +208,7 @@ def test_blocks_that_a_vision_tower_feeds_are_kept() -> None:
         ({"moe_layers": [[1], [2]]}, (1,), r"moe_layers is \[\[1\], \[2\]\], which says nothing"),
         ({"decoder_sparse_step": 2, "mlp_only_layers": 1}, (1,), "mlp_only_layers is 1, which"),
         ({"moe_layers_enum": "1,x"}, (1,), "moe_layers_enum is '1,x', which says nothing"),
-        ({"moe_layers_enum": "1"}, (1,), "moe_layers_enum: no layer that it names would stay"),
+        ({"moe_layers_enum": "1"}, (1,), "moe_layers_enum: no layer that it names is kept"),
         ({"linear_attn_config": {"kda_layers": 3}}, (1,), "linear_attn_config is .*, which says"),
         ({"moe_layer_freq": 2}, (1, 2), None),  # what stays keeps its remainder
         ({"moe_layer_freq": 1, "secret": [1, 2]}, (1,), None),

@@ -86,7 +86,7 @@ def test_a_frontiers_perplexities_are_those_of_models_with_the_blocks_deleted(
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr()
     assert f"{report['results'][2]['perplexity'][str(text)]:.2f}" in shown.out
-    assert "perplexity does not see" in shown.err
+    assert "perplexity does not show" in shown.err
 
 
 def test_repaired_models_are_judged_repaired_and_the_model_is_left_as_it_was(

@@ -24,7 +24,6 @@ from conftest import Models
 from engines import PROMPTS, Case, pruning, run_jobs
 from exports import exported, manifest_for
 from repairs import manifest_of, repaired
-from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.convert.export import MANIFEST_NAME, export
 from sleb_serve.manifest.reader import read_manifest
@@ -85,7 +84,7 @@ def test_stock_vllm_serves_it_as_the_plugin_serves_the_original(
 def test_a_folded_repair_is_put_in_place(models: Models, tmp_path: Path) -> None:
     path = models("llama")
     manifest = manifest_of(path, (2, 3, 6), tmp_path / "fold.json")
-    export(open_checkpoint(str(path)), manifest, tmp_path / "out")
+    export(path, manifest, tmp_path / "out")
     tensors = load_file(tmp_path / "fold.json.repair.safetensors")
     found, expected = oracle.load(tmp_path / "out"), repaired(path, (2, 3, 6), tensors)
     for prompt in PROMPTS:
@@ -154,13 +153,13 @@ def large(tmp_path: Path) -> Path:
 def start_export(source: Path, folder: Path) -> subprocess.Popen[bytes]:
     manifest_for(source, (1, 4)).write(folder.with_suffix(".json"))
     command = [sys.executable, "-m", "sleb_serve.cli", "export", str(source)]
-    command += ["-m", str(folder.with_suffix(".json")), str(folder)]
+    command += ["-m", str(folder.with_suffix(".json")), "-o", str(folder)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def test_memory_holds_less_than_two_shards(large: Path, tmp_path: Path) -> None:
     manifest_for(large, (1, 4)).write(tmp_path / "m.json")
-    arguments = ["export", str(large), "-m", str(tmp_path / "m.json"), str(tmp_path / "out")]
+    arguments = ["export", str(large), "-m", str(tmp_path / "m.json"), "-o", str(tmp_path / "out")]
     script = f"""
 from pathlib import Path
 import torch, transformers
@@ -207,14 +206,14 @@ def test_what_is_there_is_not_written_over(
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    arguments = ["export", str(path), "--removal-list", "[2, 5]", str(out)]
+    arguments = ["export", str(path), "--removal-list", "[2, 5]", "-o", str(out)]
     assert "it is there already" in refused(arguments, capsys)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     assert main([*arguments[:-1], str(tmp_path / "new")]) == 0
     assert "6 blocks" in capsys.readouterr().out
     other = tmp_path / "m.json"
     manifest_for(models("opt"), (2,)).write(other)
-    arguments = ["export", str(path), "-m", str(other), str(tmp_path / "third")]
+    arguments = ["export", str(path), "-m", str(other), "-o", str(tmp_path / "third")]
     assert "architecture expected OPTForCausalLM" in refused(arguments, capsys)
     assert not (tmp_path / "third").exists()
 
@@ -226,7 +225,7 @@ def test_mergekit_makes_the_same_weights(models: Models, tmp_path: Path) -> None
     path = models("llama")
     config = tmp_path / "merge.yaml"
     arguments = ["export", str(path), "--removal-list", "[2, 3, 6]", "--format", "mergekit"]
-    assert main([*arguments, str(config)]) == 0
+    assert main([*arguments, "-o", str(config)]) == 0
     subprocess.run([tool, str(config), str(tmp_path / "merged")], check=True)
     folder = exported(path, (2, 3, 6), tmp_path / "out")
     found, expected = (

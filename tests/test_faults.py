@@ -70,7 +70,7 @@ def test_a_folder_that_vanishes_in_mid_search_is_an_error_of_one_line(
             super().step_ended(number, step)
             shutil.rmtree(folder, ignore_errors=True)
 
-    monkeypatch.setattr(cli, "SearchBars", Vanishing)
+    monkeypatch.setattr("sleb_serve.cli.select.SearchBars", Vanishing)
     assert cli.main(select(models("llama"), folder / "m.json")) == 2
     assert str(folder) in one_line(capsys.readouterr().err)
     assert not folder.exists()
@@ -85,8 +85,8 @@ def test_nothing_is_written_beside_the_model(models: Models, tmp_path: Path) -> 
     output = tmp_path / "m.json"
     assert cli.main(select(model, output)) == 0
     for arguments in (
-        ["check", str(output), str(model)],
-        ["export", str(model), "-m", str(output), str(tmp_path / "exported")],
+        ["check", str(model), "-m", str(output)],
+        ["export", str(model), "-m", str(output), "-o", str(tmp_path / "exported")],
         ["serve", str(model), "-m", str(output), "--dry-run"],
     ):
         assert cli.main(arguments) == 0

@@ -37,7 +37,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 def test_a_named_attack_is_refused_in_one_line(path: Path, models: Models) -> None:
     for arguments in (
         ["show", str(path)],
-        ["check", str(path), str(models("llama"))],
+        ["check", str(models("llama")), "-m", str(path)],
         ["serve", str(models("llama")), "-m", str(path), "--dry-run"],
     ):
         code, out, error = run(*arguments)
@@ -143,7 +143,7 @@ def check_answers(value: dict[str, Any], honest: dict[str, Any], model: Path, pa
     code, out, error = run("show", str(path))
     assert code in (0, 2)
     assert len(error.splitlines()) == (code == 2)
-    checked, told, error = run("check", str(path), str(model))
+    checked, told, error = run("check", str(model), "-m", str(path))
     assert (checked == 2) == (code == 2)
     assert len(error.splitlines()) == (checked == 2)
     assert all(line.isprintable() for line in told.splitlines())

@@ -211,7 +211,7 @@ def test_each_run_in_the_output_of_a_search_can_be_chosen(tmp_path: Path) -> Non
 def test_a_list_may_be_longer_than_a_file_name() -> None:
     blocks = tuple(range(1, 99))
     assert read_blocks(str(list(blocks)), 100).blocks == blocks
-    with pytest.raises(SlebError, match="--run 2: the list holds no runs of SLEB"):
+    with pytest.raises(SlebError, match="run=2: the list holds no runs of SLEB"):
         read_blocks("[5, 4]", 8, 2)
 
 
@@ -253,7 +253,7 @@ def test_import_writes_a_manifest_that_is_bound_to_the_model(
     source, output = tmp_path / "sleb.txt", tmp_path / "m.json"
     source.write_text(OFFICIAL)
     path = str(models("llama"))
-    assert main(["import", str(source), path, "-o", str(output), "--run", "1"]) == 0
+    assert main(["import", path, str(source), "-o", str(output), "--run", "1"]) == 0
     assert "2 of 8 blocks" in capsys.readouterr().out
     manifest = read_manifest(output)
     assert manifest.blocks == (5, 2)
@@ -270,6 +270,6 @@ def test_import_writes_a_manifest_that_is_bound_to_the_model(
         ("[]", "is empty: nothing is removed"),
         ("none.yaml", "cannot read 'none.yaml'"),
     ):
-        arguments = ["import", text, path, "-o", str(tmp_path / "n.json")]
+        arguments = ["import", path, text, "-o", str(tmp_path / "n.json")]
         assert message in refused(arguments, capsys)
     assert not (tmp_path / "n.json").exists()

@@ -91,7 +91,9 @@ def test_an_export_is_the_model_with_the_blocks_skipped(
 ) -> None:
     name, path = kind
     out = tmp_path / "out"
-    assert main(["export", str(path), "--removal-list", str(list(KINDS[name])), str(out)]) == 0
+    assert (
+        main(["export", str(path), "--removal-list", str(list(KINDS[name])), "-o", str(out)]) == 0
+    )
     expected = logits(oracle.pruned(path, KINDS[name]))
     assert (logits(oracle.load(out)) - expected).abs().max() < 1e-5
     assert expected.abs().max() > 0.1
@@ -165,7 +167,7 @@ def test_a_pooling_model_is_selected_by_the_distance_of_its_states(
             for a, b in zip(dense, states(manifest.blocks[:count]), strict=True)
         ]
         assert removal.loss == pytest.approx(sum(far) / len(far), abs=1e-5)
-    assert main(["export", str(path), "-m", str(output), str(tmp_path / "out")]) == 0
+    assert main(["export", str(path), "-m", str(output), "-o", str(tmp_path / "out")]) == 0
     capsys.readouterr()
     assert "needs predictions" in refused([*arguments, "--objective", "nll"], capsys)
 
@@ -175,7 +177,7 @@ def test_what_vllm_would_run_otherwise_is_exported_for_transformers_alone(
 ) -> None:
     path = tmp_path / "model"
     save_model("gpt_oss", path)
-    export = ["export", str(path), str(tmp_path / "out"), "--removal-list"]
+    export = ["export", str(path), "-o", str(tmp_path / "out"), "--removal-list"]
     line = refused([*export, "[1, 3]"], capsys)
     assert "vLLM takes the kind of a layer of GptOssForCausalLM from its number" in line
     assert main([*export, "[1, 3]", "--for", "transformers"]) == 0
@@ -191,7 +193,7 @@ def test_other_tools_are_not_asked_for_what_they_cannot_say(
     name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = build(name, tmp_path / "model")
-    export = ["export", str(path), "--format", form, "-", "--removal-list"]
+    export = ["export", str(path), "--format", form, "-o", "-", "--removal-list"]
     assert "would have another layer" in refused([*export, "[1, 4]"], capsys)
     assert main([*export, "[2, 3]"]) == 0
 
@@ -204,7 +206,7 @@ def test_all_of_a_tokenizers_chat_templates_are_exported(tmp_path: Path) -> None
     made = AutoTokenizer.from_pretrained(path)
     made.chat_template = {"default": "PLAIN", "tool_use": "TOOLS {{ messages[0]['content'] }}"}
     made.save_pretrained(path)
-    assert main(["export", str(path), "--removal-list", "[2]", str(tmp_path / "out")]) == 0
+    assert main(["export", str(path), "--removal-list", "[2]", "-o", str(tmp_path / "out")]) == 0
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     chat = [{"role": "user", "content": "hello"}]
     text = found.apply_chat_template(chat, chat_template="tool_use", tokenize=False)
@@ -217,7 +219,7 @@ def test_layers_for_multi_token_prediction_follow_the_last_that_stays(tmp_path: 
     tensors = load_file(path / "model.safetensors")
     last = {k.replace(".5.", ".6.", 1): v.clone() for k, v in tensors.items() if ".layers.5." in k}
     save_file({**tensors, **last}, path / "model.safetensors", metadata={"format": "pt"})
-    assert main(["export", str(path), "--removal-list", "[1, 3]", str(tmp_path / "out")]) == 0
+    assert main(["export", str(path), "--removal-list", "[1, 3]", "-o", str(tmp_path / "out")]) == 0
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert {name.split(".")[2] for name in found if ".layers." in name} == set("01234")
     assert torch.equal(
@@ -238,7 +240,7 @@ def test_quantised_layers_that_are_named_by_patterns_stay_as_they_were(tmp_path:
     config["quantization_config"]["ignore"] = ["lm_head", r"re:.*layers\.6\..*"]
     (path / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
-    assert main(["export", str(path), "--removal-list", "[2, 5]", str(out)]) == 0
+    assert main(["export", str(path), "--removal-list", "[2, 5]", "-o", str(out)]) == 0
     expected = logits(oracle.pruned(path, (2, 5)))
     found = logits(oracle.load(out))
     assert bool(found.isfinite().all())

@@ -16,7 +16,6 @@ import oracle
 from conftest import Models
 from fake_servers import GOLDEN, Fake, told
 from sleb_serve.checkpoint.hub import open_checkpoint
-from sleb_serve.cli import main as cli
 from sleb_serve.cli.main import main
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.reader import read_manifest
@@ -172,7 +171,7 @@ def test_a_selection_stores_what_the_pruned_model_makes_of_a_prompt_and_shows_it
             for name, value in re.findall(r"^sleb_select_(\w+) (\S+)$", text, re.MULTILINE):
                 seen[name] = float(value)
 
-    monkeypatch.setattr(cli, "SearchMetrics", Watched)
+    monkeypatch.setattr("sleb_serve.cli.select.SearchMetrics", Watched)
     path, output = models("llama"), tmp_path / "m.json"
     text = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
     arguments = ["select", str(path), "-o", str(output), "--remove", "2", *text]

@@ -104,7 +104,7 @@ def test_a_prefix_removes_the_first_blocks() -> None:
     assert manifest.prefix(2).blocks == (14, 3)
     assert manifest.prefix(None) is manifest
     for blocks in (0, -1, 4):
-        with pytest.raises(SlebError, match=r"--blocks .*between 1 and 3"):
+        with pytest.raises(SlebError, match=r"blocks=.*between 1 and 3"):
             manifest.prefix(blocks)
 
 

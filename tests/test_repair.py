@@ -139,7 +139,10 @@ def test_a_folded_weight_has_the_checkpoints_dtype_whatever_was_computed_in(
     assert main([*arguments, "--repair", "fold", "--dtype", "float32"]) == 0
     tensors = read_sidecar(read_manifest(tmp_path / "m.json").pruning())
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert main(["export", str(path), "-m", str(tmp_path / "m.json"), str(tmp_path / "out")]) == 0
+    assert (
+        main(["export", str(path), "-m", str(tmp_path / "m.json"), "-o", str(tmp_path / "out")])
+        == 0
+    )
 
 
 def test_a_sidecar_that_is_not_the_manifests_is_refused_in_one_line(

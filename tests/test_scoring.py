@@ -19,8 +19,9 @@ from sleb_serve.errors import SlebError
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
 from sleb_serve.selection.layer_sweep import LayerSweep
-from sleb_serve.selection.memory import Needs, Plan, make_plan, parse_size, peak_bytes
+from sleb_serve.selection.memory import Needs, Plan, make_plan, peak_bytes
 from sleb_serve.selection.search import Step
+from sleb_serve.utils.sizes import parse_size
 from sweeps import greedy_steps, random_windows, search, sweep_of
 from tiny import VOCABULARY
 
@@ -159,7 +160,7 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1G", "2X", "much", "nan"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(SlebError, match="--memory-budget"):
+    with pytest.raises(SlebError, match="memory_budget"):
         parse_size(text)
 
 
@@ -181,7 +182,7 @@ def test_a_plan_never_holds_more_than_the_budget(
             budget, needs, windows=windows, forks=forks, best_chunk=8, streamed=streamed
         )
     except SlebError:
-        # What must fit: the weights, one window's states, the work on one, two finalists.
+        # What must fit: the weights, one sequence's states, the work on one, two finalists.
         assert weights + (forks + 2 + 2 * windows) * state + layer > 0.85 * budget - (40 << 20) - 1
         return
     held = weights + plan.windows * (forks + 2) * state + plan.chunk * layer

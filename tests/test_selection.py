@@ -10,18 +10,18 @@ from collections.abc import Iterable, Sequence
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from searches import beam, swap
 
+from sleb_serve.cli.select import amount
 from sleb_serve.errors import SlebError
 from sleb_serve.selection.search import (
     Score,
     Scores,
     Step,
-    beam,
     blocks_to_remove,
     candidates,
     greedy,
     recorded,
-    swap,
 )
 
 
@@ -180,21 +180,21 @@ def test_a_loss_that_is_no_number_ends_the_search(bad: float) -> None:
     ],
 )
 def test_remove_is_a_count_or_a_share(text: str, blocks: int, expected: int) -> None:
-    assert blocks_to_remove(text, blocks, 1, 1) == expected
+    assert blocks_to_remove(amount(text), blocks, 1, 1) == expected
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "30", "29", "1.5", "0.99", "six", "nan", "inf", ""])
 def test_remove_refuses_what_is_neither(text: str) -> None:
-    with pytest.raises(SlebError, match="--remove"):
-        blocks_to_remove(text, 30, 1, 1)
+    with pytest.raises(SlebError, match=r"(remove=|--remove )"):
+        blocks_to_remove(amount(text), 30, 1, 1)
 
 
 def test_without_barriers_all_but_one_can_go() -> None:
-    assert blocks_to_remove("29", 30, 0, 0) == 29
+    assert blocks_to_remove(29, 30, 0, 0) == 29
     with pytest.raises(SlebError, match="at most 29"):
-        blocks_to_remove("30", 30, 0, 0)
+        blocks_to_remove(30, 30, 0, 0)
     with pytest.raises(SlebError, match="0 or more"):
-        blocks_to_remove("1", 30, -1, 0)
+        blocks_to_remove(1, 30, -1, 0)
 
 
 def test_the_greedy_search_need_not_be_the_best_but_never_worse_than_any_first_step() -> None:

@@ -20,20 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from searches import as_repaired, beam, swap
 from torch import nn
 
 from sleb_bench.demo_model import demo_model
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.data.calibration import Windows, held_out_windows, make_windows
 from sleb_serve.data.tokenizer import load_tokenizer
+from sleb_serve.evaluation.perplexity import perplexity
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
-from sleb_serve.models.pruned import blocks_deleted, perplexity
+from sleb_serve.models.pruned import blocks_deleted
 from sleb_serve.selection.distributed import Ranks
-from sleb_serve.selection.pipeline import as_repaired
 from sleb_serve.selection.repair import Gap, fit
 from sleb_serve.selection.scorer import Scorer, has_fast
-from sleb_serve.selection.search import Scores, beam, greedy, swap
+from sleb_serve.selection.search import Scores, greedy
 
 COUNTS = (3, 6, 9)
 SEARCH = {"sequences": 16, "sequence_length": 512}
@@ -160,7 +161,8 @@ class Study:
         key = (tuple(removed), tuple(candidates))
         if key not in self._scores:
             begin = time.time()
-            scores = self._scorer.score(removed, candidates, None, lambda: None)
+            least = max(BEAM, SHORTLIST)
+            scores = self._scorer.sweep.score(removed, candidates, least=least)
             self._scores[key] = scores
             append(
                 self._kept_scores,
@@ -178,7 +180,7 @@ class Study:
         scores = self._score(removed, candidates)
 
         def loss_of(block: int) -> float:
-            return self._scorer.repair("fold", self._windows.tokens, [*removed, block])[1]
+            return self._scorer.repair(self._windows.tokens, [*removed, block])[1]
 
         return as_repaired(scores, candidates, SHORTLIST, loss_of)
 
@@ -197,7 +199,6 @@ class Study:
             budget=None,
             steps=max(COUNTS),
             fast=False,
-            least=max(BEAM, SHORTLIST),
         )
 
     def shortgpt(self, count: int) -> list[int]:

@@ -1,6 +1,6 @@
 """How the search's work grows with blocks, windows and vocabulary, and what that means for LLaMA-2.
 
-Usage: scaling.py SPEED.jsonl > scaling.md. Counts runs of a layer on one window's states and rows
+Usage: scaling.py SPEED.jsonl > scaling.md. Counts runs of a layer on one sequence's states and rows
 of the head, for the plain search and the sweep, by formula; holds the formula against the counts
 that speed.py recorded; and turns the counts into operations for larger models. No model is run.
 """
@@ -104,7 +104,7 @@ def main() -> None:
     lines = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     steps = [e for e in lines if e.get("layer_runs")]
     print("# How the search scales\n")
-    print("Runs of a layer on one window's states, by formula and as counted by speed.py.\n")
+    print("Runs of a layer on one sequence's states, by formula and as counted by speed.py.\n")
     print("| step of SmolLM2's search, a window | 1 | 2 | 3 | 4 | 5 | 6 |")
     print("|---|---|---|---|---|---|---|")
     own = [e for e in steps if e["windows"] == 4]

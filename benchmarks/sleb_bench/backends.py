@@ -174,7 +174,7 @@ class TransformersBackend:
         """From the logits."""
         import math
 
-        from sleb_serve.models.pruned import perplexity
+        from sleb_serve.evaluation.perplexity import perplexity
 
         return math.log(perplexity(self._model, windows))
 

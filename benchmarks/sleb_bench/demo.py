@@ -55,7 +55,7 @@ def _demo(folder: Path, model: str | None) -> None:
     try:
         _sleb_serve(*search, *windows, "--resume")
     except SlebError:
-        print("the search of an earlier demo cannot be resumed; starting anew")
+        print("the search of an earlier demo cannot be resumed; starting again")
         _sleb_serve(*search, *windows)
 
     dtype = _dtype()

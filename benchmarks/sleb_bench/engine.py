@@ -111,7 +111,7 @@ class Engine:
         except (EOFError, OSError):
             self._process.join(10)
             raise EngineError(
-                f"the {self.name} engine ended without a word; its output is in {self._log}"
+                f"the {self.name} engine ended without a word; see its log: {self._log}"
             ) from None
         if isinstance(result, _Failure):
             why = " ".join(result.reason.split())

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.run import SERVING, BenchOptions
+from sleb_bench.records import SERVING
+from sleb_bench.run import BenchOptions
 from sleb_bench.serving import ServingOptions
 from sleb_bench.variants import BESIDE
 from sleb_bench.workloads import NAMES
 from sleb_serve.errors import SlebError
-from sleb_serve.roofline.plan import GPUS, HERE, SHAPES, SPLITS
+from sleb_serve.utils.lists import numbers, words
 
 BENCH_EXAMPLES = """\
 examples:
@@ -21,8 +22,6 @@ examples:
   sleb-serve bench ./my-model -m m.json -o results --beside export,dense    # is it all we think?
   sleb-serve bench ./my-model --removal-list '[5, 4, 9]' -o results \\
       --engine-args '{"tensor_parallel_size": 2}' --one-at-a-time
-  sleb-serve bench --plan --gpu A100-80G --tp 2                 # llama-2-70b, no GPU needed
-  sleb-serve bench ./my-model --plan --gpu H100-80G --removed 4,8
 
 Writes DIR/records.jsonl (every raw sample), and from it report.md, report.json, report.html and
 pictures; `sleb-serve report DIR` makes them again.
@@ -35,22 +34,21 @@ examples:
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    """All but -m and --removal-list, which other commands have, too."""
+    """All but MODEL, -m, --removal-list and --blocks, which other commands have, too."""
     default = BenchOptions("", Path())
     add = parser.add_argument
-    add("-o", "--output", metavar="DIR", type=Path, help="where records and report go")
-    add("--blocks", metavar="K,K…", help="how many of the manifest's removals (default: all)")
+    add("-o", "--output", metavar="DIR", type=Path, required=True, help="for records and report")
     add(
         "--workloads",
         metavar="NAME,…",
-        type=_names,
+        type=words,
         default=default.workloads,
         help=f"of {', '.join((*NAMES, SERVING))} (default: {','.join(default.workloads)})",
     )
     add(
         "--beside",
         metavar="NAME,…",
-        type=_names,
+        type=words,
         default=(),
         help=f"also measure: {', '.join(BESIDE)}; dense is a second dense engine, export the "
         "exported checkpoint in stock vLLM, capped the pruned model with no more KV cache than the "
@@ -86,7 +84,6 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         help='arguments of vllm.LLM for all, as {"enforce_eager": true}',
     )
     _add_serving(parser.add_argument_group("serving"))
-    _add_plan(parser.add_argument_group("plan"))
 
 
 def _add_serving(group: Any) -> None:
@@ -101,7 +98,7 @@ def _add_serving(group: Any) -> None:
     group.add_argument(
         "--concurrency",
         metavar="N,N…",
-        type=_counts,
+        type=numbers,
         default=default.concurrency,
         help="also so many requests in flight at most",
     )
@@ -126,40 +123,6 @@ def _add_serving(group: Any) -> None:
     )
 
 
-def _add_plan(group: Any) -> None:
-    group.add_argument(
-        "--plan",
-        action="store_true",
-        help=f"measure nothing; predict from the config: MODEL, or of {', '.join(SHAPES)}",
-    )
-    group.add_argument(
-        "--gpu",
-        metavar="NAME",
-        default="A100-80G",
-        help=f"{', '.join(GPUS)}, or {HERE} to measure this machine's peaks (default: A100-80G)",
-    )
-    group.add_argument("--tp", metavar="N", type=int, default=1, help="how many GPUs (default: 1)")
-    group.add_argument(
-        "--split",
-        choices=SPLITS,
-        default=SPLITS[0],
-        help="how they share the model: every matrix, or its layers, one GPU after another, as "
-        "Transformers does (default: tensor)",
-    )
-    group.add_argument(
-        "--removed", metavar="K,K…", type=_counts, help="blocks removed (default: 10, 20, 30 %%)"
-    )
-    for name, of in (("compute", "flop/s"), ("memory", "bandwidth")):
-        group.add_argument(
-            f"--{name}-efficiency",
-            metavar="X",
-            type=float,
-            default=1.0,
-            help=f"part of the peak {of} that kernels reach (default: 1, the bound)",
-        )
-    group.add_argument("--json", action="store_true", help="print the plan for machines")
-
-
 def add_report(parser: argparse.ArgumentParser) -> None:
     """One folder to report on, or two to compare."""
     parser.add_argument("folder", metavar="DIR", type=Path, help="what `sleb-serve bench` wrote")
@@ -180,16 +143,6 @@ def bench_options(options: argparse.Namespace) -> BenchOptions:
     )
     fields = BenchOptions.__dataclass_fields__.keys() - {"serving"}
     return BenchOptions(**{name: getattr(options, name) for name in fields}, serving=serving)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for name in text.split(",") if name))
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise SlebError(f"{text}: give whole numbers, as 4,8")
-    return tuple(int(part) for part in text.split(","))
 
 
 def _rates(text: str) -> tuple[float, ...]:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.engine import Engine, EngineSpec
-from sleb_bench.files import RECORDS, write_report
+from sleb_bench.files import write_report
 from sleb_bench.machine import machine
+from sleb_bench.records import SERVING, Records
 from sleb_bench.serving import ServingOptions, serve_and_load
 from sleb_bench.variants import BESIDE, DENSE, Variant, make_variants
 from sleb_bench.workloads import DECODE_PROMPT_LENGTH, workloads
@@ -28,14 +29,14 @@ from sleb_serve.data.calibration import held_out_windows
 from sleb_serve.data.texts import EMBEDDED
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share
 from sleb_serve.roofline.workload import Prompts, Workload
-from sleb_serve.serving.command import check_model, check_plugin, revision_of
+from sleb_serve.serving.command import check_plugin
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import write_atomically
 
-SERVING = "serving"
 _LOSS_WINDOW = 512
 Say = Callable[[str], None]
 
@@ -81,30 +82,6 @@ class BenchOptions:
         self.serving.check()
 
 
-class Records:
-    """The raw records of a run, on disk after every start, so that a broken run keeps them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries: list[dict[str, Any]] = []
-
-    def add(self, kind: str, values: Mapping[str, Any]) -> None:
-        """One more record."""
-        self.entries.append({"record": kind, **values})
-
-    def save(self) -> None:
-        """Write all of them."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-        write_atomically(self.folder / RECORDS, lines.encode())
-
-    def measured(self) -> bool:
-        """Whether a report could say anything."""
-        return any(
-            entry["record"] == SERVING or (entry["record"] == "sample" and entry["round"])
-            for entry in self.entries
-        )
-
-
 def bench(
     options: BenchOptions, manifest: Manifest, counts: Sequence[int] | None, say: Say
 ) -> Path:
@@ -124,60 +101,72 @@ def bench(
             anything was measured by then, the report is there and says so.
     """
     options.check()
+    if counts is not None and 0 in counts:
+        raise SlebError("blocks=0: the dense model is always measured; leave 0 out")
     own = strict_json.any_object(strict_json.load(options.engine_args.encode()), "--engine-args")
     strict_json.any_object(own.get("hf_overrides", {}), "--engine-args hf_overrides")
     manifests = [manifest.prefix(count) for count in counts or (len(manifest.removed),)]
     revision = revision_of(options.model, manifest, options.revision)
     checkpoint = check_model(options.model, manifests[-1].pruning(), revision, fetch=True)
     check_plugin()
-    todo = workloads(
-        [name for name in options.workloads if name != SERVING],
-        prompt_length=options.prompt_length,
-        batch=options.batch,
-        output_length=options.output_length,
-        requests=options.requests,
-    )
+    todo = _workloads(options)
     arguments = _engine_arguments(options, checkpoint, todo, own)
-    windows: Prompts = ()
-    if todo:
-        windows = held_out_windows(
-            load_tokenizer(checkpoint),
-            options.perplexity_windows,
-            min(_LOSS_WINDOW, options.prompt_length),
-            manifest.calibration,
-        )
+    windows = _windows(options, checkpoint, manifest) if todo else ()
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SlebError(f"cannot make the folder {options.output}: {first_line(error)}") from error
-
     with tempfile.TemporaryDirectory(dir=options.output, prefix=".exported-") as scratch:
         variants = make_variants(manifests, checkpoint, arguments, options.beside, Path(scratch))
         records = Records(options.output)
         records.add("setting", _setting(options, manifest, checkpoint, todo, len(windows)))
         for variant in variants:
-            read = checkpoint.tensor_bytes(
-                frozenset(variant.pruning.removed if variant.pruning else ())
-            )
+            removed = frozenset(variant.pruning.removed if variant.pruning else ())
+            read = checkpoint.tensor_bytes(removed)
             records.add("variant", {**variant.about(), "weights_bytes": read[0] if read else None})
         with _report_if_broken(records, say):
-            if todo:
-                run = _Run(options, checkpoint, todo, windows, records, say)
-                for start in range(1, options.starts + 1):
-                    run.start(start, variants)
-                    records.save()
-            if SERVING in options.workloads:
-                for entry in serve_and_load(
-                    options.serving, checkpoint, variants, options.output, say
-                ):
-                    records.add(entry.pop("record"), entry)
-                    records.save()
+            _measure(_Run(options, checkpoint, todo, windows, records, say), variants)
     records.save()
     write_report(options.output)
     failures = [entry for entry in records.entries if entry["record"] == "failure"]
     if failures:
         raise SlebError(f"{failures[0]['what']}; what was measured is in {options.output}")
     return options.output / "report.md"
+
+
+def _measure(run: _Run, variants: Sequence[Variant]) -> None:
+    """Engines in turns, then servers under load; what is measured is saved at once."""
+    options, records = run.options, run.records
+    if run.todo:
+        for start in range(1, options.starts + 1):
+            run.start(start, variants)
+            records.save()
+    if SERVING in options.workloads:
+        for entry in serve_and_load(
+            options.serving, run.checkpoint, variants, options.output, run.say
+        ):
+            records.add(entry.pop("record"), entry)
+            records.save()
+
+
+def _workloads(options: BenchOptions) -> Sequence[Workload]:
+    return workloads(
+        [name for name in options.workloads if name != SERVING],
+        prompt_length=options.prompt_length,
+        batch=options.batch,
+        output_length=options.output_length,
+        requests=options.requests,
+    )
+
+
+def _windows(options: BenchOptions, checkpoint: Checkpoint, manifest: Manifest) -> Prompts:
+    """Held-out text for the perplexity beside the speed."""
+    return held_out_windows(
+        load_tokenizer(checkpoint),
+        options.perplexity_windows,
+        min(_LOSS_WINDOW, options.prompt_length),
+        manifest.calibration,
+    )
 
 
 @contextmanager
@@ -251,9 +240,10 @@ class _Run:
         records: Records,
         say: Say,
     ) -> None:
-        self._options, self._todo, self._windows = options, todo, windows
-        self._records, self._say = records, say
-        size = checkpoint.config.get("vocab_size")
+        self.options, self.todo, self._windows = options, todo, windows
+        self.records, self.say = records, say
+        self.checkpoint = checkpoint
+        size = checkpoint.decoder_config.get("vocab_size")
         if not isinstance(size, int) or size < 2:
             raise SlebError(f"{checkpoint.path}/config.json does not say the vocabulary's size")
         self._vocabulary = size
@@ -261,7 +251,7 @@ class _Run:
 
     def start(self, start: int, variants: Sequence[Variant]) -> None:
         """One start of every engine, and its rounds."""
-        say, options = self._say, self._options
+        say, options = self.say, self.options
         say(f"start {start} of {options.starts}; engines log to {options.output}")
         groups = [[variant] for variant in variants] if options.one_at_a_time else [variants]
         for group in groups:
@@ -285,7 +275,7 @@ class _Run:
                         about["startup_time"] = None  # that of all of them
                     if variant.name == DENSE:
                         self._dense_blocks = about["kv_cache_blocks"]
-                    self._records.add("engine", {"start": start, "variant": variant.name, **about})
+                    self.records.add("engine", {"start": start, "variant": variant.name, **about})
                     say(_ready(variant, about))
                     engines[variant.name] = engine
                 for number in range(options.rounds + 1):
@@ -306,7 +296,7 @@ class _Run:
         shown = []
         # Who goes first changes from round to round, so that drift favours none.
         order = list(group) if (start + number) % 2 else list(group)[::-1]
-        for workload in self._todo:
+        for workload in self.todo:
             prompts = workload.prompts(self._vocabulary, f"{start} {number}")
             times = {}
             for variant in order:
@@ -315,14 +305,14 @@ class _Run:
                 sample = engines[variant.name].measure(workload, prompts)
                 times[variant.name] = sample.elapsed_time
                 place = {"variant": variant.name, "start": start, "round": number}
-                self._records.add("sample", {"workload": workload.name, **place, **asdict(sample)})
+                self.records.add("sample", {"workload": workload.name, **place, **asdict(sample)})
             shown += [
                 f"{workload.name} {v.name} {times[v.over] / times[v.name]:.3f}x"
                 for v in group
                 if v.over in times and v.name in times
             ]
-        title = f"round {number} of {self._options.rounds}" if number else "warm-up"
-        self._say(f"{title}: {', '.join(shown) or 'done'}")
+        title = f"round {number} of {self.options.rounds}" if number else "warm-up"
+        self.say(f"{title}: {', '.join(shown) or 'done'}")
 
     def _once(self, group: Sequence[Variant], engines: Mapping[str, Engine]) -> None:
         """What every start would give again: the quality, and where the time goes."""
@@ -330,13 +320,13 @@ class _Run:
             engine = engines[variant.name]
             if self._windows:
                 loss = engine.loss(self._windows)
-                self._records.add("quality", {"variant": variant.name, "loss": loss})
-                self._say(f"{variant.name}: held-out loss {loss:.4f} nats per token")
-            for workload in self._todo if self._options.profile else ():
+                self.records.add("quality", {"variant": variant.name, "loss": loss})
+                self.say(f"{variant.name}: held-out loss {loss:.4f} nats per token")
+            for workload in self.todo if self.options.profile else ():
                 if variant.can(workload.measure):
                     table = engine.profile(workload, workload.prompts(self._vocabulary, "profile"))
                     name = f"profile-{variant.name}-{workload.name}.txt"
-                    write_atomically(self._options.output / name, table.encode())
+                    write_atomically(self.options.output / name, table.encode())
 
 
 def _ready(variant: Variant, about: Mapping[str, Any]) -> str:

@@ -129,43 +129,68 @@ def serve_and_load(
         generator = stack.enter_context(LoadGenerator(folder / "load.log"))
         bench = _Bench(options, checkpoint, folder, generator, say)
         servers: dict[str, Server] = {}
-        blocks: int | None = None
-        for variant in served:
-            arguments = dict(variant.spec.arguments)
-            if variant.capped:
-                arguments["num_gpu_blocks_override"] = blocks
-            server = bench.start(variant, arguments)
-            stack.callback(server.stop)
-            servers[variant.name] = server
-            begin = time.perf_counter()
-            server.wait()
-            took = time.perf_counter() - begin
-            if variant.name == DENSE:
-                blocks = _cache_blocks(server)
-            say(f"{variant.name}: server ready in {took:.0f} s")
-            yield {"record": "server", "variant": variant.name, "startup_time": took,
-                   "command": list(server.command)}  # fmt: skip
+        yield from _start(bench, served, servers, stack)
         points: list[Point] = []
         for number in range(options.rounds + 1):
             # Round 0 warms up, and finds what the dense model takes where no rates were named.
             for point in points if number else [Point(INF)]:
                 order = served if number % 2 else served[::-1]
-                for variant in order:
-                    if variant.name not in servers:
-                        continue
-                    try:
-                        result = bench.load(variant.name, servers[variant.name], point, number)
-                    except _DeadServerError as error:
-                        del servers[variant.name]
-                        say(str(error))
-                        yield {"record": "failure", "variant": variant.name, "what": str(error)}
-                        continue
-                    yield {"record": "serving", "variant": variant.name, "round": number,
-                           **point.about(), "result": result}  # fmt: skip
-                    if not number and variant.name == DENSE:
-                        points = _points(options, result["request_throughput"])
+                for entry in _load(bench, order, servers, point, number):
+                    yield entry
+                    if not number and (entry["record"], entry["variant"]) == ("serving", DENSE):
+                        points = _points(options, entry["result"]["request_throughput"])
             if not servers:
                 return
+
+
+def _start(
+    bench: _Bench, served: Sequence[Variant], servers: dict[str, Server], stack: ExitStack
+) -> Iterator[dict[str, Any]]:
+    """Start every variant's server, one after another; they stop with `stack`."""
+    blocks: int | None = None
+    for variant in served:
+        arguments = dict(variant.spec.arguments)
+        if variant.capped:
+            arguments["num_gpu_blocks_override"] = blocks
+        server = bench.start(variant, arguments)
+        stack.callback(server.stop)
+        servers[variant.name] = server
+        begin = time.perf_counter()
+        server.wait()
+        took = time.perf_counter() - begin
+        if variant.name == DENSE:
+            blocks = _cache_blocks(server)
+        bench.say(f"{variant.name}: server ready in {took:.0f} s")
+        command = list(server.command)
+        yield {
+            "record": "server",
+            "variant": variant.name,
+            "startup_time": took,
+            "command": command,
+        }
+
+
+def _load(
+    bench: _Bench,
+    order: Sequence[Variant],
+    servers: dict[str, Server],
+    point: Point,
+    number: int,
+) -> Iterator[dict[str, Any]]:
+    """One point on every server that lives."""
+    for variant in order:
+        name = variant.name
+        if name not in servers:
+            continue
+        try:
+            result = bench.load(name, servers[name], point, number)
+        except _DeadServerError as error:
+            del servers[name]
+            bench.say(str(error))
+            yield {"record": "failure", "variant": name, "what": str(error)}
+            continue
+        about = {"record": "serving", "variant": name, "round": number}
+        yield {**about, **point.about(), "result": result}
 
 
 def _points(options: ServingOptions, dense: float) -> list[Point]:
@@ -189,7 +214,7 @@ class _Bench:
         say: Callable[[str], None],
     ) -> None:
         self._options, self._checkpoint, self._folder = options, checkpoint, folder
-        self._generator, self._say = generator, say
+        self._generator, self.say = generator, say
 
     def start(self, variant: Variant, arguments: Mapping[str, Any]) -> Server:
         """The variant's server."""
@@ -246,7 +271,7 @@ class _Bench:
         after = _prefix_cache(server)
         hits, queries = after[0] - before[0], after[1] - before[1]
         result["prefix_cache_hit_rate"] = hits / queries if queries else 0.0
-        self._say(
+        self.say(
             f"{'round ' + str(number) if number else 'warm-up'}, {point}: {name} "
             f"{result['output_throughput']:.1f} tokens/s, TTFT p50 {result['p50_ttft_ms']:.0f} ms, "
             f"{result['failed']} failed"

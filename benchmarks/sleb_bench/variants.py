@@ -116,7 +116,7 @@ def _of(
         found.append(Variant(f"{name}{_CAPPED}", count, pruned, pruning, capped=True))
     if "export" in beside:
         folder = scratch / name
-        export(checkpoint, manifest, folder)
+        export(checkpoint.path, manifest, folder)
         spec = EngineSpec("vllm", {**arguments, "model": str(folder)}, _NO_PLUGIN)
         found.append(Variant(f"{name}-export", count, spec, pruning, over=name))
     if "transformers" in beside:

@@ -101,7 +101,7 @@ def _hub_file(model: str, name: str, revision: str | None, cache_dir: str | None
 
 
 def _no_such_model(model: str, error: Exception) -> SlebError:
-    why = "the hub is not to be reached and the model is not in the local cache"
+    why = "the Hugging Face hub is unreachable and the model is not cached"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         why = "no such folder here, and HF_HUB_OFFLINE forbids asking the hub"
     elif type(error).__name__ not in {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:

@@ -22,7 +22,6 @@ class SearchBars:
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
         self._silent = not is_first()
-        self._chain: list[int] = []
 
     def __enter__(self) -> SearchBars:
         return self
@@ -35,8 +34,7 @@ class SearchBars:
     def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there."""
         text = windows.calibration
-        self._chain = []
-        self._say(f"calibration: {text.sequences} windows of {text.sequence_length} tokens")
+        self._say(f"calibration: {text.sequences} sequences of {text.sequence_length} tokens")
         self._say(f"scoring: {how}")
         for number, step in enumerate(resumed, 1):
             self._say(f"{self._line(number, step)} (resumed)")
@@ -44,12 +42,6 @@ class SearchBars:
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
         """A bar for the step."""
         self._begin(f"step {number}: {candidates} candidates", layers, "layer")
-
-    def repairs_begin(self, number: int, candidates: int) -> None:
-        """Another bar for the step."""
-        assert self._bar is not None
-        self._bar.close()
-        self._begin(f"step {number}: the best repaired", candidates, "candidate")
 
     def advance(self) -> None:
         """The bar moves on."""
@@ -73,12 +65,9 @@ class SearchBars:
             )
         self._say(f"repaired: loss {loss:.4f}")
 
-    def _line(self, number: int, step: Step) -> str:
-        gone = ", ".join(map(str, step.removed)) or "none"
-        # Where searches go back, the step's number does not say what was gone.
-        after = "" if list(step.removed) == self._chain else f" after {gone}"
-        self._chain = [*step.removed, step.block]
-        return f"step {number}: block {step.block}{after}, loss {step.loss:.4f}"
+    @staticmethod
+    def _line(number: int, step: Step) -> str:
+        return f"step {number}: block {step.block}, loss {step.loss:.4f}"
 
     def _begin(self, text: str, total: int, unit: str) -> None:
         self._bar = tqdm(total=total, desc=text, unit=unit, leave=False, disable=self._silent)

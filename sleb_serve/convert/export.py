@@ -26,6 +26,7 @@ from sleb_serve.cut.config import Cut
 from sleb_serve.cut.servable import exported_config
 from sleb_serve.cut.written import written_quantisation
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.repair_file import check_sidecar
 from sleb_serve.manifest.schema import Manifest
@@ -93,35 +94,40 @@ class _Piece:
 
 
 def export(
-    checkpoint: Checkpoint,
+    model: str | Path,
     manifest: Manifest,
-    folder: Path,
-    on_shard: Callable[[int, int], None] = lambda number, count: None,
+    folder: str | Path,
     *,
+    revision: str | None = None,
     for_vllm: bool = True,
+    on_shard: Callable[[int, int], None] = lambda number, count: None,
 ) -> Exported:
-    """Write the pruned model of `checkpoint` to `folder`, whole or not at all.
+    """Write the pruned model to `folder`, a plain checkpoint, whole or not at all.
 
     Args:
-        checkpoint: the dense model, which `manifest` was held against.
+        model: checkpoint folder or hub id of the dense model.
         manifest: what is removed; a folded repair is put in place.
         folder: must not be there, or be empty.
-        on_shard: called after each shard, with how many there are now and in all.
+        revision: of a hub model; None for the manifest's.
         for_vllm: refuse what stock vLLM would run otherwise than Transformers.
+        on_shard: called after each shard, with how many there are now and in all.
 
     Raises:
-        SlebError: the model cannot be expressed without these blocks, or a file cannot be written.
+        SlebError: the model is not the manifest's or cannot be expressed without these blocks, or a
+            file cannot be written.
     """
+    folder = Path(folder)
     pruning = manifest.pruning()
+    revision = revision_of(str(model), manifest, revision)
+    checkpoint = check_model(str(model), pruning, revision, servable=False, fetch=True)
     config = exported_config(checkpoint, pruning.cut, for_vllm=for_vllm)
     replaced = _folded(pruning)
     shards = _shards(checkpoint, pruning, replaced)
     if replaced:
         raise SlebError(
             f"the repair holds {', '.join(sorted(replaced))}, which the checkpoint does not; "
-            f"select with --repair again"
+            f"select with `repair` again"
         )
-    size = sum(piece.size for shard in shards for piece in shard)
     sizes = checkpoint.tensor_bytes(frozenset(pruning.removed))
     with _whole_folder(folder) as temporary:
         names = [
@@ -132,13 +138,7 @@ def export(
             _write_shard(temporary / name, shard)
             on_shard(number, len(shards))
         if len(shards) > 1:
-            places = {
-                piece.name: name
-                for name, shard in zip(names, shards, strict=True)
-                for piece in shard
-            }
-            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-            _write_json(temporary / f"{_SINGLE}.index.json", index)
+            _write_index(temporary, names, shards)
         for file in sorted(checkpoint.path.iterdir()):
             if file.is_file() and not _WEIGHTS.fullmatch(file.name):
                 shutil.copyfile(file, temporary / file.name)
@@ -148,7 +148,22 @@ def export(
             _write_json(temporary / name, content)
         manifest.write(temporary / MANIFEST_NAME)
         _write_json(temporary / "config.json", config)
+    size = _size(shards)
     return Exported(folder, pruning.num_kept, len(shards), size, sum(sizes or ()))
+
+
+def _size(shards: Sequence[Sequence[_Piece]]) -> int:
+    return sum(piece.size for shard in shards for piece in shard)
+
+
+def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[_Piece]]) -> None:
+    """Which shard holds which tensor."""
+    places = {
+        piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard
+    }
+    total = {"total_size": _size(shards)}
+    index = {"metadata": total, "weight_map": dict(sorted(places.items()))}
+    _write_json(folder / f"{_SINGLE}.index.json", index)
 
 
 def _folded(pruning: Pruning) -> dict[str, _Piece]:
@@ -191,7 +206,7 @@ def _shards(
                 if (new.dtype, new.shape) != (dtype, shape):
                     raise SlebError(
                         f"the repair of {name} is {new.dtype} {new.shape}, the checkpoint's is "
-                        f"{dtype} {shape}; select with --repair in the checkpoint's dtype"
+                        f"{dtype} {shape}; select with `repair` in the checkpoint's dtype"
                     )
                 piece = replace(new, name=new_name)
             pieces.append(_sliced(piece, name, cut))

@@ -114,7 +114,7 @@ def read_blocks(source: str, num_blocks: int, run: int | None = None) -> Found:
     if bare is None and (runs := sleb_runs(text)):
         return of_sleb(runs, where, num_blocks, run)
     if run is not None:
-        raise SlebError(f"--run {run}: {where} holds no runs of SLEB; leave --run out")
+        raise SlebError(f"run={run}: {where} holds no runs of SLEB; leave `run` out")
     if bare is not None:
         return Found(block_numbers(bare, where), "list")
     if text.lstrip().startswith(_PRUNEME):

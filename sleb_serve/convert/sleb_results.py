@@ -71,12 +71,12 @@ def of_sleb(runs: Sequence[Run], where: str, num_blocks: int, number: int | None
     """The blocks that one run of the official code removed, in order."""
     number = len(runs) if number is None else number
     if not 1 <= number <= len(runs):
-        raise SlebError(f"--run {number}: {where} holds {len(runs)} runs; choose one of them")
+        raise SlebError(f"run={number}: {where} holds {len(runs)} runs; choose one of them")
     run = runs[number - 1]
     if run.total is not None and run.total != num_blocks:
         raise SlebError(
             f"run {number} of {where} is of a model with {run.total} blocks, this one has "
-            f"{num_blocks}; choose another with --run, or give that model"
+            f"{num_blocks}; choose another with `run`, or give that model"
         )
     blocks = block_numbers(run.blocks, f"{where}, run {number},")
     kind = "run" if run.finished else "unfinished run"

@@ -141,8 +141,8 @@ class Cut:
             self._check_period(key, number, values)
         if key in NUMBERED and value:
             raise SlebError(
-                f"{key}: layers compute with their own number, which changes when layers before "
-                f"them go; {INSTEAD}"
+                f"{key}: layers use their own number, which changes when earlier layers are "
+                f"removed; {INSTEAD}"
             )
         if key in LAYER_LETTERS and isinstance(value, str) and len(value) >= self.num_blocks:
             return "".join(self._each(value))
@@ -151,8 +151,8 @@ class Cut:
         listed = isinstance(value, list) and len(value) == self.num_blocks > 1
         if listed and key not in NOT_PER_LAYER:
             raise SlebError(
-                f"{key} lists {len(value)} values, one a layer as it seems, which this version "
-                f"does not know; {INSTEAD}"
+                f"{key} lists {len(value)} values, probably one per layer, and this version does "
+                f"not know the key; {INSTEAD}"
             )
         return value
 
@@ -171,7 +171,7 @@ class Cut:
         places = [self.place(int(part)) for part in value.strip().split(",")]
         left = [str(place) for place in places if place is not None]
         if not left:
-            raise SlebError(f"{key}: no layer that it names would stay; {INSTEAD}")
+            raise SlebError(f"{key}: no layer that it names is kept; {INSTEAD}")
         return ",".join(left)
 
     def _bound(self, key: str, value: Any) -> Any:
@@ -185,7 +185,7 @@ class Cut:
         if key == LAST_EXPERT:
             # Not below zero, which would count from the end.
             if self.kept[0] > value:
-                raise SlebError(f"{key}: no layer up to {value} would stay; {INSTEAD}")
+                raise SlebError(f"{key}: no layer up to {value} is kept; {INSTEAD}")
             return sum(index <= value for index in self.kept) - 1
         return sum(index < value for index in self.kept)
 
@@ -196,7 +196,7 @@ class Cut:
         for old, new in self.places.items():
             if (old - new) % period:
                 raise SlebError(
-                    f"{key} makes every {period}th layer another kind, which cannot be said once "
+                    f"{key} makes every {period}th layer another kind, which cannot be expressed once "
                     f"layer {old} is number {new}; {INSTEAD}"
                 )
 

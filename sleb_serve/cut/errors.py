@@ -20,5 +20,5 @@ def read_as_layers(key: str, value: Any) -> Iterator[None]:
         yield
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise SlebError(
-            f"{key} is {short(value)}, which says nothing of layers; correct the config"
+            f"{key} is {short(value)}, which does not describe layers; correct the config"
         ) from error

@@ -129,5 +129,5 @@ def _check_periods(checkpoint: Checkpoint, cut: Cut) -> None:
         raise SlebError(
             f"{checkpoint.path}: vLLM takes the kind of a layer of {checkpoint.architecture} from "
             f"its number, so without sleb-serve it would run layer {moved} as another kind; serve "
-            f"it with sleb-serve serve, or export it --for transformers alone"
+            f"it with sleb-serve serve, or export it for=transformers alone"
         )

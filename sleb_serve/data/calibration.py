@@ -65,51 +65,52 @@ def make_windows(
     """
     if sequence_length < 2:
         raise SlebError(
-            f"--sequence-length {sequence_length}: a window needs at least 2 tokens, one to read "
+            f"sequence_length={sequence_length}: a sequence needs at least 2 tokens, one to read "
             f"and one to predict"
         )
     if sequences is not None and sequences < 1:
-        raise SlebError(f"--sequences {sequences}: at least one window is needed")
-    split: str | None = None
-    first = 0
+        raise SlebError(f"sequences={sequences}: at least one sequence is needed")
     if source in HUB_TEXTS:
-        seed += sample
-        split = HUB_TEXTS[source].split
+        first, seed = 0, seed + sample
         ids, rows = _hub_tokens(source, tokenizer, sequences, sequence_length, seed, rows)
     else:
         if rows is not None:
-            raise SlebError(f"--rows is for {' and '.join(HUB_TEXTS)}; {source} has no rows")
+            raise SlebError(f"`rows` is for {' and '.join(HUB_TEXTS)}; {source} has no rows")
         sequences = sequences or 8
         first = sample * sequences
         ids = _tokens(tokenizer, source, (first + sequences) * sequence_length)
-    available = len(ids) // sequence_length
-    if available == 0:
-        raise SlebError(
-            f"text {source} has {len(ids)} tokens, less than one window of "
-            f"{sequence_length}; give more text or a smaller --sequence-length"
-        )
-    if sequences is not None and available < first + sequences:
-        raise SlebError(
-            f"text {source} gives {available} windows of {sequence_length} tokens, "
-            f"{first + sequences} were asked for; give more text or smaller --sequences"
-        )
-    count = sequences or available
-    tokens = tuple(
-        tuple(ids[i * sequence_length : (i + 1) * sequence_length])
-        for i in range(first, first + count)
-    )
+    tokens = _cut(ids, source, sequence_length, first, sequences)
     return Windows(
         tokens,
         Calibration(
             source=source,
-            split=split,
-            sequences=count,
+            split=HUB_TEXTS[source].split if source in HUB_TEXTS else None,
+            sequences=len(tokens),
             sequence_length=sequence_length,
             seed=seed,
             tokens_sha256=_digest(tokens),
             rows=rows,
         ),
     )
+
+
+def _cut(
+    ids: Sequence[int], source: str, length: int, first: int, count: int | None
+) -> tuple[tuple[int, ...], ...]:
+    """Consecutive sequences of `length` tokens; all that there are where `count` is None."""
+    available = len(ids) // length
+    if available == 0:
+        raise SlebError(
+            f"text {source} has {len(ids)} tokens, less than one sequence of "
+            f"{length}; give more text or a smaller `sequence_length`"
+        )
+    if count is not None and available < first + count:
+        raise SlebError(
+            f"text {source} gives {available} sequences of {length} tokens, "
+            f"{first + count} were asked for; give more text or smaller `sequences`"
+        )
+    last = available if count is None else first + count
+    return tuple(tuple(ids[i * length : (i + 1) * length]) for i in range(first, last))
 
 
 def judged_windows(
@@ -129,7 +130,7 @@ def judged_windows(
     """
     if source in JUDGED_TEXTS:
         hub = JUDGED_TEXTS[source]
-        data = _load(source, hub, "give another --perplexity text")
+        data = _load(source, hub, "give another `perplexity` text")
         ids = tokenizer(hub.separator.join(data[: hub.rows]["text"]))
         if source == "c4":
             ids = ids[: _JUDGED_C4_WINDOWS * length]
@@ -138,8 +139,8 @@ def judged_windows(
     available = len(ids) // length
     if available == 0:
         raise SlebError(
-            f"text {source} has {len(ids)} tokens, less than one window of {length}; give more "
-            f"text or a smaller --sequence-length"
+            f"text {source} has {len(ids)} tokens, less than one sequence of {length}; give more "
+            f"text or a smaller `sequence_length`"
         )
     if count is not None:
         available = min(count, available)
@@ -163,8 +164,8 @@ def held_out_windows(
         used = calibration.sequences * calibration.sequence_length
     if start < used:
         raise SlebError(
-            f"{count} windows of {length} tokens of {EMBEDDED} would overlap the calibration's; "
-            f"ask for fewer --perplexity-windows"
+            f"{count} sequences of {length} tokens of {EMBEDDED} would overlap the calibration's; "
+            f"ask for fewer `perplexity_windows`"
         )
     return tuple(tuple(ids[start + i * length : start + (i + 1) * length]) for i in range(count))
 
@@ -217,9 +218,9 @@ def _hub_tokens(
     rows: int | None,
 ) -> tuple[Sequence[int], int]:
     if rows is not None and rows < 1:
-        raise SlebError(f"--rows {rows}: at least one row is needed")
+        raise SlebError(f"rows={rows}: at least one row is needed")
     hub = HUB_TEXTS[source]
-    data = _load(source, hub, f"use --calibration {EMBEDDED}").shuffle(seed=seed)
+    data = _load(source, hub, f"use calibration={EMBEDDED}").shuffle(seed=seed)
     count = min(rows or DEFAULT_ROWS, len(data))
     while True:
         text = hub.separator.join(data[:count]["text"])

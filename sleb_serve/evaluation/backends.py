@@ -13,13 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.data.tokenizer import context_length
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.schema import Manifest
 
 if TYPE_CHECKING:
-    from sleb_serve.evaluation.evaluate import EvalOptions
+    from sleb_serve.evaluation.evaluate import Evaluation
 
 
 class Judge(Protocol):
@@ -38,9 +37,7 @@ JudgeOf = Callable[[Manifest | None], Any]
 
 
 @contextmanager
-def transformers_judges(
-    options: EvalOptions, checkpoint: Checkpoint, length: int
-) -> Iterator[JudgeOf]:
+def transformers_judges(work: Evaluation) -> Iterator[JudgeOf]:
     """Transformers: the model is loaded once, when it is first asked."""
     from sleb_serve.manifest.repair_file import read_sidecar
     from sleb_serve.models.loading import load_model
@@ -54,11 +51,13 @@ def transformers_judges(
 
             def judge() -> Judge:
                 if not loaded:
-                    loaded.append(load_model(checkpoint, options.dtype))
+                    loaded.append(load_model(work.checkpoint, work.config.dtype))
                 if manifest is not None:
                     pruning = manifest.pruning()
                     enter(blocks_deleted(loaded[0], pruning.removed, read_sidecar(pruning)))
-                return _TransformersJudge(loaded[0], str(checkpoint.path), options.batch_size)
+                return _TransformersJudge(
+                    loaded[0], str(work.checkpoint.path), work.config.batch_size
+                )
 
             yield judge
 
@@ -83,7 +82,7 @@ class _TransformersJudge:
         self._model, self._path, self._batch_size = model, path, batch_size
 
     def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
-        from sleb_serve.models.pruned import perplexity
+        from sleb_serve.evaluation.perplexity import perplexity
 
         return float(perplexity(self._model, windows))
 
@@ -117,26 +116,30 @@ def run_tasks(
 
 
 @contextmanager
-def vllm_judges(options: EvalOptions, checkpoint: Checkpoint, length: int) -> Iterator[JudgeOf]:
+def vllm_judges(work: Evaluation) -> Iterator[JudgeOf]:
     """vLLM: an engine for each number of blocks, in a process of its own that ends with it."""
-    from sleb_serve.serving.command import check_model, check_plugin, engine_arguments
+    from sleb_serve.manifest.binding import check_model
+    from sleb_serve.serving.command import check_plugin, engine_arguments
 
     check_plugin()
     log = Path(os.devnull)
-    if options.output is not None:
-        log = options.output.with_name(f"{options.output.stem}.vllm.log")
+    if work.output is not None:
+        log = work.output.with_name(f"{work.output.stem}.vllm.log")
+    checkpoint, config = work.checkpoint, work.config
 
     @contextmanager
     def judge_of(manifest: Manifest | None) -> Iterator[Callable[[], Judge]]:
         arguments: dict[str, Any] = {
             # The very files that were compared: of a hub model, those of its revision.
             "pretrained": str(checkpoint.path),
-            "dtype": options.dtype,
+            "dtype": config.dtype,
             "batch_size": "auto",
             # One token is generated behind each window; it is never fed.
-            "max_model_len": max(length + 1, context_length(checkpoint) if options.tasks else 0),
+            "max_model_len": max(
+                work.length + 1, context_length(checkpoint) if config.tasks else 0
+            ),
             "enable_prefix_caching": False,
-            **options.engine_args,
+            **config.engine_args,
         }
         if manifest is not None:
             pruning = manifest.pruning()
@@ -166,14 +169,14 @@ class _VllmJudge:
         try:
             return self._pool.submit(work, self._arguments, str(self._log), *values).result()
         except BrokenProcessPool as error:
-            raise SlebError(f"the engine ended without a word; its output is in {self._log}") from (
+            raise SlebError(f"the engine process died; see its log: {self._log}") from (
                 error
             )
         except SlebError:
             raise
         except Exception as error:
             raise SlebError(
-                f"the engine failed: {first_line(error)}; its output is in {self._log}"
+                f"the engine failed: {first_line(error)}; see its log: {self._log}"
             ) from error
 
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from sleb_serve import __version__
 from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
+from sleb_serve.cut.servable import check_servable
 from sleb_serve.data.calibration import judged_windows
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError, first_line
-from sleb_serve.evaluation.backends import transformers_judges, vllm_judges
+from sleb_serve.evaluation.backends import Judge, transformers_judges, vllm_judges
+from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share, ideal_ratio
 from sleb_serve.utils import strict_json
@@ -35,23 +38,64 @@ _MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class EvalOptions:
-    """What ``sleb-serve eval`` was asked for; see its ``--help``."""
+class EvalConfig:
+    """What `sleb_serve.evaluate` measures, and how.
 
-    model: str
-    blocks: tuple[int, ...]
-    texts: tuple[str, ...]
+    Attributes:
+        blocks: how many of the manifest's removals, several for a frontier; 0 is the dense model.
+            None for all of them.
+        perplexity: texts: ``wikitext2``, ``c4``, ``python-docs``, or files.
+        tasks: lm-eval's tasks by name.
+        sequence_length: tokens a sequence; None for 2,048, or the model's context if shorter.
+        windows: only so many sequences of each text.
+        limit: only so many rows of each task.
+        num_fewshot: examples in a task's prompt.
+        backend: ``hf`` for Transformers, ``vllm`` for the engine that will serve.
+        batch_size: lm-eval's, for Transformers: a number, or ``auto``.
+        dtype: what to compute in; ``auto`` is the checkpoint's own.
+        engine_args: arguments of ``vllm.LLM``.
+        revision: of a hub model; None for the manifest's.
+    """
+
+    blocks: tuple[int, ...] | None = None
+    perplexity: tuple[str, ...] = ("wikitext2",)
     tasks: tuple[str, ...] = ()
-    output: Path | None = None
     sequence_length: int | None = None
     windows: int | None = None
     limit: int | None = None
     num_fewshot: int | None = None
-    backend: str = "hf"
+    backend: Literal["hf", "vllm"] = "hf"
     batch_size: str = "1"
     dtype: str = "auto"
     engine_args: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    resume: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation under way.
+
+    Attributes:
+        model: as it was named.
+        checkpoint: its files, which the manifest matches.
+        manifest: None where only the dense model is evaluated.
+        config: what was asked for.
+        blocks: the numbers of blocks.
+        length: tokens a sequence.
+        output: where the report goes; None for nowhere.
+    """
+
+    model: str
+    checkpoint: Checkpoint
+    manifest: Manifest | None
+    config: EvalConfig
+    blocks: tuple[int, ...]
+    length: int
+    output: Path | None
+
+    def manifest_of(self, blocks: int) -> Manifest | None:
+        """The manifest of so many removals; None for the dense model."""
+        return None if not blocks or self.manifest is None else self.manifest.prefix(blocks)
 
 
 class Progress(Protocol):
@@ -64,66 +108,117 @@ class Progress(Protocol):
         """That is there already."""
 
 
+class _Silent:
+    def begins(self, blocks: int, what: str) -> None:
+        """Nothing."""
+
+    def known(self, blocks: int, what: str) -> None:
+        """Nothing."""
+
+
 def evaluate(
-    options: EvalOptions,
-    checkpoint: Checkpoint,
-    manifest: Manifest | None,
-    progress: Progress,
+    model: str | Path,
+    manifest: Manifest | None = None,
+    config: EvalConfig | None = None,
+    output: str | Path | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Judge the model with each number of blocks removed.
+    """Measure the model with each number of blocks removed.
 
     Args:
-        options: what was asked for; 0 blocks is the dense model.
-        checkpoint: the model's files, which `manifest` was held against.
-        manifest: whose first K blocks are removed; None where only the dense model is judged.
+        model: checkpoint folder or hub id of the dense model.
+        manifest: whose first K blocks are removed; None for the dense model alone.
+        config: what to measure; None for the perplexity on WikiText-2.
+        output: where to write the report after each result; None writes nothing.
+        resume: keep the results that are in `output`.
         progress: told how it goes.
 
     Returns:
-        The report, as it is written to ``options.output``.
+        The report, as it is written to `output`.
 
     Raises:
-        SlebError: a text or a task is not there, or a model cannot be run.
+        SlebError: a text or a task is not there, the model is not the manifest's, or cannot be run.
     """
-    if options.tasks:
-        _check_tasks(options.tasks)
-    if options.output is not None:
-        check_writable(options.output)
-    length = options.sequence_length or min(OFFICIAL_SEQUENCE_LENGTH, context_length(checkpoint))
-    if length < 2:
-        raise SlebError(f"--sequence-length {length}: a window needs at least 2 tokens")
-    tokenize = load_tokenizer(checkpoint)
+    output = None if output is None else Path(output)
+    work = _prepared(str(model), manifest, config or EvalConfig(), output)
+    tokenizer = load_tokenizer(work.checkpoint)
     texts = {
-        text: judged_windows(text, tokenize, length, options.windows) for text in options.texts
+        text: judged_windows(text, tokenizer, work.length, work.config.windows)
+        for text in work.config.perplexity
     }
-    report = _start(options, checkpoint, manifest, length, texts)
-    judges = transformers_judges if options.backend == "hf" else vllm_judges
-    with judges(options, checkpoint, length) as judge_of:
+    report = _start(work, texts, resume)
+    judges = transformers_judges if work.config.backend == "hf" else vllm_judges
+    with judges(work) as judge_of:
         for entry in report["results"]:
-            blocks = entry["blocks"]
-            pruned = None if blocks == 0 or manifest is None else manifest.prefix(blocks)
-            with judge_of(pruned) as judge:
-                for text, windows in texts.items():
-                    if text in entry["perplexity"]:
-                        progress.known(blocks, text)
-                        continue
-                    progress.begins(blocks, text)
-                    value = judge().perplexity(windows)
-                    if not math.isfinite(value):
-                        raise SlebError(
-                            f"the perplexity on {text} with {blocks} blocks removed is {value}; "
-                            f"the weights hold NaN or overflow: try --dtype float32"
-                        )
-                    entry["perplexity"][text] = value
-                    _write(options.output, report)
-                if options.tasks and entry["tasks"]:
-                    progress.known(blocks, ", ".join(options.tasks))
-                elif options.tasks:
-                    progress.begins(blocks, ", ".join(options.tasks))
-                    found = judge().tasks(options.tasks, options.limit, options.num_fewshot)
-                    _write_theirs(options.output, blocks, found)
-                    entry["tasks"] = _shown(found["results"])
-                    _write(options.output, report)
+            with judge_of(work.manifest_of(entry["blocks"])) as judge:
+                _fill(work, report, entry, texts, judge, progress or _Silent())
     return report
+
+
+def _prepared(
+    model: str, manifest: Manifest | None, config: EvalConfig, output: Path | None
+) -> Evaluation:
+    """Refuse what cannot be done before anything is computed."""
+    if config.tasks:
+        _check_tasks(config.tasks)
+    if output is not None:
+        check_writable(output)
+    revision = config.revision
+    if manifest is not None:
+        revision = revision_of(model, manifest, revision)
+    download_weights(model, revision)
+    checkpoint = open_checkpoint(model, revision)
+    checkpoint.check_layers()
+    if manifest is not None:
+        check_model(model, manifest.pruning(), revision, servable=config.backend == "vllm")
+        check_servable(checkpoint, manifest.pruning().cut)
+    length = config.sequence_length or min(OFFICIAL_SEQUENCE_LENGTH, context_length(checkpoint))
+    if length < 2:
+        raise SlebError(f"sequence_length={length}: a sequence needs at least 2 tokens")
+    blocks = config.blocks
+    if blocks is None:
+        blocks = (0,) if manifest is None else (len(manifest.removed),)
+    for count in blocks:
+        if count and manifest is None:
+            raise SlebError(f"blocks={count}: which blocks? give a manifest")
+        if count and manifest is not None:
+            manifest.prefix(count)
+    return Evaluation(model, checkpoint, manifest, config, blocks, length, output)
+
+
+def _fill(
+    work: Evaluation,
+    report: Mapping[str, Any],
+    entry: dict[str, Any],
+    texts: Mapping[str, Sequence[Sequence[int]]],
+    judge: Callable[[], Judge],
+    progress: Progress,
+) -> None:
+    """Measure what a report's entry lacks, and write the report after each result."""
+    blocks, config = entry["blocks"], work.config
+    for text, windows in texts.items():
+        if text in entry["perplexity"]:
+            progress.known(blocks, text)
+            continue
+        progress.begins(blocks, text)
+        value = judge().perplexity(windows)
+        if not math.isfinite(value):
+            raise SlebError(
+                f"the perplexity on {text} with {blocks} blocks removed is {value}; the weights "
+                f"hold NaN or overflow: try dtype=float32"
+            )
+        entry["perplexity"][text] = value
+        _write(work.output, report)
+    if config.tasks and entry["tasks"]:
+        progress.known(blocks, ", ".join(config.tasks))
+    elif config.tasks:
+        progress.begins(blocks, ", ".join(config.tasks))
+        found = judge().tasks(config.tasks, config.limit, config.num_fewshot)
+        _write_theirs(work.output, blocks, found)
+        entry["tasks"] = _shown(found["results"])
+        _write(work.output, report)
 
 
 def with_evaluation(manifest: Manifest, report: Mapping[str, Any]) -> Manifest:
@@ -134,34 +229,47 @@ def with_evaluation(manifest: Manifest, report: Mapping[str, Any]) -> Manifest:
 
 
 def _start(
-    options: EvalOptions,
-    checkpoint: Checkpoint,
-    manifest: Manifest | None,
-    length: int,
-    texts: Mapping[str, Sequence[Sequence[int]]],
+    work: Evaluation, texts: Mapping[str, Sequence[Sequence[int]]], resume: bool
 ) -> dict[str, Any]:
     """A report without results, or what an interrupted evaluation left of the same one."""
-    settings = {
-        "backend": options.backend,
-        "dtype": options.dtype,
-        "sequence_length": length,
-        "windows": {text: len(windows) for text, windows in texts.items()},
-        "tasks": list(options.tasks),
-        "limit": options.limit,
-        "num_fewshot": options.num_fewshot,
-        "batch_size": options.batch_size,
-        "engine_args": dict(options.engine_args),
-    }
-    weights = checkpoint.weights_sha256()
+    report = _empty(work, texts)
+    if not resume or work.output is None or not work.output.exists():
+        return report
+    before = strict_json.any_object(_read(work.output), str(work.output))
+    if (before.get("model"), before.get("settings")) != (report["model"], report["settings"]):
+        raise SlebError(
+            f"{work.output} is of another evaluation (model or settings differ); give another "
+            f"`output`, or leave `resume` out to start again"
+        )
+    done = {(e["blocks"], e["pruning"]): e for e in before["results"]}
+    for entry in report["results"]:
+        earlier = done.get((entry["blocks"], entry["pruning"]), entry)
+        entry |= {key: earlier[key] for key in ("perplexity", "tasks")}
+    return report
+
+
+def _empty(work: Evaluation, texts: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+    config, checkpoint, manifest = work.config, work.checkpoint, work.manifest
     share = head_share(checkpoint) or 0.0
     removed = [] if manifest is None else list(manifest.blocks)
-    report: dict[str, Any] = {
+    name = checkpoint.path.resolve().name if Path(work.model).is_dir() else work.model
+    return {
         "model": {
-            "id": checkpoint.path.resolve().name if Path(options.model).is_dir() else options.model,
+            "id": name,
             "num_blocks": checkpoint.num_blocks,
-            "weights_sha256": weights,
+            "weights_sha256": checkpoint.weights_sha256(),
         },
-        "settings": settings,
+        "settings": {
+            "backend": config.backend,
+            "dtype": config.dtype,
+            "sequence_length": work.length,
+            "windows": {text: len(windows) for text, windows in texts.items()},
+            "tasks": list(config.tasks),
+            "limit": config.limit,
+            "num_fewshot": config.num_fewshot,
+            "batch_size": config.batch_size,
+            "engine_args": dict(config.engine_args),
+        },
         "results": [
             {
                 "blocks": blocks,
@@ -171,33 +279,20 @@ def _start(
                 "perplexity": {},
                 "tasks": {},
             }
-            for blocks in options.blocks
+            for blocks in work.blocks
         ],
-        "created_by": {"sleb_serve": __version__} | _versions(options),
+        "created_by": {"sleb_serve": __version__} | _versions(config),
     }
-    if not options.resume or options.output is None or not options.output.exists():
-        return report
-    before = strict_json.any_object(_read(options.output), str(options.output))
-    if (before.get("model"), before.get("settings")) != (report["model"], report["settings"]):
-        raise SlebError(
-            f"{options.output} is of another evaluation (model or settings differ); give another "
-            f"-o, or leave --resume out to begin anew"
-        )
-    done = {(e["blocks"], e["pruning"]): e for e in before["results"]}
-    for entry in report["results"]:
-        earlier = done.get((entry["blocks"], entry["pruning"]), entry)
-        entry |= {key: earlier[key] for key in ("perplexity", "tasks")}
-    return report
 
 
 def _digest(manifest: Manifest | None, blocks: int) -> str | None:
     return None if manifest is None or blocks == 0 else manifest.prefix(blocks).pruning().digest
 
 
-def _versions(options: EvalOptions) -> dict[str, str]:
-    names = ["torch", "transformers"] + (["lm_eval"] if options.tasks else [])
+def _versions(config: EvalConfig) -> dict[str, str]:
+    names = ["torch", "transformers"] + (["lm_eval"] if config.tasks else [])
     found = {name: version(name) for name in names}
-    if options.backend == "vllm":
+    if config.backend == "vllm":
         from sleb_serve.compat.vllm_versions import vllm_version
 
         found["vllm"] = vllm_version() or "unknown"

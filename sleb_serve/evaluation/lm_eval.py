@@ -15,8 +15,9 @@ from typing import Any
 from lm_eval.api.registry import register_model
 
 from sleb_serve.compat.vllm_versions import vllm_version
+from sleb_serve.manifest.binding import check_model
 from sleb_serve.manifest.reader import read_manifest
-from sleb_serve.serving.command import check_model, check_plugin, engine_arguments
+from sleb_serve.serving.command import check_plugin, engine_arguments
 
 
 def _vllm_model() -> Any:

@@ -30,7 +30,7 @@ def describe(manifest: Manifest) -> str:
         source = text.source + (f" {text.split}" if text.split else "")
         rows = f", {text.rows} rows" if text.rows else ""
         lines.append(
-            f"calibration  {source}: {text.sequences} windows of {text.sequence_length} tokens"
+            f"calibration  {source}: {text.sequences} sequences of {text.sequence_length} tokens"
             f"{rows}, seed {text.seed}"
         )
     if manifest.selection is not None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
+from sleb_serve.compat.architectures import check_supported
+from sleb_serve.errors import SlebError
 from sleb_serve.manifest.pruning import Pruning
-from sleb_serve.manifest.schema import ModelBinding
+from sleb_serve.manifest.repair_file import check_sidecar
+from sleb_serve.manifest.schema import Manifest, ModelBinding
 
 
 def check_config_binding(checkpoint: Checkpoint, model: str, pruning: Pruning) -> None:
@@ -39,3 +43,62 @@ def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:
         weights_sha256=checkpoint.weights_sha256(known),
         block_sha256=None if leaves is None else leaves[1:],
     )
+
+
+def revision_of(model: str, manifest: Manifest, given: str | None) -> str | None:
+    """The revision of a hub model: the one that is given, or else the manifest's own."""
+    if given is not None or Path(model).is_dir() or model != manifest.model.id:
+        return given
+    return manifest.model.revision
+
+
+def check_model(
+    model: str,
+    pruning: Pruning,
+    revision: str | None = None,
+    servable: bool = True,
+    fetch: bool = False,
+) -> Checkpoint:
+    """Refuse a model that is not the manifest's, or if `servable`, that the plugin cannot serve.
+
+    Args:
+        model: folder or hub id.
+        pruning: the manifest's content.
+        revision: of a hub model; None for its default branch.
+        servable: whether the plugin is to serve it.
+        fetch: bring a hub model's weights to this machine first. Without, weights that are not
+            here are left to the plugin, which compares them once vLLM has fetched them.
+
+    Raises:
+        SlebError: naming what was expected and what was found.
+    """
+    if fetch:
+        download_weights(model, revision)
+    checkpoint = open_checkpoint(model, revision)
+    check_config_binding(checkpoint, model, pruning)
+    compare_weights(model, checkpoint, pruning)
+    if servable:
+        check_supported(pruning.architecture)
+    if pruning.repair is not None:
+        check_sidecar(pruning.repair)
+    return checkpoint
+
+
+def compare_weights(model: str, checkpoint: Checkpoint, pruning: Pruning) -> bool:
+    """Refuse weights that are not the manifest's.
+
+    Returns:
+        Whether they were compared; not where a hub model's are not on this machine.
+
+    Raises:
+        SlebError: they are others, or a folder lacks some.
+    """
+    known = pruning.known_sha256
+    try:
+        checkpoint.weight_files(frozenset(known))
+    except SlebError:
+        if Path(model).is_dir():
+            raise
+        return False
+    pruning.check_binding(model, weights_sha256=checkpoint.weights_sha256(known))
+    return True

@@ -128,7 +128,7 @@ class Pruning:
         ]
         check_blocks(removed, num_blocks, "pruning.removed")
         if removed != sorted(removed):
-            raise SlebError("pruning.removed is not in ascending order; print the arguments anew")
+            raise SlebError("pruning.removed is not in ascending order; print the arguments again")
         removed_sha256 = tuple(
             strict_json.sha256(digest, f"pruning.removed_sha256[{i}]")
             for i, digest in enumerate(
@@ -138,7 +138,7 @@ class Pruning:
         if len(removed_sha256) not in (0, len(removed)):
             raise SlebError(
                 f"pruning.removed_sha256 has {len(removed_sha256)} digests for {len(removed)} "
-                f"removed blocks; print the arguments anew"
+                f"removed blocks; print the arguments again"
             )
         return cls(
             architecture=strict_json.line(fields["architecture"], "pruning.architecture"),
@@ -176,7 +176,8 @@ class Pruning:
             if actual is not None and actual != expected:
                 raise SlebError(
                     f"the manifest is for another model than {found}: {what} expected {expected}, "
-                    f"found {actual}; select anew for this model, or give the manifest's own"
+                    f"found {actual}; re-run `sleb-serve select` for this model, or give the "
+                    f"manifest's own"
                 )
 
 
@@ -186,12 +187,12 @@ def repair_kind(value: object, where: str) -> str:
     if kind in _FORMER_REPAIRS:
         raise SlebError(
             f"{where} is {kind}, which is no longer served: it needs code in every layer and gives "
-            f"back less than a fold; select again with --repair fold, or without a repair"
+            f"back less than a fold; select again with repair=fold, or without a repair"
         )
     if kind not in REPAIRS:
         raise SlebError(
             f"{where} is {strict_json.short(kind)}, this sleb-serve knows {', '.join(REPAIRS)}; "
-            f"upgrade sleb-serve or select anew"
+            f"upgrade sleb-serve, or re-run `sleb-serve select`"
         )
     return kind
 

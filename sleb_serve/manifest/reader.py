@@ -44,7 +44,8 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return replace(parse_manifest(data), folder=path.parent)
     except SlebError as error:
-        raise SlebError(f"{path}: {error}") from None
+        advice = "" if ";" in str(error) else "; restore the file, or re-run `sleb-serve select`"
+        raise SlebError(f"{path}: {error}{advice}") from None
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -70,7 +71,7 @@ def parse_manifest(data: bytes) -> Manifest:
     if version != SCHEMA_VERSION:
         raise SlebError(
             f"schema_version is {version}, this sleb-serve reads {SCHEMA_VERSION}; "
-            f"upgrade sleb-serve or select anew"
+            f"upgrade sleb-serve, or re-run `sleb-serve select`"
         )
     model = _parse_model(fields["model"])
     removed = tuple(
@@ -112,8 +113,7 @@ def _parse_model(value: object) -> ModelBinding:
         )
         if len(digests) != num_blocks:
             raise SlebError(
-                f"model.block_sha256 has {len(digests)} digests for {num_blocks} blocks; select "
-                f"anew"
+                f"model.block_sha256 has {len(digests)} digests for {num_blocks} blocks"
             )
     return ModelBinding(
         id=strict_json.line(fields["id"], "model.id"),
@@ -181,7 +181,7 @@ def _parse_selection(value: object, num_blocks: int) -> Selection:
     if objective not in OBJECTIVES:
         raise SlebError(
             f"selection.objective must be one of {', '.join(OBJECTIVES)}, found "
-            f"{strict_json.short(objective)}; upgrade sleb-serve or select anew"
+            f"{strict_json.short(objective)}; upgrade sleb-serve, or re-run `sleb-serve select`"
         )
     return Selection(
         method=strict_json.line(fields["method"], "selection.method"),
@@ -219,7 +219,7 @@ def _parse_repair(value: object) -> Repair:
     if Path(name).name != name or name in (".", ".."):
         raise SlebError(
             f"repair.file must be a file's name beside the manifest, found "
-            f"{strict_json.short(name)}; select anew"
+            f"{strict_json.short(name)}"
         )
     return Repair(
         kind=repair_kind(fields["kind"], "repair.kind"),

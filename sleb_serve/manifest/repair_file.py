@@ -62,7 +62,7 @@ def check_sidecar(repair: RepairFile) -> None:
     except OSError as error:
         raise SlebError(
             f"cannot read the repair {path}: {first_line(error)}; it belongs beside its manifest "
-            f"on every machine that serves it: copy it there, or select without --repair"
+            f"on every machine that serves it: copy it there, or select without `repair`"
         ) from error
     if found != repair.sha256:
         raise SlebError(

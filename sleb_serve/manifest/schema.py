@@ -151,14 +151,14 @@ class Manifest:
             return self
         if not 1 <= blocks <= len(self.removed):
             raise SlebError(
-                f"--blocks {blocks}: this manifest removes {len(self.removed)} blocks, so K must "
-                f"be between 1 and {len(self.removed)}; for more, select with a larger --remove"
+                f"blocks={blocks}: this manifest removes {len(self.removed)} blocks, so K must "
+                f"be between 1 and {len(self.removed)}; for more, select with a larger `remove`"
             )
         if self.repair is not None and blocks < len(self.removed):
             raise SlebError(
-                f"--blocks {blocks}: this manifest is repaired for {len(self.removed)} blocks, and "
-                f"fewer need another repair; select with --remove {blocks} --repair "
-                f"{self.repair.kind} for a manifest of its own"
+                f"blocks={blocks}: this manifest is repaired for {len(self.removed)} blocks, and "
+                f"fewer need another repair; select with remove={blocks} "
+                f"repair={self.repair.kind} for a manifest of its own"
             )
         if blocks == len(self.removed):
             return self

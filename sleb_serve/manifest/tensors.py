@@ -54,7 +54,7 @@ class ShorterTensors:
         if left:
             raise SlebError(
                 f"the repair {self._repair_path} has weights that the checkpoint did not give: "
-                f"{', '.join(sorted(left))}; select with --repair again"
+                f"{', '.join(sorted(left))}; select with `repair` again"
             )
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class ShorterTensors:
             raise SlebError(
                 f"the repair {self._repair_path} has {name} as {repaired.dtype} "
                 f"{list(repaired.shape)}, the checkpoint as {tensor.dtype} {list(tensor.shape)}; "
-                f"select with --repair again"
+                f"select with `repair` again"
             )
         return repaired
 

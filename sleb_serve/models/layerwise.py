@@ -91,7 +91,7 @@ class CausalLM:
     def loaded(self, index: int) -> Iterator[Callable[..., Any]]:
         """Layer `index` with its weights in memory: read from disk once, if that is where they are.
 
-        accelerate's hooks would read them anew at every call.
+        accelerate's hooks would read them again at every call.
         """
         layer = self.layers[index]
         offloaded = [

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sleb_serve.checkpoint.decoder import COUNT_KEYS
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.likeness import apply, decoder_layers, decoder_of
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.schema import Golden
 from sleb_serve.manifest.tensors import kept_parts
 
 
@@ -80,46 +78,3 @@ def _mend(layers: Sequence[nn.Module], repair: Mapping[str, Tensor], stack: Exit
         weight = parameter.data
         stack.callback(weight.copy_, weight.clone())
         weight.copy_(tensor)
-
-
-@torch.inference_mode()
-def perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
-    """Of windows [L]: exp of the mean of each window's mean loss over its L-1 predicted tokens."""
-    total = 0.0
-    for window in windows:
-        ids = torch.tensor([list(window)], device=model.get_input_embeddings().weight.device)
-        logits = model(ids, use_cache=False).logits[0, :-1].float()
-        total += float(nn.functional.cross_entropy(logits, ids[0, 1:].to(logits.device)))
-    return float(torch.tensor(total / len(windows), dtype=torch.float64).exp())
-
-
-GOLDEN_TOKENS = 64
-
-
-@torch.inference_mode()
-def golden(
-    model: Any, tokens: Sequence[int], removed: Sequence[int], repair: Mapping[str, Tensor]
-) -> Golden | None:
-    """What the pruned model makes of the first tokens of a text, to know a server by.
-
-    Args:
-        model: the dense model; it is left as it was.
-        tokens: the text.
-        removed: the blocks to leave out.
-        repair: see `blocks_deleted`.
-
-    Returns:
-        None where it cannot be told: a repaired model whose weights are on disk, or no numbers.
-    """
-    if model.get_output_embeddings() is None:
-        return None
-    if repair and any(parameter.is_meta for parameter in model.parameters()):
-        return None
-    prompt = list(tokens[:GOLDEN_TOKENS])
-    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
-    with blocks_deleted(model, removed, repair):
-        logits = model(ids, use_cache=False).logits[0, :-1].float()
-    scores = logits.log_softmax(-1).gather(1, ids[0, 1:, None].to(logits.device))[:, 0]
-    if not bool(scores.isfinite().all()):
-        return None
-    return Golden(tuple(prompt), tuple(round(float(score), 4) for score in scores))

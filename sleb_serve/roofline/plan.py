@@ -250,10 +250,10 @@ def plan(
         SlebError: heads that cannot be divided, or more blocks to remove than there are.
     """
     if tp < 1 or shape.heads % tp:
-        raise SlebError(f"--tp {tp}: {shape.name} has {shape.heads} heads, which it must divide")
+        raise SlebError(f"tp={tp}: {shape.name} has {shape.heads} heads, which it must divide")
     for count in removed:
         if not 0 <= count < shape.num_blocks:
-            raise SlebError(f"--removed {count}: {shape.name} has {shape.num_blocks} blocks")
+            raise SlebError(f"removed={count}: {shape.name} has {shape.num_blocks} blocks")
     counts = dict.fromkeys((0, *removed))
     found = [predict(shape, gpu, tp, count, split) for count in counts]
     paper = None

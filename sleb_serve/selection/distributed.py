@@ -40,8 +40,8 @@ class Ranks:
         """
         if len(items) < self.count:
             raise SlebError(
-                f"{len(items)} windows cannot be shared by {self.count} processes; ask for more "
-                f"--sequences or launch fewer"
+                f"{len(items)} sequences cannot be shared by {self.count} processes; ask for more "
+                f"`sequences` or launch fewer"
             )
         first, last = (len(items) * i // self.count for i in (self.index, self.index + 1))
         return items[first:last]

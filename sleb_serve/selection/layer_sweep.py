@@ -14,72 +14,32 @@ That is half the block work of one pass per candidate. Two things save more, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb_serve.errors import SlebError
-from sleb_serve.models.layerwise import Call, CausalLM, same
+from sleb_serve.models.layerwise import CausalLM, same
 from sleb_serve.selection.lm_head import LOGITS_BYTES, Dense, Tally, Vocabulary
 from sleb_serve.selection.memory import Needs, Plan, make_plan, peak_bytes
 from sleb_serve.selection.racing import Drop, rivals
 from sleb_serve.selection.search import Scores
-
-BASE = -1
-"""Stands among the candidates for the model with none of them removed."""
+from sleb_serve.selection.states import (
+    BASE,
+    Window,
+    Work,
+    from_snapshot,
+    key_of,
+    snapshot_positions,
+)
 
 _GPU_TOKENS = 1 << 15
 """Tokens that go through a layer at once, to fill a GPU. A CPU takes state by state: it is as fast,
 and what a state becomes does not depend on its neighbours in a batch, not even in the last bit."""
-_SNAPSHOTS = 10
-"""Blocks that have snapshots, at most: the one that goes is hardly ever another."""
 _ROUNDING = 1e-6
 """Of a bound, for the order in which logits are summed."""
-
-
-@dataclass
-class _Window:
-    """One window: token ids [L], its layers' calls, its rows of the head, its snapshots.
-
-    Attributes:
-        parts: rows of the head, [R] each; the first holds every token to predict.
-        dense: what the dense model predicts, where losses are taken against that.
-        snapshots: states on entering a block with those below it gone: {(block, gone): states}.
-        bases: the base's state on entering a block, the same way.
-    """
-
-    tokens: Tensor
-    calls: list[Call]
-    parts: list[Tensor] = field(default_factory=list)
-    dense: Dense | None = None
-    snapshots: dict[tuple[int, frozenset[int]], dict[int, Tensor]] = field(default_factory=dict)
-    bases: dict[tuple[int, frozenset[int]], Tensor] = field(default_factory=dict)
-    tallies: dict[int, Tally] = field(default_factory=dict)
-
-    @property
-    def targets(self) -> Tensor:
-        """The tokens to predict, [L - 1]."""
-        return self.tokens[1:]
-
-
-@dataclass
-class _Work:
-    """A window's states on their way through the layers.
-
-    Attributes:
-        first: the block from which on all go together.
-        there: the states that enter it.
-        late: candidates before it without a state there; they start from the base's.
-        states: what has come up to now.
-    """
-
-    first: int
-    there: dict[int, Tensor]
-    late: frozenset[int]
-    states: dict[int, Tensor] = field(default_factory=dict)
 
 
 class LayerSweep:
@@ -117,7 +77,7 @@ class LayerSweep:
             )
         state, calls = model.begin(windows[0])
         self._windows = [
-            _Window(torch.tensor(window, device=model.device), calls) for window in windows
+            Window(torch.tensor(window, device=model.device), calls) for window in windows
         ]
         for window in self._windows[1:]:
             own = model.begin(window.tokens.tolist())[1]
@@ -154,8 +114,8 @@ class LayerSweep:
             least: how many of the least are exact at any rate.
 
         Returns:
-            One loss per candidate. The `least` least are exact; one that is not is at least what it
-            says, or, if it was dropped, what it would be if it went on as on the windows seen.
+            One loss per candidate. The `least` smallest are exact. Others are lower bounds; dropped
+            candidates get an extrapolated estimate.
         """
         self._meet_dense(removed)
         base = not self._windows[0].parts
@@ -164,7 +124,9 @@ class LayerSweep:
         for number in range(self._rounds):
             first = number * self.plan.windows
             group = self._windows[first : first + self.plan.windows]
-            keep = self._snapshot_positions(removed, active, known)
+            keep, self._keeps_bases = snapshot_positions(
+                self._windows, self.plan, len(self.model.layers), removed, active, known
+            )
             self._sweep(group, removed, active, base, keep, on_layer)
             for block in active:
                 own = [window.tallies[block].segments() for window in group]
@@ -174,6 +136,30 @@ class LayerSweep:
             active = [block for block in active if block not in gone]
             known = self._drop_finals(active)
         base_loss = self._mean(BASE) if base else None
+        bounds, exact = self._settle(removed, active, slack, least)
+        best = min((c for c in active if exact[c]), key=lambda c: bounds[c], default=BASE)
+        close = () if best == BASE else rivals({c: segments[c] for c in active}, best)
+        for block in set(candidates).difference(active):
+            ahead = _lead(segments[best], segments[block])
+            bounds[block], exact[block] = bounds[best] + max(ahead, _ROUNDING), False
+        self._losses |= bounds
+        for window in self._windows:
+            window.tallies = {}
+        return Scores(
+            tuple(bounds[c] for c in candidates),
+            tuple(exact[c] for c in candidates),
+            base_loss,
+            close,
+        )
+
+    def _settle(
+        self, removed: Sequence[int], active: Sequence[int], slack: float, least: int
+    ) -> tuple[dict[int, float], dict[int, bool]]:
+        """Score on more of the vocabulary until the `least` smallest losses are exact.
+
+        Returns:
+            Each candidate's loss or lower bound, and whether it is exact.
+        """
         bounds = {block: self._mean(block) for block in active}
         exact = dict.fromkeys(active, self._parts == 1)
         limit = math.inf
@@ -185,21 +171,7 @@ class LayerSweep:
             whole = sorted(bounds[c] for c in active if exact[c])
             if len(whole) >= least:
                 limit = whole[least - 1]
-        best = min((c for c in active if exact[c]), key=lambda c: bounds[c], default=BASE)
-        close = () if best == BASE else rivals({c: segments[c] for c in active}, best)
-        for block in set(candidates).difference(active):
-            seen = segments[block]
-            ahead = math.fsum(a - b for a, b in zip(seen, segments[best], strict=False)) / len(seen)
-            bounds[block], exact[block] = bounds[best] + max(ahead, _ROUNDING), False
-        self._losses |= bounds
-        for window in self._windows:
-            window.tallies = {}
-        return Scores(
-            tuple(bounds[c] for c in candidates),
-            tuple(exact[c] for c in candidates),
-            base_loss,
-            close,
-        )
+        return bounds, exact
 
     def loss(self, removed: Sequence[int]) -> float:
         """Mean nats per predicted token with `removed` skipped."""
@@ -233,7 +205,7 @@ class LayerSweep:
 
     def _sweep(
         self,
-        group: Sequence[_Window],
+        group: Sequence[Window],
         removed: Sequence[int],
         candidates: Sequence[int],
         base: bool,
@@ -268,8 +240,8 @@ class LayerSweep:
 
     def _enter(
         self,
-        window: _Window,
-        work: _Work,
+        window: Window,
+        work: Work,
         index: int,
         gone: frozenset[int],
         forks: frozenset[int],
@@ -278,7 +250,7 @@ class LayerSweep:
         """On entering a layer: take up and take snapshots, and fork off its candidate."""
         if index == work.first:
             work.states |= work.there
-        key = _key(index, gone)
+        key = key_of(index, gone)
         if index < work.first:
             if index in work.late:
                 work.states[index] = window.bases[key]
@@ -291,7 +263,7 @@ class LayerSweep:
             if index in forks:
                 work.states[index] = work.states[BASE]
 
-    def _finish(self, window: _Window, states: dict[int, Tensor]) -> None:
+    def _finish(self, window: Window, states: dict[int, Tensor]) -> None:
         """Take states from behind the last layer to the first part of the vocabulary."""
         while states:
             # The base comes first: it tells which rows of the head are likely.
@@ -310,53 +282,12 @@ class LayerSweep:
             while fork == BASE and tally.parts < len(window.parts):
                 self._add(window, tally)
 
-    def _add(self, window: _Window, tally: Tally) -> None:
+    def _add(self, window: Window, tally: Tally) -> None:
         self._head.add(tally, window.parts, window.targets, window.dense)
 
-    def _start(self, window: _Window, gone: frozenset[int], forks: frozenset[int]) -> _Work:
-        """Where there is something new, and what enters there."""
-        for index, below in sorted(window.snapshots, key=lambda key: -key[0]):
-            if below != _key(index, gone)[1]:
-                continue
-            states = window.snapshots[index, below]
-            late = {f for f in forks if f < index} - states.keys()
-            if all(_key(fork, gone) in window.bases for fork in late):
-                wanted = {BASE, *forks}
-                there = {fork: states[fork] for fork in states if fork in wanted}
-                alive = (i for i in range(index, len(self.model.layers)) if i not in gone)
-                return _Work(next(alive, len(self.model.layers)), there, frozenset(late))
-        return _Work(0, {BASE: self.model.begin(window.tokens.tolist())[0]}, frozenset())
-
-    def _snapshot_positions(
-        self, removed: Sequence[int], candidates: Sequence[int], losses: Mapping[int, float]
-    ) -> frozenset[int]:
-        """The candidates to take snapshots at: the likeliest to go, as memory allows."""
-        gone = frozenset(removed)
-        costs = {c: len(self._windows) * (i + 1) for i, c in enumerate(candidates)}
-        capacity = self.plan.snapshots
-        bases = len(self._windows) * len(self.model.layers)
-        self._keeps_bases = capacity >= 2 * bases
-        capacity -= bases if self._keeps_bases else 0
-        kept: set[int] = set()
-        if losses:
-            free = capacity
-            likely = sorted(candidates, key=lambda c: losses.get(c, math.inf))
-            for block in likely[:_SNAPSHOTS]:
-                if costs[block] <= free:
-                    free -= costs[block]
-                    kept.add(block)
-        else:
-            # Nothing is known yet: as many as there is room for, evenly spread.
-            strides = (set(candidates[::-stride]) for stride in range(1, len(candidates) + 1))
-            kept = next((c for c in strides if sum(costs[b] for b in c) <= capacity), set())
-        for window in self._windows:
-            window.snapshots = {
-                key: states
-                for key, states in window.snapshots.items()
-                if key == _key(key[0], gone) and (key[0] in kept or key[0] in gone)
-            }
-            window.bases = {k: v for k, v in window.bases.items() if k == _key(k[0], gone)}
-        return frozenset(kept)
+    def _start(self, window: Window, gone: frozenset[int], forks: frozenset[int]) -> Work:
+        found = from_snapshot(window, gone, forks, len(self.model.layers))
+        return found or Work(0, {BASE: self.model.begin(window.tokens.tolist())[0]}, frozenset())
 
     def _drop_finals(self, candidates: Sequence[int]) -> dict[int, float]:
         """Keep what is needed to score on for the best candidates only; the bounds so far."""
@@ -415,5 +346,6 @@ class LayerSweep:
         )
 
 
-def _key(index: int, gone: frozenset[int]) -> tuple[int, frozenset[int]]:
-    return index, frozenset(block for block in gone if block < index)
+def _lead(best: Sequence[float], other: Sequence[float]) -> float:
+    """By how much one is better than another on the text that the other was scored on."""
+    return math.fsum(a - b for a, b in zip(other, best, strict=False)) / len(other)

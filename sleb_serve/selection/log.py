@@ -26,14 +26,16 @@ class SearchLog:
     """The JSON-lines file of one search.
 
     Args:
-        path: where it lies.
+        path: where it lies; None keeps it in memory alone.
         subject: what determines the search's numbers; a log of another subject is not resumed.
         writes: whether this process writes the file; others of the same search only read it.
     """
 
-    def __init__(self, path: Path, subject: Mapping[str, Any], *, writes: bool = True) -> None:
-        self.path = path
-        self._writes = writes
+    def __init__(
+        self, path: Path | None, subject: Mapping[str, Any], *, writes: bool = True
+    ) -> None:
+        self.path = path or Path()
+        self._writes = writes and path is not None
         self._subject = json.loads(json.dumps(subject))
         self.dense_loss: float | None = None
         self.steps: list[Step] = []
@@ -44,7 +46,7 @@ class SearchLog:
             write_atomically(self.path, _line({"search": self._subject}))
 
     def resume(self) -> None:
-        """Take over the finished steps of an earlier log; without one, begin anew.
+        """Take over the finished steps of an earlier log; without one, start a new log.
 
         Raises:
             SlebError: the log is of another search, or damaged elsewhere than at its end.
@@ -79,7 +81,7 @@ class SearchLog:
                     self.dense_loss, pending = dense, []
             except (SlebError, KeyError, ValueError) as error:
                 raise SlebError(
-                    f"{where} cannot be resumed from: {error}; run without --resume to start anew"
+                    f"{where} cannot be resumed from: {error}; run without `resume` to start again"
                 ) from error
             finished = whole[:number]
         if self._writes and (torn or len(finished) != len(whole)):
@@ -113,7 +115,7 @@ class SearchLog:
         except OSError as error:
             raise SlebError(
                 f"cannot write {self.path}: {first_line(error)}; steps before this one are kept, "
-                f"make room and run again with --resume"
+                f"make room and run again with `resume`"
             ) from error
 
     def _check_subject(self, entry: Mapping[str, Any]) -> None:

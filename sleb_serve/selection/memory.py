@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sleb_serve.errors import SlebError
+from sleb_serve.utils.sizes import format_size
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\Z", re.IGNORECASE)
 _DEFAULT_SHARE = 0.8
 _LIBRARIES = 40 << 20
 """What libraries were seen to allocate on the way: kernels, the tokenizer, threads' buffers."""
@@ -58,28 +56,6 @@ class Needs:
     head: int
 
 
-def parse_size(text: str) -> int:
-    """Bytes from ``2GiB``, ``1.5G``, ``800M`` or a plain number; units are powers of 1024.
-
-    Raises:
-        SlebError: anything else.
-    """
-    match = _SIZE.match(text.strip())
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size < 1:
-        raise SlebError(f"--memory-budget {text}: give a size, as 2GiB or 800M")
-    return size
-
-
-def format_size(size: float) -> str:
-    """Bytes for people, to a tenth of a unit."""
-    for unit in ("GiB", "MiB"):
-        scale = _UNITS[unit[0]]
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size / 1024:.1f} KiB"
-
-
 def default_budget() -> int:
     """Four fifths of what is free on the device that scores."""
     import psutil
@@ -116,7 +92,7 @@ def make_plan(
 ) -> Plan:
     """Divide a budget.
 
-    What must fit is one window's states, the base's and one for each fork, and the work on one of
+    What must fit is one sequence's states, the base's and one for each fork, and the work on one of
     them. Then come: the states of all windows, if weights are streamed, so that each is read once
     a step; larger chunks; two finalists; snapshots.
 
@@ -139,10 +115,10 @@ def make_plan(
     least = needs.weights + group + max(needs.layer, needs.head) + finals
     if least > usable:
         raise BudgetError(
-            f"--memory-budget {format_size(budget)} is too small: weights of "
-            f"{format_size(needs.weights)} and one window's states with the work on them need "
+            f"memory_budget={format_size(budget)} is too small: weights of "
+            f"{format_size(needs.weights)} and one sequence's states with the work on them need "
             f"{format_size((least + _LIBRARIES) / USED_SHARE)}; give that, or a smaller "
-            f"--sequence-length"
+            f"`sequence_length`"
         )
     rest = usable - least
     at_once = 1

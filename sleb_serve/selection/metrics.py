@@ -13,7 +13,7 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.selection.search import Step
 
 if TYPE_CHECKING:
-    from sleb_serve.selection.pipeline import Progress
+    from sleb_serve.selection.config import Progress
     from sleb_serve.selection.repair import Gap
 
 
@@ -39,7 +39,7 @@ class SearchMetrics:
             return Counter(f"sleb_select_{name}", text, registry=self._registry)
 
         self._steps = counter("steps", "Finished steps, those of an earlier run included.")
-        self._layers = counter("layer_runs", "Runs of a layer on one window's states.")
+        self._layers = counter("layer_runs", "Runs of a layer on one sequence's states.")
         self._tokens = counter("layer_tokens", "Tokens that those runs had, a state each.")
         self._step_layers = gauge("step_layer_runs", "Runs that the step under way takes in all.")
         self._candidates = gauge("candidates", "Blocks that the step under way chooses from.")
@@ -52,7 +52,7 @@ class SearchMetrics:
             self._server, self._thread = start_http_server(port, registry=self._registry)
         except (OSError, OverflowError) as error:
             raise SlebError(
-                f"--metrics-port {port}: {first_line(error)}; choose another port"
+                f"metrics_port={port}: {first_line(error)}; choose another port"
             ) from error
         self.port: int = self._server.server_port
 
@@ -77,10 +77,6 @@ class SearchMetrics:
         self._candidates.set(candidates)
         self._step_layers.set(layers)
         self._shown.step_begins(number, candidates, layers)
-
-    def repairs_begin(self, number: int, candidates: int) -> None:
-        """The best of the step are repaired."""
-        self._shown.repairs_begin(number, candidates)
 
     def advance(self) -> None:
         """A layer has been run."""

@@ -84,16 +84,16 @@ def fit(
     """
     if len(windows) < _HELD_OUT:
         raise SlebError(
-            f"--repair needs at least {_HELD_OUT} windows, one of them to choose the strength of "
-            f"the regression; ask for more --sequences"
+            f"`repair` needs at least {_HELD_OUT} sequences, one of them to choose the strength of "
+            f"the regression; ask for more `sequences`"
         )
     runs = gaps(removed)
     ends = {last: first for first, last in runs}
     before = {first - 1 for first, _ in runs}
     if -1 in before:
         raise SlebError(
-            "--repair fold changes the block before each gap, and block 0 is removed; keep it "
-            "(--early-barrier 1)"
+            "repair=fold changes the block before each gap, and block 0 is removed; keep it "
+            "(early_barrier=1)"
         )
     begun = [model.begin(window) for window in windows]
     dense, calls = [state for state, _ in begun], [calls for _, calls in begun]
@@ -213,8 +213,8 @@ def _run_and_watch(
     )
     if projection is None or own is None or not _is_last(model, projection, *work[0]):
         raise SlebError(
-            f"--repair fold: {type(block).__name__} does not end in a projection whose output is "
-            f"added to the stream as it is; select without --repair"
+            f"repair=fold: {type(block).__name__} does not end in a projection whose output is "
+            f"added to the stream as it is; select without `repair`"
         )
     inputs: list[Tensor] = []
     hook = projection.register_forward_pre_hook(

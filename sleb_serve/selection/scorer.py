@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,12 @@ from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
 from sleb_serve.selection.distributed import Ranks, processes_here
 from sleb_serve.selection.layer_sweep import LayerSweep
-from sleb_serve.selection.memory import (
-    USED_SHARE,
-    BudgetError,
-    default_budget,
-    format_size,
-    give_back_freed,
-)
+from sleb_serve.selection.memory import USED_SHARE, BudgetError, default_budget, give_back_freed
 from sleb_serve.selection.racing import FastSearch
 from sleb_serve.selection.repair import Gap, fit
 from sleb_serve.selection.search import Scores
 from sleb_serve.selection.whole_model import EMBEDDING, WholeModel
+from sleb_serve.utils.sizes import format_size
 
 FAST_ERROR = 0.05
 """Probability that ``--search fast`` goes another way than the exact search, in any step."""
@@ -53,7 +49,6 @@ class Scorer:
         steps: how many steps the search has.
         fast: whether to race.
         objective: see `LayerSweep`.
-        least: how many of a step's least losses must be exact.
 
     Raises:
         SlebError: the model cannot be loaded, or not within the budget.
@@ -76,61 +71,31 @@ class Scorer:
         steps: int,
         fast: bool,
         objective: str = "nll",
-        least: int = 1,
     ) -> None:
         own = ranks.share(windows.tokens)
-        if budget is None:
-            # Processes on one machine share its memory; accelerators are theirs alone.
-            shared = 1 if torch.accelerator.is_available() else processes_here()
-            budget = default_budget() // shared
-        else:
-            give_back_freed()
-
-        def states_in(dtype: str) -> int:
-            return (checkpoint.num_blocks + 4) * _state_bytes(checkpoint, len(own[0]), dtype)
-
-        if dtype == "auto" and checkpoint.dtype in _EMULATED and not has_fast(checkpoint.dtype):
-            wide = _weights(checkpoint, "float32")[0] + states_in("float32")
-            # Never in one process alone: all must compute the same.
-            if all(ranks.gather([wide <= USED_SHARE * budget])):
-                dtype = "float32"
+        length = len(own[0])
+        budget = _own_budget(budget)
+        dtype = _affordable(checkpoint, ranks, dtype, length, budget)
         resident, outside = _weights(checkpoint, dtype)
         computed = checkpoint.dtype if dtype == "auto" else dtype
-        states = states_in(computed)
-
-        def sweep(
-            budget: int, dtype: str, weights: int, streamed: bool = False
-        ) -> LayerSweep | WholeModel:
-            model = load_model(checkpoint, dtype, streamed=streamed, device=ranks.device)
-            pieces = None if _is_whole(model, objective) else CausalLM(model, own[0])
-            if pieces is None or not pieces.separable:
-                return WholeModel(model, own, gather=ranks.gather, objective=objective)
-            return LayerSweep(
-                pieces,
-                own,
-                budget=budget,
-                weights=weights,
-                streamed=streamed,
-                gather=ranks.gather,
-                objective=objective,
-            )
-
+        states = _states_bytes(checkpoint, length, computed)
+        load = partial(_sweep, checkpoint, own, ranks, objective)
         self.screen: LayerSweep | WholeModel | None = None
         half = resident // 2
         raced = fast and computed == "float32" and has_fast("bfloat16")
         if raced and 2 * states + resident + half < budget // 2:
             part = (budget - resident - half) // 3 + half
-            self.screen = sweep(part, "bfloat16", half)
+            self.screen = load("bfloat16", budget=part, weights=half)
             budget -= part
         streams = outside is not None and resident + states > USED_SHARE * budget
         try:
-            self.sweep = sweep(budget, dtype, outside or 0 if streams else resident, streams)
+            weights = outside or 0 if streams else resident
+            self.sweep = load(dtype, budget=budget, weights=weights, streamed=streams)
         except BudgetError:
             if streams or outside is None:
                 raise
             streams = True
-            self.sweep = sweep(budget, dtype, outside, streams)
-        self._least = least
+            self.sweep = load(dtype, budget=budget, weights=outside, streamed=True)
         self._prefix = checkpoint.layer_prefix
         self._weights_dtype: torch.dtype | None = getattr(torch, checkpoint.dtype, None)
         whole = isinstance(self.sweep, WholeModel)
@@ -148,17 +113,14 @@ class Scorer:
             if fast and isinstance(self.sweep, LayerSweep)
             else None
         )
+        self.how = self._describe(resident, budget, streams, fast and not whole, ranks.count)
+
+    def _describe(self, size: int, budget: int, streams: bool, races: bool, ranks: int) -> str:
         place = "read from disk layer by layer" if streams else "in memory"
-        race = (
-            ""
-            if whole
-            else f", raced in {'bfloat16' if self.screen else self.dtype}"
-            if fast
-            else ""
-        )
-        shares = f", one of {ranks.count} processes" if ranks.count > 1 else ""
-        self.how = (
-            f"weights {place} ({format_size(resident)} in {self.dtype}){race}, within "
+        race = f", raced in {'bfloat16' if self.screen else self.dtype}" if races else ""
+        shares = f", one of {ranks} processes" if ranks > 1 else ""
+        return (
+            f"weights {place} ({format_size(size)} in {self.dtype}){race}, within "
             f"{format_size(budget)}{shares}"
         )
 
@@ -172,7 +134,7 @@ class Scorer:
         """The losses of a step; `base` is that of `removed`, where it is known."""
         if self._race is not None:
             return self._race.score(removed, candidates, base, on_layer=on_layer)
-        return self.sweep.score(removed, candidates, on_layer=on_layer, least=self._least)
+        return self.sweep.score(removed, candidates, on_layer=on_layer)
 
     def repair(
         self, windows: Sequence[Sequence[int]], removed: Sequence[int]
@@ -180,13 +142,60 @@ class Scorer:
         """Fit a repair on all processes' windows: see `sleb_serve.selection.repair.fit`."""
         if isinstance(self.sweep, WholeModel):
             raise SlebError(
-                "--repair fold: this model's layers use what other layers computed, so no block "
-                "can be fitted alone; select without --repair"
+                "repair=fold: this model's layers use what other layers computed, so no block "
+                "can be fitted alone; select without `repair`"
             )
         result: tuple[list[Gap], float] = fit(
             self.sweep.model, windows, removed, self._weights_dtype, self._prefix
         )
         return result
+
+
+def _own_budget(given: int | None) -> int:
+    """Bytes that this process may use."""
+    if given is not None:
+        give_back_freed()
+        return given
+    # Processes on one machine share its memory; accelerators are theirs alone.
+    shared = 1 if torch.accelerator.is_available() else processes_here()
+    return default_budget() // shared
+
+
+def _affordable(checkpoint: Checkpoint, ranks: Ranks, dtype: str, length: int, budget: int) -> str:
+    """``float32`` in place of ``auto`` where 16 bits are emulated and memory allows it."""
+    if dtype == "auto" and checkpoint.dtype in _EMULATED and not has_fast(checkpoint.dtype):
+        wide = _weights(checkpoint, "float32")[0] + _states_bytes(checkpoint, length, "float32")
+        # Never in one process alone: all must compute the same.
+        if all(ranks.gather([wide <= USED_SHARE * budget])):
+            return "float32"
+    return dtype
+
+
+def _sweep(
+    checkpoint: Checkpoint,
+    own: Sequence[Sequence[int]],
+    ranks: Ranks,
+    objective: str,
+    dtype: str,
+    *,
+    budget: int,
+    weights: int,
+    streamed: bool = False,
+) -> LayerSweep | WholeModel:
+    """The model in one dtype, loaded, layer by layer where its layers can be run so."""
+    model = load_model(checkpoint, dtype, streamed=streamed, device=ranks.device)
+    pieces = None if _is_whole(model, objective) else CausalLM(model, own[0])
+    if pieces is None or not pieces.separable:
+        return WholeModel(model, own, gather=ranks.gather, objective=objective)
+    return LayerSweep(
+        pieces,
+        own,
+        budget=budget,
+        weights=weights,
+        streamed=streamed,
+        gather=ranks.gather,
+        objective=objective,
+    )
 
 
 def _is_whole(model: Any, objective: str) -> bool:
@@ -210,11 +219,12 @@ def _weights(checkpoint: Checkpoint, dtype: str) -> tuple[int, int | None]:
     return int(total * item), int((outside + 2 * max(blocks)) * item)
 
 
-def _state_bytes(checkpoint: Checkpoint, length: int, dtype: str) -> int:
+def _states_bytes(checkpoint: Checkpoint, length: int, dtype: str) -> int:
     hidden = checkpoint.decoder_config.get(
         "hidden_size", checkpoint.decoder_config.get("n_embd", 0)
     )
-    return length * hidden * _ITEM_BYTES.get(dtype, 2) if isinstance(hidden, int) else 0
+    state = length * hidden * _ITEM_BYTES.get(dtype, 2) if isinstance(hidden, int) else 0
+    return (checkpoint.num_blocks + 4) * state
 
 
 def has_fast(dtype: str) -> bool:

@@ -1,15 +1,11 @@
-"""Searches for the blocks to remove, over a score: block numbers and losses, no torch, no model.
-
-SLEB's greedy search, a beam of several, and a local search that exchanges blocks.
-"""
+"""SLEB's greedy search over a score: block numbers and losses, no torch, no model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Decimal, InvalidOperation
-from functools import partial
+from decimal import ROUND_CEILING, Decimal
 
 from sleb_serve.errors import SlebError
 
@@ -69,35 +65,34 @@ class Choice:
     loss: float
 
 
-Path = tuple[Choice, ...]
+Choices = tuple[Choice, ...]
 """Choices in the order of removal."""
 
 
-def blocks_to_remove(text: str, num_blocks: int, early_barrier: int, late_barrier: int) -> int:
-    """How many blocks ``--remove`` asks for: a count, or a share of all blocks, rounded up.
+def blocks_to_remove(
+    remove: int | float, num_blocks: int, early_barrier: int, late_barrier: int
+) -> int:
+    """How many blocks go: a count, or a share of all blocks, rounded up.
 
     Raises:
-        SlebError: not a count or a share, or more than the barriers leave.
+        SlebError: neither a count nor a share, or more than the barriers leave.
     """
     if early_barrier < 0 or late_barrier < 0:
-        raise SlebError("--early-barrier and --late-barrier count blocks: give 0 or more")
-    try:
-        number = Decimal(text)
-    except InvalidOperation:
-        number = Decimal("NaN")
-    if not number.is_finite() or number <= 0 or (number >= 1 and number != int(number)):
+        raise SlebError("`early_barrier` and `late_barrier` count blocks: give 0 or more")
+    share = isinstance(remove, float) and 0 < remove < 1
+    if not share and (not math.isfinite(remove) or remove < 1 or remove != int(remove)):
         raise SlebError(
-            f"--remove {text}: give a whole number of blocks (6) or a share between 0 and 1 (0.2)"
+            f"remove={remove}: give a whole number of blocks (6) or a share between 0 and 1 (0.2)"
         )
     # Decimal, because in binary 0.07 of 100 blocks is a little over 7 and would round up to 8.
-    share = number < 1 and "." in text
-    count = int((number * num_blocks if share else number).to_integral_value(ROUND_CEILING))
+    number = Decimal(str(remove)) * num_blocks if share else Decimal(int(remove))
+    count = int(number.to_integral_value(ROUND_CEILING))
     most = min(num_blocks - early_barrier - late_barrier, num_blocks - 1)
     if count > most:
         raise SlebError(
-            f"--remove {text}: of {num_blocks} blocks at most {max(most, 0)} can go, since the "
+            f"remove={remove}: of {num_blocks} blocks at most {max(most, 0)} can go, since the "
             f"first {early_barrier} and last {late_barrier} are kept and one must remain; ask for "
-            f"fewer, or lower --early-barrier and --late-barrier"
+            f"fewer, or lower `early_barrier` and `late_barrier`"
         )
     return count
 
@@ -122,9 +117,9 @@ def candidates(
 def recorded(
     score: Score, done: Sequence[Step] = (), on_step: Callable[[Step], None] = lambda step: None
 ) -> Score:
-    """A score that answers from an interrupted search first, and tells of what it computes.
+    """A score that replays recorded steps, then scores new ones and reports each.
 
-    A search is the same each time as long as its scores are, so it takes the same way again.
+    The search is deterministic, so a resumed one follows the same path.
 
     Args:
         score: the loss of each candidate; see `Score`.
@@ -146,7 +141,7 @@ def recorded(
             if (step.removed, step.candidates) != (tuple(removed), tuple(eligible)):
                 raise SlebError(
                     f"step {number} of the interrupted search does not fit this one; start without "
-                    f"--resume"
+                    f"`resume`"
                 )
             return Scores(step.losses, step.exact, None, step.rivals)
         scores = score(removed, eligible)
@@ -154,7 +149,7 @@ def recorded(
             if not math.isfinite(loss):
                 raise SlebError(
                     f"step {number}: the loss without block {block} is {loss}; the weights hold "
-                    f"NaN or overflow in this dtype: try --dtype float32 or check the model"
+                    f"NaN or overflow in this dtype: try dtype=float32 or check the model"
                 )
         on_step(Step(tuple(removed), tuple(eligible), scores.losses, scores.exact, scores.rivals))
         return scores
@@ -170,7 +165,7 @@ def greedy(
     early_barrier: int = 1,
     late_barrier: int = 1,
     among: Sequence[int] | None = None,
-) -> Path:
+) -> Choices:
     """Remove blocks one by one, each time the one whose absence raises the loss least.
 
     Args:
@@ -181,9 +176,9 @@ def greedy(
         late_barrier: alive blocks at the end that stay.
         among: the only blocks that may go.
     """
-    path: Path = ()
+    path: Choices = ()
     while len(path) < remove:
-        removed = _blocks(path)
+        removed = blocks_of(path)
         eligible = candidates(num_blocks, removed, early_barrier, late_barrier, among)
         losses = score(removed, eligible).losses
         best = losses.index(min(losses))
@@ -191,74 +186,6 @@ def greedy(
     return path
 
 
-def beam(
-    score: Score,
-    *,
-    width: int,
-    num_blocks: int,
-    remove: int,
-    early_barrier: int = 1,
-    late_barrier: int = 1,
-    among: Sequence[int] | None = None,
-) -> Path:
-    """Follow the `width` best sets of removed blocks of each size, instead of one.
-
-    The arguments are those of `greedy`; `score` must be exact for the `width` least losses. What it
-    marks as inexact is not followed: it is at least as high as those.
-    """
-    paths: list[Path] = [()]
-    for _ in range(remove):
-        found: dict[frozenset[int], Path] = {}
-        for path in paths:
-            removed = _blocks(path)
-            eligible = candidates(num_blocks, removed, early_barrier, late_barrier, among)
-            scores = score(removed, eligible)
-            for block, loss, exact in zip(eligible, scores.losses, scores.exact, strict=True):
-                if exact:
-                    # The same blocks in another order are the same model.
-                    found.setdefault(frozenset({*removed, block}), (*path, Choice(block, loss)))
-        paths = sorted(found.values(), key=lambda path: path[-1].loss)[:width]
-    return paths[0]
-
-
-def swap(
-    score: Score,
-    *,
-    num_blocks: int,
-    remove: int,
-    early_barrier: int = 1,
-    late_barrier: int = 1,
-    among: Sequence[int] | None = None,
-) -> Path:
-    """Improve the greedy choice by exchanging one block at a time, until no exchange lowers a loss.
-
-    The blocks of the last set are then put in order by a greedy search among themselves, so that
-    the first K of them are a good choice, too. The arguments are those of `greedy`.
-    """
-    search = partial(
-        greedy,
-        score,
-        num_blocks=num_blocks,
-        remove=remove,
-        early_barrier=early_barrier,
-        late_barrier=late_barrier,
-    )
-    start = search(among=among)
-    chosen, least = list(_blocks(start)), start[-1].loss
-    tried = 0  # blocks in a row that nothing better was found for
-    while tried < remove:
-        rest = tuple(chosen[1:])
-        eligible = candidates(num_blocks, rest, early_barrier, late_barrier, among)
-        losses = score(rest, eligible).losses
-        best = eligible[losses.index(min(losses))]
-        if best != chosen[0] and min(losses) < least:
-            least, tried = min(losses), 0
-            chosen = [*rest, best]
-        else:
-            tried += 1
-            chosen = [*rest, chosen[0]]
-    return start if set(chosen) == set(_blocks(start)) else search(among=chosen)
-
-
-def _blocks(path: Path) -> tuple[int, ...]:
+def blocks_of(path: Choices) -> tuple[int, ...]:
+    """The blocks of choices, in order."""
     return tuple(choice.block for choice in path)

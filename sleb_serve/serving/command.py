@@ -14,27 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
-from sleb_serve.compat.architectures import check_supported
 from sleb_serve.compat.vllm_versions import check_version, vllm_version
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.binding import check_config_binding
+from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.pruning import Pruning
-from sleb_serve.manifest.repair_file import check_sidecar
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.protocol import (
     CONFIG_KEY,
     ENTRY_POINT,
     FORMAT,
-    READER_KEY,
-    check_reader,
     guard_name,
 )
-from sleb_serve.serving.speculative import draft_options, value_of
-from sleb_serve.utils import strict_json
+from sleb_serve.serving.options import take_formats, take_overrides, value_of, with_reader
+from sleb_serve.serving.speculative import draft_options
 
-_OVERRIDES = re.compile(r"--hf[-_]overrides(=.*)?\Z", re.DOTALL)
-_LIKE_OVERRIDES = re.compile(r"--hf[-_]o")
 _ENDPOINTS = "vllm.endpoint_plugins"
 _MODEL = re.compile(r"--model(=.*)?\Z", re.DOTALL)
 
@@ -53,7 +46,7 @@ def draft_command(model: str, manifest: Manifest, options: Sequence[str], tokens
     )
 
 
-def serve_command(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]:
+def serve_command(model: str | Path, manifest: Manifest, options: Sequence[str] = ()) -> list[str]:
     """The command that starts an OpenAI server with `manifest` applied to `model`.
 
     Args:
@@ -65,14 +58,15 @@ def serve_command(model: str, manifest: Manifest, options: Sequence[str]) -> lis
     Raises:
         SlebError: the manifest is not for this model, or an option would undo the pruning.
     """
+    model = str(model)
     pruning = manifest.pruning()
-    rest, own = _take_overrides(options)
+    rest, own = take_overrides(options)
     if any(_MODEL.match(option) for option in rest):
         raise SlebError("--model is given twice: name the model once, right after `serve`")
     rest = _pinned(model, manifest, rest)
     checkpoint = check_model(model, pruning, revision=value_of(rest, "--revision"))
     overrides = {**own, **pruned_overrides(pruning, checkpoint)}
-    rest = _take_formats(rest)
+    rest = take_formats(rest)
     if not any(re.match(r"--served[-_]model[-_]name(=|\Z)", option) for option in rest):
         rest += ["--served-model-name", served_name(model, pruning)]
     # Last, so that whatever stands before it cannot replace it: argparse takes the last.
@@ -91,65 +85,6 @@ def server_command(model: str, options: Sequence[str]) -> list[str]:
             module = "vllm.entrypoints.openai.api_server"
             return [sys.executable, "-m", module, "--model", model, *options]
     return [_script("vllm"), "serve", model, *options]
-
-
-def revision_of(model: str, manifest: Manifest, given: str | None) -> str | None:
-    """The revision of a hub model: the one that is given, or else the manifest's own."""
-    if given is not None or Path(model).is_dir() or model != manifest.model.id:
-        return given
-    return manifest.model.revision
-
-
-def check_model(
-    model: str,
-    pruning: Pruning,
-    revision: str | None = None,
-    servable: bool = True,
-    fetch: bool = False,
-) -> Checkpoint:
-    """Refuse a model that is not the manifest's, or if `servable`, that the plugin cannot serve.
-
-    Args:
-        model: folder or hub id.
-        pruning: the manifest's content.
-        revision: of a hub model; None for its default branch.
-        servable: whether the plugin is to serve it.
-        fetch: bring a hub model's weights to this machine first. Without, weights that are not
-            here are left to the plugin, which compares them once vLLM has fetched them.
-
-    Raises:
-        SlebError: naming what was expected and what was found.
-    """
-    if fetch:
-        download_weights(model, revision)
-    checkpoint = open_checkpoint(model, revision)
-    check_config_binding(checkpoint, model, pruning)
-    compare_weights(model, checkpoint, pruning)
-    if servable:
-        check_supported(pruning.architecture)
-    if pruning.repair is not None:
-        check_sidecar(pruning.repair)
-    return checkpoint
-
-
-def compare_weights(model: str, checkpoint: Checkpoint, pruning: Pruning) -> bool:
-    """Refuse weights that are not the manifest's.
-
-    Returns:
-        Whether they were compared; not where a hub model's are not on this machine.
-
-    Raises:
-        SlebError: they are others, or a folder lacks some.
-    """
-    known = pruning.known_sha256
-    try:
-        checkpoint.weight_files(frozenset(known))
-    except SlebError:
-        if Path(model).is_dir():
-            raise
-        return False
-    pruning.check_binding(model, weights_sha256=checkpoint.weights_sha256(known))
-    return True
 
 
 def check_plugin() -> None:
@@ -216,7 +151,7 @@ def engine_arguments(
     """
     own = own or {}
     overrides = {**(own.get("hf_overrides") or {}), **pruned_overrides(pruning, checkpoint)}
-    extra = _reader(own.get("load_format"), own.get("model_loader_extra_config") or {})
+    extra = with_reader(own.get("load_format"), own.get("model_loader_extra_config") or {})
     found = {**own, "hf_overrides": overrides, "config_format": FORMAT, "load_format": FORMAT}
     return {**found, **({"model_loader_extra_config": extra} if extra else {})}
 
@@ -232,81 +167,6 @@ def _pinned(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]
     given = value_of(options, "--revision")
     revision = revision_of(model, manifest, given)
     return [*options, *(["--revision", revision] if revision and given is None else [])]
-
-
-def _take_overrides(options: Sequence[str]) -> tuple[list[str], Mapping[str, Any]]:
-    """Take ``--hf-overrides`` out of the options, as what it holds."""
-    rest: list[str] = []
-    found: dict[str, Any] = {}
-    pending = list(options)
-    while pending:
-        option = pending.pop(0)
-        match = _OVERRIDES.match(option)
-        if match is None:
-            if _LIKE_OVERRIDES.match(option):
-                # vLLM would turn --hf-overrides.KEY into one more --hf-overrides after ours.
-                raise SlebError(
-                    f"{option}: write overrides as one --hf-overrides '{{\"key\": value}}', so "
-                    f"that they can be joined with the manifest's"
-                )
-            rest.append(option)
-            continue
-        if match[1] is None and not pending:
-            raise SlebError("--hf-overrides lacks its value; give a JSON object")
-        text = pending.pop(0) if match[1] is None else match[1][1:]
-        try:
-            value = strict_json.any_object(strict_json.load(text.encode()), "--hf-overrides")
-        except SlebError as error:
-            raise SlebError(f"--hf-overrides: {error}") from None
-        found |= value
-    for key in ("architectures", CONFIG_KEY):
-        if key in found:
-            raise SlebError(
-                f'--hf-overrides: "{key}" is set from the manifest; leave it out of the overrides'
-            )
-    return rest, found
-
-
-def _take_formats(options: Sequence[str]) -> list[str]:
-    """The options without ``--load-format``, whose value becomes that of the loader's reader."""
-    if value_of(options, "--config-format") is not None:
-        raise SlebError("--config-format is set from the manifest; leave the option out")
-    rest, found = _without(options, "--load-format")
-    rest, extra = _without(rest, "--model-loader-extra-config")
-    given = {}
-    if extra is not None:
-        name = "--model-loader-extra-config"
-        given = dict(strict_json.any_object(strict_json.load(extra.encode()), name))
-    given = _reader(found, given)
-    if given:
-        rest += ["--model-loader-extra-config", json.dumps(given, separators=(",", ":"))]
-    return rest
-
-
-def _reader(load_format: str | None, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The loader's extra configuration with the load format that is to read the files."""
-    reader = extra.get(READER_KEY) if load_format in (None, "auto", FORMAT) else load_format
-    if reader is None:
-        return dict(extra)
-    check_reader(reader)
-    return {**extra, READER_KEY: reader}
-
-
-def _without(options: Sequence[str], name: str) -> tuple[list[str], str | None]:
-    """The options without one, and its value; the last one counts."""
-    rest: list[str] = []
-    value = None
-    pending = list(options)
-    while pending:
-        option = pending.pop(0)
-        key, equals, own = option.partition("=")
-        if key.replace("_", "-") != name:
-            rest.append(option)
-        elif equals:
-            value = own
-        elif pending:
-            value = pending.pop(0)
-    return rest, value
 
 
 def _script(name: str) -> str:

@@ -12,17 +12,12 @@ from sleb_serve.compat.architectures import status, why_refused
 from sleb_serve.compat.vllm_versions import vllm_version
 from sleb_serve.cut.servable import check_servable
 from sleb_serve.errors import SlebError
+from sleb_serve.manifest.binding import check_model, compare_weights, revision_of
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.plan import Gpu, kv_tokens, shape_of
-from sleb_serve.selection.memory import format_size
-from sleb_serve.serving.command import (
-    check_model,
-    check_plugin,
-    compare_weights,
-    revision_of,
-    served_name,
-)
+from sleb_serve.serving.command import check_plugin, served_name
+from sleb_serve.utils.sizes import format_size
 
 OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "unknown"
 
@@ -123,7 +118,7 @@ def _model(model: str, manifest: Manifest, revision: str | None) -> str:
         if model == own.id and own.revision is not None and found != own.revision:
             raise SlebError(
                 f"{model} has moved since the selection: commit expected {own.revision}, found "
-                f"{found}, whose weights are not on this machine to be compared; leave --revision "
+                f"{found}, whose weights are not on this machine to be compared; leave `revision` "
                 f"out"
             )
         match = "config matches; weights are not on this machine, the server compares them"

@@ -20,6 +20,7 @@ from sleb_serve.checkpoint.hub import download_weights
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name
+from sleb_serve.serving.options import value_of
 from sleb_serve.utils.atomic_io import shared_folder
 
 _SPECULATIVE = re.compile(r"--spec(?!ialize)|-sc\b")
@@ -93,16 +94,6 @@ def draft_folder(checkpoint: Checkpoint, pruning: Pruning, root: Path) -> Path:
             f"to a folder that can be written"
         ) from error
     return folder
-
-
-def value_of(options: Sequence[str], *names: str) -> str | None:
-    """The value that `options` give an option of any of these names; the last one counts."""
-    value = None
-    for i, option in enumerate(options):
-        name, equals, own = option.partition("=")
-        if name.replace("_", "-") in names:
-            value = own if equals else next(iter(options[i + 1 : i + 2]), None)
-    return value
 
 
 def _cache() -> Path:

@@ -58,16 +58,14 @@ def load(data: bytes) -> object:
             parse_float=finite_float,
         )
     except UnicodeDecodeError as error:
-        raise SlebError(
-            f"not UTF-8 text (byte {error.start}); give a removal manifest, not a binary file"
-        ) from None
+        raise SlebError(f"not UTF-8 text (byte {error.start}); give a text file") from None
     except json.JSONDecodeError as error:
         raise SlebError(
-            f"not JSON ({error.msg} at line {error.lineno} column {error.colno}); the file is cut "
-            f"short or was edited by hand: select anew or restore it"
+            f"not JSON ({error.msg} at line {error.lineno} column {error.colno}): the file is cut "
+            f"short or was edited by hand"
         ) from None
     except RecursionError:
-        raise SlebError("nested too deeply; a removal manifest is a few levels deep") from None
+        raise SlebError("nested too deeply") from None
     _check_depth_and_text(value)
     return value
 
@@ -88,7 +86,7 @@ def _check_depth_and_text(value: object) -> None:
                 # JSON can spell half a surrogate pair; UTF-8 cannot, so it could not be written.
                 raise SlebError(f"text {short(item)} has a lone surrogate; it is not Unicode text")
         level = below
-    raise SlebError("nested too deeply; a removal manifest is a few levels deep")
+    raise SlebError("nested too deeply")
 
 
 def short(value: object) -> str:
@@ -102,7 +100,7 @@ def object_(
 ) -> dict[str, Any]:
     """An object with all of the required keys, maybe the optional ones, and no others."""
     if not isinstance(value, dict):
-        raise SlebError(f"{where} must be an object, found {short(value)}; select anew")
+        raise SlebError(f"{where} must be an object, found {short(value)}")
     unknown = next((key for key in value if key not in required and key not in optional), None)
     if unknown is not None:
         known = ", ".join((*required, *optional))
@@ -112,28 +110,28 @@ def object_(
         )
     missing = next((key for key in required if key not in value), None)
     if missing is not None:
-        raise SlebError(f"{where} lacks the key {missing!r}; select anew")
+        raise SlebError(f"{where} lacks the key {missing!r}")
     return value
 
 
 def any_object(value: object, where: str) -> dict[str, Any]:
     """An object with whatever keys."""
     if not isinstance(value, dict):
-        raise SlebError(f"{where} must be an object, found {short(value)}; select anew")
+        raise SlebError(f"{where} must be an object, found {short(value)}")
     return value
 
 
 def list_(value: object, where: str) -> list[Any]:
     """A list of whatever."""
     if not isinstance(value, list):
-        raise SlebError(f"{where} must be a list, found {short(value)}; select anew")
+        raise SlebError(f"{where} must be a list, found {short(value)}")
     return value
 
 
 def line(value: object, where: str) -> str:
     """A text of one line that a terminal shows as it is: no controls, no other line breaks."""
     if not isinstance(value, str) or not value or not value.isprintable():
-        raise SlebError(f"{where} must be a line of text, found {short(value)}; select anew")
+        raise SlebError(f"{where} must be a line of text, found {short(value)}")
     return value
 
 
@@ -141,7 +139,7 @@ def sha256(value: object, where: str) -> str:
     """A SHA-256 digest in lower-case hexadecimal."""
     if not isinstance(value, str) or not _SHA256.match(value):
         raise SlebError(
-            f"{where} must be 64 lower-case hexadecimal digits, found {short(value)}; select anew"
+            f"{where} must be 64 lower-case hexadecimal digits, found {short(value)}"
         )
     return value
 
@@ -150,10 +148,10 @@ def integer(value: object, where: str, low: int, high: int) -> int:
     """A whole number from `low` to `high`."""
     # bool is a subclass of int; a manifest that says true for 1 was not written by this program.
     if isinstance(value, bool) or not isinstance(value, int):
-        raise SlebError(f"{where} must be a whole number, found {short(value)}; select anew")
+        raise SlebError(f"{where} must be a whole number, found {short(value)}")
     if not low <= value <= high:
         raise SlebError(
-            f"{where} must be between {low} and {high}, found {short(value)}; select anew"
+            f"{where} must be between {low} and {high}, found {short(value)}"
         )
     return value
 
@@ -161,5 +159,5 @@ def integer(value: object, where: str, low: int, high: int) -> int:
 def number(value: object, where: str) -> float:
     """A finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SlebError(f"{where} must be a number, found {short(value)}; select anew")
+        raise SlebError(f"{where} must be a number, found {short(value)}")
     return float(value)

@@ -1,0 +1,38 @@
+"""The raw records of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sleb_bench.files import RECORDS
+from sleb_serve.utils.atomic_io import write_atomically
+
+
+class Records:
+    """The raw records of a run, on disk after every start, so that a broken run keeps them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, kind: str, values: Mapping[str, Any]) -> None:
+        """One more record."""
+        self.entries.append({"record": kind, **values})
+
+    def save(self) -> None:
+        """Write all of them."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+        write_atomically(self.folder / RECORDS, lines.encode())
+
+    def measured(self) -> bool:
+        """Whether a report could say anything."""
+        return any(
+            entry["record"] == SERVING or (entry["record"] == "sample" and entry["round"])
+            for entry in self.entries
+        )
+
+
+SERVING = "serving"

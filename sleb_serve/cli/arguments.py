@@ -1,0 +1,103 @@
+"""What the commands have in common: their parser, and the options that several take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from sleb_serve.errors import SlebError
+from sleb_serve.utils.lists import numbers
+
+MODEL_HELP = "checkpoint folder or hub id"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its name, its help, the options it adds, and what it does.
+
+    ``run`` returns the exit code.
+    """
+
+    name: str
+    help: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    examples: str | None = None
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse with errors of one line; the usage is a --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise SlebError(f"{message}; see `{self.prog} --help`")
+
+
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """MODEL, the first argument of every command that takes one, and --revision."""
+    parser.add_argument("model", metavar="MODEL", nargs=None if required else "?", help=MODEL_HELP)
+    parser.add_argument(
+        "--revision",
+        metavar="REV",
+        help="branch, tag or commit of a hub model (default: the manifest's, or the main branch)",
+    )
+
+
+def add_manifest(parser: argparse.ArgumentParser) -> None:
+    """-m alone, for commands that need a whole manifest."""
+    parser.add_argument("-m", "--manifest", metavar="M.json", type=Path, required=True)
+
+
+def add_removal(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """-m, or a bare list of blocks in its place."""
+    given = parser.add_mutually_exclusive_group(required=required)
+    given.add_argument("-m", "--manifest", metavar="M.json", type=Path)
+    given.add_argument(
+        "--removal-list",
+        "--removal_list",
+        metavar="'[5, 4, 9]'",
+        help="the blocks to remove, in order, in place of a manifest",
+    )
+
+
+def add_blocks(parser: argparse.ArgumentParser) -> None:
+    """--blocks, one number."""
+    parser.add_argument(
+        "--blocks", metavar="K", type=int, help="only the manifest's first K removals"
+    )
+
+
+def add_counts(parser: argparse.ArgumentParser, text: str) -> None:
+    """--blocks, several numbers."""
+    parser.add_argument("--blocks", metavar="K,K…", type=numbers, help=text)
+
+
+def add_sequence_length(parser: argparse._ActionsContainer) -> None:
+    """--sequence-length."""
+    parser.add_argument(
+        "--sequence-length",
+        metavar="L",
+        type=int,
+        help="tokens a sequence (default: 2048, or the model's context if that is shorter)",
+    )
+
+
+def add_tensor_parallel(parser: argparse._ActionsContainer) -> None:
+    """--tensor-parallel-size, by vLLM's names."""
+    parser.add_argument(
+        "-tp",
+        "--tensor-parallel-size",
+        dest="tp",
+        metavar="N",
+        type=int,
+        default=1,
+        help="GPUs that share the model (default: 1)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")

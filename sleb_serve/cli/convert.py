@@ -1,0 +1,148 @@
+"""``sleb-serve export`` and ``sleb-serve import``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
+from sleb_serve.cli.arguments import Command, add_blocks, add_model, add_removal
+from sleb_serve.cli.progress import ShardBar
+from sleb_serve.cli.removal import manifest_of_options
+from sleb_serve.convert.export import export
+from sleb_serve.convert.lists import imported, llama_cpp_list
+from sleb_serve.convert.mergekit import mergekit_config
+from sleb_serve.cut.servable import check_countable, check_servable
+from sleb_serve.errors import SlebError
+from sleb_serve.evaluation.report import describe
+from sleb_serve.manifest.binding import check_model, revision_of
+from sleb_serve.manifest.schema import Manifest
+from sleb_serve.utils.atomic_io import check_writable, write_atomically
+from sleb_serve.utils.sizes import format_size
+
+_EXPORT_EXAMPLES = """\
+examples:
+  sleb-serve export ./my-model -m m.json -o pruned-model     # for any Transformers or vLLM
+  sleb-serve export ./my-model -m m.json --format mergekit -o merge.yaml
+  llama-quantize --prune-layers $(sleb-serve export ./my-model -m m.json --format llama.cpp -o -) …
+"""
+_IMPORT_EXAMPLES = """\
+examples:
+  sleb-serve import facebook/opt-6.7b sleb_results/sleb.txt -o m.json    # its last run; or --run N
+  sleb-serve import facebook/opt-6.7b sleb.log -o m.json    # the output of a killed sleb.py
+  sleb-serve import ./my-model '[5, 4, 9]' -o m.json
+  sleb-serve import ./my-model merge.yaml -o m.json                      # mergekit, passthrough
+  sleb-serve import ./my-model dropped/config.json -o m.json             # LLM-Drop, whole blocks
+
+Blocks keep the order of the source. A source that says more than whole blocks of one model (halves,
+scaled weights, adapters, another number of blocks) is refused.
+"""
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_removal(parser, required=True)
+    add_blocks(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        type=Path,
+        required=True,
+        help="the folder to make; for mergekit and llama.cpp a file, or - for standard output",
+    )
+    parser.add_argument(
+        "--for",
+        dest="for_",
+        choices=("any", "transformers"),
+        default="any",
+        help="who loads it: any refuses what vLLM without sleb-serve would run otherwise than "
+        "Transformers (default: any)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("transformers", "mergekit", "llama.cpp"),
+        default="transformers",
+        help="a checkpoint, a mergekit configuration, or the value of llama-quantize's "
+        "--prune-layers (default: transformers)",
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    manifest = manifest_of_options(options).prefix(options.blocks)
+    if options.format != "transformers":
+        return _write_list(options, manifest)
+    with ShardBar() as bar:
+        done = export(
+            options.model,
+            manifest,
+            options.output,
+            revision=options.revision,
+            for_vllm=options.for_ == "any",
+            on_shard=bar.shard_done,
+        )
+    print(
+        f"wrote {done.folder}: {done.blocks} blocks, {format_size(done.size)} in {done.shards} "
+        f"files (dense {format_size(done.source_size)})"
+    )
+    return 0
+
+
+def _write_list(options: argparse.Namespace, manifest: Manifest) -> int:
+    """A form that names blocks, for other tools."""
+    revision = revision_of(options.model, manifest, options.revision)
+    pruning = manifest.pruning()
+    checkpoint = check_model(options.model, pruning, revision, servable=False, fetch=True)
+    if manifest.repair is not None:
+        raise SlebError(
+            f"--format {options.format} only names blocks, and this manifest has a repair; "
+            f"export it as a checkpoint, or select without --repair"
+        )
+    check_countable(checkpoint, pruning.cut)
+    text = llama_cpp_list(manifest) + "\n"
+    if options.format == "mergekit":
+        text = mergekit_config(options.model, manifest, checkpoint.dtype)
+    if str(options.output) == "-":
+        print(text, end="")
+    else:
+        check_writable(options.output)
+        write_atomically(options.output, text.encode())
+    return 0
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("source", metavar="SOURCE", help="a file, or the list itself")
+    parser.add_argument("-o", "--output", metavar="M.json", type=Path, required=True)
+    parser.add_argument(
+        "--run", metavar="N", type=int, help="which of several runs in SLEB's results (the last)"
+    )
+
+
+def _import(options: argparse.Namespace) -> int:
+    check_writable(options.output)
+    download_weights(options.model, options.revision)
+    checkpoint = open_checkpoint(options.model, options.revision)
+    manifest = imported(options.source, options.model, checkpoint, options.run)
+    check_servable(checkpoint, manifest.pruning().cut)
+    manifest.write(options.output)
+    print(describe(manifest))
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "export",
+        "write a plain, physically pruned checkpoint",
+        _add_export,
+        _export,
+        _EXPORT_EXAMPLES,
+    ),
+    Command(
+        "import",
+        "write a manifest from a list that another tool made",
+        _add_import,
+        _import,
+        _IMPORT_EXAMPLES,
+    ),
+)

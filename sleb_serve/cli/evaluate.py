@@ -1,0 +1,144 @@
+"""``sleb-serve eval``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sleb_serve.cli.arguments import (
+    Command,
+    add_counts,
+    add_json,
+    add_model,
+    add_removal,
+    add_sequence_length,
+)
+from sleb_serve.cli.progress import EvalLines, say
+from sleb_serve.cli.removal import manifest_of_options
+from sleb_serve.data.texts import EMBEDDED, JUDGED_TEXTS
+from sleb_serve.errors import SlebError
+from sleb_serve.evaluation.evaluate import PAPER_TASKS, EvalConfig, evaluate, with_evaluation
+from sleb_serve.evaluation.picture import draw
+from sleb_serve.evaluation.report import evaluation_table
+from sleb_serve.selection.config import DTYPES
+from sleb_serve.utils import strict_json
+from sleb_serve.utils.lists import words
+
+_EXAMPLES = """\
+examples:
+  sleb-serve eval meta-llama/Llama-2-7b-hf -m m.json --perplexity wikitext2,c4
+  sleb-serve eval ./my-model -m m.json --tasks            # the paper's five zero-shot tasks
+  sleb-serve eval ./my-model -m m.json --blocks 0,2,4,6 --tasks piqa,gsm8k --limit 200 -o e.json
+  sleb-serve eval ./my-model --removal-list '[5, 4, 9]' --perplexity chats.jsonl
+  sleb-serve eval ./my-model -m m.json --backend vllm --engine-args '{"tensor_parallel_size": 2}'
+
+With -o E.json, E.lm-eval-K.json holds lm-eval's own results for K blocks, E.png a picture where
+several K were judged, and --resume goes on where an interrupted evaluation stopped.
+"""
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_removal(parser, required=False)
+    add_counts(
+        parser,
+        "how many of the manifest's removals; several for a frontier, 0 for the dense model "
+        "(default: all of them)",
+    )
+    parser.add_argument(
+        "--perplexity",
+        metavar="TEXT,…",
+        type=words,
+        help=f"{', '.join(JUDGED_TEXTS)}, {EMBEDDED} or a file (default: wikitext2, unless --tasks "
+        "are given)",
+    )
+    add_sequence_length(parser)
+    parser.add_argument(
+        "--windows", metavar="N", type=int, help="only the first N sequences of each text"
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="TASK,…",
+        type=words,
+        nargs="?",
+        default=(),
+        const=PAPER_TASKS,
+        help=f"tasks of lm-eval by name (without names: {', '.join(PAPER_TASKS)})",
+    )
+    parser.add_argument("--limit", metavar="N", type=int, help="only N rows of each task")
+    parser.add_argument("--num-fewshot", metavar="N", type=int, help="examples in the prompt")
+    parser.add_argument(
+        "--backend",
+        choices=("hf", "vllm"),
+        default="hf",
+        help="Transformers, or the engine that will serve (default: hf)",
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", default="1", help="lm-eval's, for hf: a number or auto (1)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="(default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--engine-args",
+        metavar="JSON",
+        default="{}",
+        help="arguments of lm-eval's vllm model and of vllm.LLM, for --backend vllm",
+    )
+    parser.add_argument("-o", "--output", metavar="E.json", type=Path, help="where results go")
+    parser.add_argument("--resume", action="store_true", help="keep the results that are in E.json")
+    parser.add_argument(
+        "--write-back", action="store_true", help="also put the results into the manifest"
+    )
+    add_json(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.write_back and options.manifest is None:
+        raise SlebError("--write-back puts results into a manifest: give one with -m")
+    manifest = None
+    if options.manifest is not None or options.removal_list is not None:
+        manifest = manifest_of_options(options)
+    names = EvalConfig.__dataclass_fields__.keys() - {"perplexity", "engine_args"}
+    engine = strict_json.load(options.engine_args.encode())
+    config = EvalConfig(
+        perplexity=options.perplexity or (() if options.tasks else EvalConfig.perplexity),
+        engine_args=strict_json.any_object(engine, "--engine-args"),
+        **{name: getattr(options, name) for name in names},
+    )
+    report = evaluate(
+        options.model,
+        manifest,
+        config,
+        options.output,
+        resume=options.resume,
+        progress=EvalLines(),
+    )
+    if not options.tasks:
+        say(
+            "note: perplexity does not show lost reasoning; add --tasks, with a generative one "
+            "such as gsm8k"
+        )
+    print(json.dumps(report, indent=2) if options.json else evaluation_table(report))
+    if options.output is not None:
+        say(f"wrote {options.output}")
+        if len(report["results"]) > 1:
+            picture = options.output.with_suffix(".png")
+            draw(report, picture)
+            say(f"wrote {picture}")
+    if options.write_back and manifest is not None:
+        with_evaluation(manifest, report).write(options.manifest)
+        say(f"wrote the results into {options.manifest}")
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "eval",
+        "measure the pruned model's quality: perplexity and lm-eval's tasks",
+        _add,
+        _run,
+        _EXAMPLES,
+    ),
+)

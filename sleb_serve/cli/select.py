@@ -1,0 +1,190 @@
+"""``sleb-serve select``."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from sleb_serve.cli.arguments import Command, add_model, add_sequence_length
+from sleb_serve.cli.progress import SearchBars, say
+from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
+from sleb_serve.errors import SlebError
+from sleb_serve.evaluation.report import describe
+from sleb_serve.manifest.pruning import REPAIRS
+from sleb_serve.manifest.schema import OBJECTIVES
+from sleb_serve.selection.config import DTYPES, SEARCHES, Progress, SelectConfig
+from sleb_serve.selection.distributed import is_first
+from sleb_serve.selection.log import log_path
+from sleb_serve.selection.metrics import SearchMetrics
+from sleb_serve.selection.pipeline import select
+from sleb_serve.utils.sizes import parse_size
+
+_EXAMPLES = """\
+examples:
+  sleb-serve select meta-llama/Llama-2-70b-hf -o llama-70b.json --remove 0.2
+  sleb-serve select facebook/opt-6.7b -o opt.json --remove 7 --calibration c4 --rows 128
+  sleb-serve select ./my-model -o m.json --remove 6 --calibration chats.jsonl \\
+      --sequences 16 --sequence-length 1024
+  sleb-serve select ./my-model -o m.json --remove 6 --repair fold --repair-sequences 64
+  sleb-serve select ./my-model -o m.json --remove 6 --search fast --seeds 3
+  sleb-serve select ./huge-model -o m.json --remove 0.2 --memory-budget 16GiB
+  accelerate launch --num_processes 2 -m sleb_serve.cli select ./my-model -o m.json --remove 6
+  sleb-serve select ./my-model -o m.json --remove 6 --resume    # after an interruption
+
+Rows of a .jsonl, .jsonl.gz or .parquet file hold a text, or a chat, which the model's chat template
+writes: {"text": …}, {"messages": [{"role": …, "content": …}]}, {"conversations": [{"from": …,
+"value": …}]}, {"instruction": …, "input": …, "output": …} or {"prompt": …, "completion": …}.
+
+Beside M.json, M.json.search.jsonl records every candidate of every step, and a repair's weights are
+in M.json.repair.safetensors, which must lie beside M.json wherever it is served.
+"""
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("-o", "--output", metavar="M.json", type=Path, required=True)
+    parser.add_argument(
+        "--remove",
+        metavar="N|SHARE",
+        type=amount,
+        required=True,
+        help="how many blocks to remove (6), or a share of them, rounded up (0.2)",
+    )
+    _add_text(parser.add_argument_group("calibration text"))
+    _add_search(parser.add_argument_group("search"))
+    _add_repair(parser.add_argument_group("repair"))
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the finished steps of an interrupted search"
+    )
+    parser.add_argument(
+        "--metrics-port",
+        metavar="PORT",
+        type=int,
+        help="report progress to Prometheus on this port (0 for any that is free)",
+    )
+
+
+def _add_text(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        default=SelectConfig.calibration,
+        help=f"{', '.join(HUB_TEXTS)}, {EMBEDDED} (needs no download), or a .txt, .jsonl, "
+        ".jsonl.gz or .parquet file of texts or chats (default: wikitext2)",
+    )
+    parser.add_argument(
+        "--sequences",
+        metavar="N",
+        type=int,
+        help="sequences of text (default: all that the rows give; 8 for files)",
+    )
+    add_sequence_length(parser)
+    parser.add_argument(
+        "--rows",
+        metavar="R",
+        type=int,
+        help="rows of wikitext2 or c4 (default: 128, or as many as --sequences needs)",
+    )
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="shuffles the rows")
+
+
+def _add_search(parser: argparse._ArgumentGroup) -> None:
+    for name, side in (("early", "first"), ("late", "last")):
+        parser.add_argument(
+            f"--{name}-barrier", metavar="B", type=int, default=1, help=f"{side} blocks that stay"
+        )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="dtype to compute in (default: the checkpoint's; float32 for a 16-bit one on a CPU "
+        "that would emulate it)",
+    )
+    parser.add_argument(
+        "--search",
+        choices=SEARCHES,
+        default=SelectConfig.search,
+        help="greedy: the official algorithm's result, exactly; fast: the same result with a "
+        "probability of 95 %%, candidates leave once they are unlikely to win (default: greedy)",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        help="loss to keep low: nll, on the text, as in the paper; kl, the divergence from the "
+        "dense model's predictions; embedding, the distance of the last hidden states (default: "
+        "nll; embedding for pooling models)",
+    )
+    parser.add_argument(
+        "--seeds",
+        metavar="S",
+        type=int,
+        default=1,
+        help="repeat the search on S samples of the text and record how much the lists overlap; "
+        "the first list is used (default: 1)",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        type=parse_size,
+        help="memory for weights, states and work, as 16GiB; a larger model is read layer by layer "
+        "(default: 80 %% of the free memory)",
+    )
+
+
+def _add_repair(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--repair",
+        choices=("none", *REPAIRS),
+        default="none",
+        help="fold: fit, in closed form, the weights before each gap to the missing blocks; costs "
+        "nothing to serve (default: none)",
+    )
+    parser.add_argument(
+        "--repair-sequences",
+        metavar="N",
+        type=int,
+        help="sequences of text to fit the repair on, cheap beside the search: the more the better "
+        "(default: those of the search)",
+    )
+
+
+def amount(text: str) -> int | float:
+    """A count, or a share, as it is written: 0.2 is a share, 1 is a block.
+
+    Raises:
+        SlebError: it is no number.
+    """
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        raise SlebError(
+            f"--remove {text}: give a whole number of blocks (6) or a share between 0 and 1 (0.2)"
+        ) from None
+    whole = number.is_finite() and abs(number) < 1 << 31 and number == int(number)
+    return int(number) if whole else float(number)
+
+
+def _run(options: argparse.Namespace) -> int:
+    names = SelectConfig.__dataclass_fields__
+    config = SelectConfig(**{name: getattr(options, name) for name in names})
+    with ExitStack() as stack:
+        bars = stack.enter_context(SearchBars())
+        progress: Progress = bars
+        if options.metrics_port is not None and is_first():
+            metrics = stack.enter_context(SearchMetrics(bars, options.metrics_port))
+            say(f"metrics: http://localhost:{metrics.port}/metrics")
+            progress = metrics
+        manifest = select(
+            options.model, config, options.output, resume=options.resume, progress=progress
+        )
+    if is_first():
+        print(describe(manifest))
+        print(f"\nwrote {options.output} and {log_path(options.output)}")
+    return 0
+
+
+COMMANDS = (
+    Command("select", "find the blocks to remove, write a manifest", _add, _run, _EXAMPLES),
+)

@@ -1,0 +1,92 @@
+"""``sleb-serve serve``: vLLM's server, in place of this process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+
+from sleb_serve.checkpoint.hub import open_checkpoint
+from sleb_serve.cli.arguments import add_blocks, add_removal
+from sleb_serve.cli.progress import say
+from sleb_serve.cli.removal import manifest_of_options
+from sleb_serve.cut.servable import check_servable
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest.binding import revision_of
+from sleb_serve.serving.command import (
+    check_plugin,
+    draft_command,
+    plugin_environment,
+    serve_command,
+)
+from sleb_serve.serving.options import value_of
+
+HELP = "serve a pruned model with vLLM"
+USAGE = "%(prog)s MODEL -m M.json [--blocks K] [--as-draft] [--dry-run] [any option of vllm serve]"
+EXAMPLES = """\
+examples:
+  sleb-serve serve meta-llama/Llama-2-70b-hf -m llama-70b.json --tensor-parallel-size 2
+  sleb-serve serve ./my-model -m m.json --blocks 4 --port 8001 --max-model-len 4096
+  sleb-serve serve ./my-model -m m.json --dry-run      # print the vLLM command, start nothing
+  sleb-serve serve ./my-model -m m.json --as-draft     # the dense model, drafted for by the pruned
+
+Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
+The server refuses to start rather than serve the dense model.
+"""
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """The command's own options; all others are vLLM's."""
+    parser.usage = USAGE
+    add_removal(parser, required=True)
+    add_blocks(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the vLLM command, start nothing"
+    )
+    parser.add_argument(
+        "--as-draft",
+        action="store_true",
+        help="serve the whole model, with the pruned one drafting for it: the dense model's output",
+    )
+    parser.add_argument(
+        "--draft-tokens", metavar="N", type=int, default=3, help="tokens drafted at a time (3)"
+    )
+
+
+def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Print the command, and become it unless --dry-run is given."""
+    if set(arguments) & {"-h", "--help"}:
+        parser.parse_args(["--help"])
+    model = next(iter(arguments), "-")
+    if model.startswith("-"):
+        raise SlebError("name the model right after `serve`, as vllm serve does")
+    options, rest = parser.parse_known_args(arguments[1:])
+    options.revision = value_of(rest, "--revision")
+    manifest = manifest_of_options(options, model).prefix(options.blocks)
+    if options.as_draft:
+        command = draft_command(model, manifest, rest, options.draft_tokens)
+    else:
+        command = serve_command(model, manifest, rest)
+    pruning = manifest.pruning()
+    if options.dry_run:
+        revision = revision_of(model, manifest, options.revision)
+        check_servable(open_checkpoint(model, revision), pruning.cut)
+    else:
+        check_plugin()
+    role = "draft for the whole model" if options.as_draft else "served"
+    say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}, {role}")
+    print(shlex.join(command), flush=True)
+    environment = plugin_environment()
+    if options.dry_run:
+        for name, value in environment.items():
+            say(f"for GET /sleb/manifest and its metrics, set {name}={value}")
+        return 0
+    os.environ.update(environment)
+    try:
+        # In place of this process: signals and the exit code are vLLM's own.
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise SlebError(
+            f"cannot start {command[0]}: {error.strerror}; is vLLM installed?"
+        ) from error

@@ -1,0 +1,113 @@
+"""``sleb-serve probe`` and ``sleb-serve canary``: questions to servers that run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sleb_serve.cli.arguments import Command, add_blocks, add_json, add_manifest
+from sleb_serve.cli.progress import say
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.serving.canary import CONCURRENCY, canary, read_prompts
+from sleb_serve.serving.client import Client, ServerError
+from sleb_serve.serving.probe import TOLERANCE, NotReadyError, probe
+
+_PROBE_EXAMPLES = """\
+examples:
+  sleb-serve probe http://localhost:8000 -m m.json
+  sleb-serve probe http://localhost:8000 -m m.json --blocks 4
+
+Asks every rank for its manifest, and the model for log-probabilities that `select` stored. Exit
+code: 0 if it is ready, 1 if it is not, 2 if that could not be asked.
+"""
+_CANARY_EXAMPLES = """\
+examples:
+  sleb-serve canary --dense http://localhost:8000 --pruned http://localhost:8001
+  sleb-serve canary --dense http://a:8000 --pruned http://b:8000 --prompts prompts.jsonl \\
+      --requests 200 --max-drift 0.3 --json
+
+Exit code: 0 if both answered and the loss rose by no more than --max-drift, 1 if it rose by more, 2
+if that could not be asked.
+"""
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", metavar="URL", help="of the server, as http://localhost:8000")
+    add_manifest(parser)
+    add_blocks(parser)
+    parser.add_argument(
+        "--tolerance",
+        metavar="NATS",
+        type=float,
+        default=TOLERANCE,
+        help=f"how far golden log-probabilities may be off on average (default: {TOLERANCE})",
+    )
+
+
+def _probe(options: argparse.Namespace) -> int:
+    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    try:
+        found = probe(Client(options.url), manifest, options.tolerance)
+    except (NotReadyError, ServerError) as error:
+        print(f"not ready: {error}", file=sys.stderr)
+        return 1
+    print(found.to_text())
+    return 0
+
+
+def _add_canary(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dense", metavar="URL", required=True)
+    parser.add_argument("--pruned", metavar="URL", required=True)
+    parser.add_argument("--prompts", metavar="FILE", type=Path, help="a line each, or JSON lines")
+    for name, value, text in (
+        ("requests", 16, "prompts"),
+        ("max-tokens", 64, "tokens each"),
+        ("concurrency", CONCURRENCY, "prompts at a time"),
+    ):
+        help_text = f"{text} (default: {value})"
+        parser.add_argument(f"--{name}", metavar="N", type=int, default=value, help=help_text)
+    parser.add_argument(
+        "--max-drift", metavar="NATS", type=float, help="exit code 1 if the loss rises by more"
+    )
+    add_json(parser)
+
+
+def _canary(options: argparse.Namespace) -> int:
+    for name in ("requests", "max_tokens", "concurrency"):
+        if getattr(options, name) < 1:
+            raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
+    prompts = read_prompts(options.prompts, options.requests)
+    dense, pruned = Client(options.dense), Client(options.pruned)
+    with tqdm(total=len(prompts), unit="prompt", leave=False) as bar:
+        drift = canary(
+            dense, pruned, prompts, options.max_tokens, options.concurrency, lambda: bar.update()
+        )
+    print(json.dumps(drift.to_dict(), indent=2) if options.json else drift.to_text())
+    limit = options.max_drift
+    if limit is not None and not drift.loss_drift <= limit:
+        say(f"the loss rose by {drift.loss_drift:.4f} nats a token, more than {limit:g}")
+        return 1
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "probe",
+        "check that a server is ready and serves a manifest's model",
+        _add_probe,
+        _probe,
+        _PROBE_EXAMPLES,
+    ),
+    Command(
+        "canary",
+        "compare a pruned server's answers with a dense one's",
+        _add_canary,
+        _canary,
+        _CANARY_EXAMPLES,
+    ),
+)

@@ -1,0 +1,43 @@
+"""Log-probabilities that a manifest stores, for servers to be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleb_serve.manifest.schema import Golden
+from sleb_serve.models.pruned import blocks_deleted
+
+GOLDEN_TOKENS = 64
+
+
+@torch.inference_mode()
+def golden(
+    model: Any, tokens: Sequence[int], removed: Sequence[int], repair: Mapping[str, Tensor]
+) -> Golden | None:
+    """What the pruned model makes of the first tokens of a text, to know a server by.
+
+    Args:
+        model: the dense model; it is left as it was.
+        tokens: the text.
+        removed: the blocks to leave out.
+        repair: see `blocks_deleted`.
+
+    Returns:
+        None where it cannot be told: a repaired model whose weights are on disk, or no numbers.
+    """
+    if model.get_output_embeddings() is None:
+        return None
+    if repair and any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    prompt = list(tokens[:GOLDEN_TOKENS])
+    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    with blocks_deleted(model, removed, repair):
+        logits = model(ids, use_cache=False).logits[0, :-1].float()
+    scores = logits.log_softmax(-1).gather(1, ids[0, 1:, None].to(logits.device))[:, 0]
+    if not bool(scores.isfinite().all()):
+        return None
+    return Golden(tuple(prompt), tuple(round(float(score), 4) for score in scores))

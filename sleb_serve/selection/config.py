@@ -1,0 +1,131 @@
+"""What a selection is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest.pruning import REPAIRS
+from sleb_serve.manifest.schema import OBJECTIVES
+
+if TYPE_CHECKING:
+    from sleb_serve.data.calibration import Windows
+    from sleb_serve.selection.repair import Gap
+    from sleb_serve.selection.search import Step
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""What a model can be scored in; ``auto`` is the checkpoint's own."""
+
+SEARCHES = ("greedy", "fast")
+"""The official algorithm's result, exactly; or the same with a probability of 95 %."""
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """How `sleb_serve.select` chooses the blocks to remove.
+
+    Attributes:
+        remove: how many blocks (an int), or what share of them (a float below 1, rounded up).
+        calibration: ``wikitext2``, ``c4``, ``python-docs``, or a file of texts or chats (.txt,
+            .jsonl, .jsonl.gz, .parquet).
+        sequences: how many sequences of text; None for all that the rows give, and 8 of a file.
+        sequence_length: tokens a sequence; None for 2,048, or the model's context if shorter.
+        rows: rows of ``wikitext2`` or ``c4``; None for 128, or as many as `sequences` needs.
+        seed: shuffles the rows.
+        early_barrier: blocks at the start that stay (section 3.2 of the paper).
+        late_barrier: blocks at the end that stay.
+        dtype: one of `DTYPES`; ``auto`` computes a 16-bit model in float32 on a CPU without
+            instructions for its dtype.
+        search: one of `SEARCHES`.
+        objective: ``nll``, the loss on the text; ``kl``, the divergence from the dense model's
+            predictions; ``embedding``, the distance of a pooling model's embeddings. None for
+            ``nll``, and ``embedding`` where the model predicts no tokens.
+        seeds: repeats the search on so many samples of the text and records the other results.
+        repair: ``none``, or ``fold``: fit the block before each gap to what is missing.
+        repair_sequences: sequences to fit on; None for `sequences`.
+        memory_budget: bytes; None for four fifths of what is free. Weights that do not fit are
+            read from disk layer by layer.
+        revision: branch, tag or commit of a hub model.
+    """
+
+    remove: int | float
+    calibration: str | Path = "wikitext2"
+    sequences: int | None = None
+    sequence_length: int | None = None
+    rows: int | None = None
+    seed: int = 0
+    early_barrier: int = 1
+    late_barrier: int = 1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    search: Literal["greedy", "fast"] = "greedy"
+    objective: Literal["nll", "kl", "embedding"] | None = None
+    seeds: int = 1
+    repair: Literal["none", "fold"] = "none"
+    repair_sequences: int | None = None
+    memory_budget: int | None = None
+    revision: str | None = None
+
+    def check(self) -> None:
+        """Refuse values that no selection has.
+
+        Raises:
+            SlebError: naming the value and what there is.
+        """
+        for name, known in (
+            ("dtype", DTYPES),
+            ("search", SEARCHES),
+            ("objective", (None, *OBJECTIVES)),
+            ("repair", ("none", *REPAIRS)),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                there = ", ".join(str(entry) for entry in known if entry is not None)
+                raise SlebError(f"{name}={value}: choose one of {there}")
+        if self.seeds < 1:
+            raise SlebError(f"seeds={self.seeds}: at least one sample of the text is needed")
+
+    @property
+    def method(self) -> str:
+        """What the manifest calls the search."""
+        return "sleb" if self.search == "greedy" else f"sleb-{self.search}"
+
+
+class Progress(Protocol):
+    """Told how a selection goes."""
+
+    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
+        """The model and the text are there; these steps need not be computed again."""
+
+    def step_begins(self, number: int, candidates: int, layers: int) -> None:
+        """A step begins: so many candidates, in so many runs of a layer on a sequence's states."""
+
+    def advance(self) -> None:
+        """A layer has been run on the states of one sequence."""
+
+    def step_ended(self, number: int, step: Step) -> None:
+        """A step is finished and logged."""
+
+    def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
+        """The gaps were repaired, and this is the calibration loss with that."""
+
+
+class Silent:
+    """A progress that nobody looks at."""
+
+    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
+        """Nothing."""
+
+    def step_begins(self, number: int, candidates: int, layers: int) -> None:
+        """Nothing."""
+
+    def advance(self) -> None:
+        """Nothing."""
+
+    def step_ended(self, number: int, step: Step) -> None:
+        """Nothing."""
+
+    def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
+        """Nothing."""

@@ -1,0 +1,129 @@
+"""One search on one sample of the text: the model is loaded, scored, and the steps are logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.data.calibration import Windows
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest.schema import ModelBinding, Selection
+from sleb_serve.selection.config import Progress, SelectConfig
+from sleb_serve.selection.distributed import Ranks
+from sleb_serve.selection.log import SearchLog
+from sleb_serve.selection.scorer import Scorer
+from sleb_serve.selection.search import Choices, Scores, Step, greedy, recorded
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every search of a selection has in common.
+
+    Attributes:
+        checkpoint: the model.
+        binding: what the manifest says of it.
+        config: what was asked for.
+        objective: what is measured.
+        count: how many blocks go.
+        among: the only blocks that may.
+        ranks: the processes that share the work.
+        resume: whether an earlier log is gone on with.
+    """
+
+    checkpoint: Checkpoint
+    binding: ModelBinding
+    config: SelectConfig
+    objective: str
+    count: int
+    among: tuple[int, ...]
+    ranks: Ranks
+    resume: bool
+
+    def subject(self, windows: Windows, selection: Selection) -> dict[str, object]:
+        """What determines a search's numbers: its log is of no other."""
+        return {
+            "model": {**asdict(self.binding), "id": None, "block_sha256": None},
+            "calibration": asdict(windows.calibration),
+            "selection": {k: v for k, v in asdict(selection).items() if k != "samples"},
+        }
+
+
+class Search:
+    """A greedy search over one sample of the text.
+
+    Args:
+        task: what is searched.
+        windows: the sample.
+        log: where the steps are recorded; None to keep no record.
+        progress: told how it goes.
+
+    Attributes:
+        choices: the blocks in the order of removal, and their losses.
+        dense_loss: the dense model's.
+        scorer: with the model that was scored.
+        selection: for the manifest.
+    """
+
+    def __init__(self, task: Task, windows: Windows, log: Path | None, progress: Progress) -> None:
+        config = task.config
+        self._progress = progress
+        self.scorer = Scorer(
+            task.checkpoint,
+            windows,
+            task.ranks,
+            dtype=config.dtype,
+            budget=config.memory_budget,
+            steps=task.count,
+            fast=config.search == "fast",
+            objective=task.objective,
+        )
+        self.selection = Selection(
+            method=config.method,
+            early_barrier=config.early_barrier,
+            late_barrier=config.late_barrier,
+            dtype=self.scorer.dtype,
+            objective=task.objective,
+        )
+        writes = task.ranks.index == 0
+        self._log = SearchLog(log, task.subject(windows, self.selection), writes=writes)
+        if task.resume:
+            self._log.resume()
+        else:
+            self._log.start()
+        progress.loaded(windows, self._log.steps, self.scorer.how)
+        self.dense_loss = self._log.dense_loss
+        self._known = {frozenset((*s.removed, s.block)): s.loss for s in self._log.steps}
+        if self._log.steps:
+            # The order in which losses are summed is the dense model's, to the same bits.
+            self.scorer.sweep.loss(())
+        self.choices: Choices = greedy(
+            recorded(self._score, tuple(self._log.steps), self._step_ended),
+            num_blocks=task.checkpoint.num_blocks,
+            remove=task.count,
+            early_barrier=config.early_barrier,
+            late_barrier=config.late_barrier,
+            among=task.among,
+        )
+
+    def _score(self, removed: Sequence[int], candidates: Sequence[int]) -> Scores:
+        number = len(self._log.steps) + 1
+        layers = self.scorer.sweep.layer_count(removed)
+        self._progress.step_begins(number, len(candidates), layers)
+        base = self._known.get(frozenset(removed))
+        scores = self.scorer.score(removed, candidates, base, self._progress.advance)
+        if not removed:
+            self.dense_loss = scores.base
+            if self.dense_loss is None or not math.isfinite(self.dense_loss):
+                raise SlebError(
+                    f"the dense model's loss is {self.dense_loss}: the weights hold NaN or "
+                    f"overflow in {self.scorer.dtype}; try dtype=float32 or check the model"
+                )
+        return scores
+
+    def _step_ended(self, step: Step) -> None:
+        self._known[frozenset((*step.removed, step.block))] = step.loss
+        self._log.append(step, self.dense_loss if not self._log.steps else None)
+        self._progress.step_ended(len(self._log.steps), step)

@@ -1,0 +1,124 @@
+"""The states of a layer sweep: on their way through the layers, and kept for the next step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sleb_serve.models.layerwise import Call
+from sleb_serve.selection.lm_head import Dense, Tally
+from sleb_serve.selection.memory import Plan
+
+BASE = -1
+"""Stands among the candidates for the model with none of them removed."""
+_SNAPSHOTS = 10
+"""Blocks that have snapshots, at most: the one that goes is hardly ever another."""
+
+
+@dataclass
+class Window:
+    """One window: token ids [L], its layers' calls, its rows of the head, its snapshots.
+
+    Attributes:
+        parts: rows of the head, [R] each; the first holds every token to predict.
+        dense: what the dense model predicts, where losses are taken against that.
+        snapshots: states on entering a block with those below it gone: {(block, gone): states}.
+        bases: the base's state on entering a block, the same way.
+    """
+
+    tokens: Tensor
+    calls: list[Call]
+    parts: list[Tensor] = field(default_factory=list)
+    dense: Dense | None = None
+    snapshots: dict[tuple[int, frozenset[int]], dict[int, Tensor]] = field(default_factory=dict)
+    bases: dict[tuple[int, frozenset[int]], Tensor] = field(default_factory=dict)
+    tallies: dict[int, Tally] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> Tensor:
+        """The tokens to predict, [L - 1]."""
+        return self.tokens[1:]
+
+
+@dataclass
+class Work:
+    """A window's states on their way through the layers.
+
+    Attributes:
+        first: the block from which on all go together.
+        there: the states that enter it.
+        late: candidates before it without a state there; they start from the base's.
+        states: what has come up to now.
+    """
+
+    first: int
+    there: dict[int, Tensor]
+    late: frozenset[int]
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+
+def key_of(index: int, gone: frozenset[int]) -> tuple[int, frozenset[int]]:
+    """Where a state is: on entering a block, with those of `gone` below it skipped."""
+    return index, frozenset(block for block in gone if block < index)
+
+
+def from_snapshot(
+    window: Window, gone: frozenset[int], forks: frozenset[int], layers: int
+) -> Work | None:
+    """The states to go on from, where the window has a snapshot; None to start at the embedding."""
+    for index, below in sorted(window.snapshots, key=lambda key: -key[0]):
+        if below != key_of(index, gone)[1]:
+            continue
+        states = window.snapshots[index, below]
+        late = {f for f in forks if f < index} - states.keys()
+        if all(key_of(fork, gone) in window.bases for fork in late):
+            wanted = {BASE, *forks}
+            there = {fork: states[fork] for fork in states if fork in wanted}
+            alive = (i for i in range(index, layers) if i not in gone)
+            return Work(next(alive, layers), there, frozenset(late))
+    return None
+
+
+def snapshot_positions(
+    windows: Sequence[Window],
+    plan: Plan,
+    layers: int,
+    removed: Sequence[int],
+    candidates: Sequence[int],
+    losses: Mapping[int, float],
+) -> tuple[frozenset[int], bool]:
+    """Choose where to take snapshots: at the likeliest candidates, as memory allows.
+
+    Snapshots that are of no more use are dropped.
+
+    Returns:
+        The candidates, and whether there is room for the base's state at every block, too.
+    """
+    gone = frozenset(removed)
+    costs = {c: len(windows) * (i + 1) for i, c in enumerate(candidates)}
+    bases = len(windows) * layers
+    keeps_bases = plan.snapshots >= 2 * bases
+    capacity = plan.snapshots - (bases if keeps_bases else 0)
+    kept: set[int] = set()
+    if losses:
+        free = capacity
+        likely = sorted(candidates, key=lambda c: losses.get(c, math.inf))
+        for block in likely[:_SNAPSHOTS]:
+            if costs[block] <= free:
+                free -= costs[block]
+                kept.add(block)
+    else:
+        # Nothing is known yet: as many as there is room for, evenly spread.
+        strides = (set(candidates[::-stride]) for stride in range(1, len(candidates) + 1))
+        kept = next((c for c in strides if sum(costs[b] for b in c) <= capacity), set())
+    for window in windows:
+        window.snapshots = {
+            key: states
+            for key, states in window.snapshots.items()
+            if key == key_of(key[0], gone) and (key[0] in kept or key[0] in gone)
+        }
+        window.bases = {k: v for k, v in window.bases.items() if k == key_of(k[0], gone)}
+    return frozenset(kept), keeps_bases

@@ -1,0 +1,20 @@
+"""Lists as people write them on a command line."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers, each once, with commas between."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and len(part) < 9 for part in parts) or len(set(parts)) < len(
+        parts
+    ):
+        raise argparse.ArgumentTypeError(f"{text}: give whole numbers, each once, as 0,2,4")
+    return tuple(int(part) for part in parts)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Names with commas between, each once."""
+    return tuple(dict.fromkeys(name for name in text.split(",") if name))
