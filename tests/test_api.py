@@ -88,7 +88,7 @@ def test_errors_name_parameters_and_the_command_line_names_options(
     models: Models, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(SlebError) as caught:
-        select(models("llama"), SelectConfig(**{**vars(CONFIG), **changes}))  # type: ignore[arg-type]
+        select(models("llama"), SelectConfig(**{**vars(CONFIG), **changes}))
     text = str(caught.value)
     assert message in text
     assert re.search(r"(?<!\w)--[a-z]", text) is None
