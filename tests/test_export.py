@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import oracle
-from commands import refused
+from commands import refused, run_with_one_thread
 from conftest import Models
 from engines import PROMPTS, Case, pruning, run_jobs
 from exports import exported, manifest_for
+from forking import run_fork, start_fork
+from memory import measure_memory
 from repairs import manifest_of, repaired
 from sleb_serve.cli.main import main
 from sleb_serve.convert.export import MANIFEST_NAME, export
@@ -150,52 +152,38 @@ def large(tmp_path: Path) -> Path:
     return folder
 
 
-def start_export(source: Path, folder: Path) -> subprocess.Popen[bytes]:
-    manifest_for(source, (1, 4)).write(folder.with_suffix(".json"))
-    command = [sys.executable, "-m", "sleb_serve.cli", "export", str(source)]
-    command += ["-m", str(folder.with_suffix(".json")), "-o", str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def export_arguments(source: Path, folder: Path) -> list[str]:
+    manifest = folder.with_suffix(".json")
+    manifest_for(source, (1, 4)).write(manifest)
+    return ["export", str(source), "-m", str(manifest), "-o", str(folder)]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_holds_less_than_two_shards(large: Path, tmp_path: Path) -> None:
-    manifest_for(large, (1, 4)).write(tmp_path / "m.json")
-    arguments = ["export", str(large), "-m", str(tmp_path / "m.json"), "-o", str(tmp_path / "out")]
-    script = f"""
-from pathlib import Path
-import torch, transformers
-from transformers import AutoConfig, LlamaForCausalLM
-from sleb_serve.cli.main import main
-
-def memory(name):
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(name)))
-
-libraries = memory("VmRSS")
-assert main({arguments!r}) == 0
-print(memory("VmHWM") - libraries)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    arguments = export_arguments(large, tmp_path / "out")
+    log, peak = tmp_path / "log", tmp_path / "peak"
+    code = run_fork(measure_memory, log, ["show", arguments[3]], arguments, peak)
+    assert code == 0, log.read_text()[-3000:]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
-    assert int(done.stdout.split()[-1]) * 1024 < 2 * (96 << 20)
+    assert int(peak.read_text()) < 2 * (96 << 20)
 
 
 def test_an_interrupted_export_leaves_nothing_that_looks_finished(
     large: Path, tmp_path: Path
 ) -> None:
-    process = start_export(large, tmp_path / "out")
+    arguments = export_arguments(large, tmp_path / "out")
+    process = start_fork(run_with_one_thread, tmp_path / "log", arguments)
+    assert process.pid is not None
     while not list(tmp_path.glob(".out.incomplete-*/*.safetensors")):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
     assert not (tmp_path / "out").exists()
     for left in tmp_path.glob(".out.incomplete-*"):
         assert not (left / "config.json").exists()  # the last to be written
         shutil.rmtree(left)
-    process = start_export(large, tmp_path / "out")
-    assert process.wait() == 0
+    assert main(arguments) == 0
     assert (tmp_path / "out" / "config.json").exists()
 
 
