@@ -17,11 +17,6 @@ from forking import end_fork, start_fork
 from sleb_serve.cli.main import main
 
 OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
-SOONER = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-"""Lets a server's engine be a fork, which need not import vLLM again.
-
-Not where the start itself is tested: servers start engines as new processes by themselves.
-"""
 LOCAL = ["--host", "127.0.0.1", "--port"]
 
 
@@ -49,7 +44,7 @@ def run_until_end(
     """
     answered = False
     deadline = time.monotonic() + 300
-    child = start_fork(_become, log, list(command), **{**SOONER, **environment})
+    child = start_fork(_become, log, list(command), **environment)
     try:
         while child.is_alive() and time.monotonic() < deadline:
             with socket.socket() as probe:

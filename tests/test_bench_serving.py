@@ -17,7 +17,6 @@ from conftest import Models
 pytest.importorskip("vllm")
 psutil = pytest.importorskip("psutil")
 
-from running import SOONER  # noqa: E402
 from sleb_bench import run as bench_run  # noqa: E402
 from sleb_bench.run import BenchOptions, bench  # noqa: E402
 from sleb_bench.serving import ServingOptions, cli_options, serve_and_load  # noqa: E402
@@ -84,8 +83,6 @@ def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path
         serving=SERVING,
     )
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SOONER.items():
-            patch.setenv(name, value)
         patch.setattr(bench_run, "serve_and_load", watched)
         with pytest.raises(SlebError, match="the sleb2 server"):
             bench(options, manifest, None, lambda text: None)

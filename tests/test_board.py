@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, Models
-from running import SOONER
 
 sys.path.insert(0, str(ROOT / "deploy"))
 from plot_board import ask, panels
@@ -86,7 +85,7 @@ def watched(
                 if name == "pruned"
                 else server_command(str(path), ["--served-model-name", "llama", *common, str(port)])
             )
-            servers.append(Server(command, port, folder / f"{name}.log", SOONER))
+            servers.append(Server(command, port, folder / f"{name}.log"))
             stack.callback(servers[-1].stop)
         for server in servers:
             server.wait(300)

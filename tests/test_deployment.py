@@ -16,7 +16,6 @@ import oracle
 from conftest import Models
 from engines import NEW_TOKENS, PROMPTS, Case, check_equal, check_greedy, run_jobs
 from exports import manifest_for
-from running import SOONER
 from sleb_bench.server import Server, free_port
 from sleb_serve.protocol import READER_KEY
 
@@ -158,7 +157,7 @@ def test_two_replicas_behind_one_address_serve_the_pruned_model(
     options = "--data-parallel-size 2 --enforce-eager --max-model-len 256 --dtype float32"
     command = [sys.executable, "-m", "sleb_serve.cli", "serve", str(path)]
     command += ["-m", str(tmp_path / "m.json"), *options.split(), "--port", str(port)]
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", **SOONER}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     server = Server(command, port, tmp_path / "server.log", environment)
     try:
         server.wait(300)
