@@ -9,7 +9,8 @@ MODEL ?=
 # Where PyTorch publishes its CPU builds; used only if pip does not find one by itself.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-# Test files run side by side, each with its share of the cores.
+# Test files run side by side, each with its share of the cores. SLEB_TEST_THOROUGH=1 tries
+# properties on twenty times as many inputs.
 JOBS ?= 2
 
 # What `make test-versions` tries.
