@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import re
 import sys
 import tomllib
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from sleb_serve.utils.extras import EXTRAS, missing, missing_extra
+from sleb_serve.utils.extras import EXTRAS, extras_named, install_hint, missing
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = {
@@ -158,11 +159,14 @@ def test_the_command_line_starts_with_the_base_dependencies_alone() -> None:
     assert {distribution(m) for m in imported_at_once("sleb_serve.cli.main")} <= declared(BASE)
 
 
-def test_what_a_missing_extra_is_told() -> None:
-    error = ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
-    # torch is installed here: then another import failed, which is not for an extra to mend.
-    assert missing_extra(error, "select") is None
-    unknown = ModuleNotFoundError("No module named 'sleb_unknown'", name="sleb_unknown")
-    assert missing_extra(unknown, "select") is None
+def test_an_import_that_no_extra_mends_fails_as_it_does() -> None:
+    # torch is installed here, so it is not for want of it that its module is not found.
+    for name in ("torch.sleb_unknown", "sleb_unknown"):
+        with pytest.raises(ModuleNotFoundError), extras_named("select"):
+            importlib.import_module(name)
+
+
+def test_a_module_that_is_not_installed_is_named() -> None:
     assert missing("json", "sleb_unknown", "also_unknown") == "sleb_unknown"
     assert missing("json", "re") is None
+    assert install_hint("vllm") == "pip install 'sleb-serve[cuda]' or pip install 'sleb-serve[cpu]'"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import MappingProxyType
 
@@ -46,17 +47,33 @@ def install_hint(module: str) -> str:
     return " or ".join(f"pip install 'sleb-serve[{extra}]'" for extra in EXTRAS[module])
 
 
-def missing_extra(error: ImportError, what: str) -> MissingExtraError | None:
-    """The error for people where an import failed because an extra is not installed.
+def require(what: str, *modules: str) -> None:
+    """Refuse to begin what would fail at its end, for want of an extra.
+
+    Raises:
+        MissingExtraError: naming the first of the modules that is not installed.
+    """
+    if (module := missing(*modules)) is not None:
+        raise MissingExtraError(f"{what} needs {module}: {install_hint(module)}")
+
+
+@contextmanager
+def extras_named(what: str) -> Iterator[None]:
+    """Turn an import that fails for want of an extra into an error that names the extra.
+
+    Other imports that fail are left as they are: a module of no extra, or one that is installed and
+    fails by itself.
 
     Args:
-        error: what the import raised.
-        what: the command or function that needs the module.
+        what: the command that needs the module.
 
-    Returns:
-        None where the module is not of an extra, or is installed and fails by itself.
+    Raises:
+        MissingExtraError: a module of an extra is not installed.
     """
-    module = (error.name or "").partition(".")[0]
-    if module not in EXTRAS or missing(module) is None:
-        return None
-    return MissingExtraError(f"{what} needs {module}: {install_hint(module)}")
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module in EXTRAS:
+            require(what, module)
+        raise
