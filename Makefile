@@ -81,12 +81,13 @@ $(VENV)-deploy/.installed: requirements/deploy.lock
 
 # Resolve the versions again; needs uv.
 lock:
-	uv pip compile requirements/deploy.in --universal --python-version 3.11 --no-annotate --quiet \
-	  --custom-compile-command 'make lock' --output-file requirements/deploy.lock
 	uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra dev \
 	  --universal --python-version 3.11 --index-strategy unsafe-best-match --no-annotate --quiet \
 	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
 	  --custom-compile-command 'make lock' --output-file requirements/cpu.lock
+	uv pip compile requirements/deploy.in --constraint requirements/cpu.lock --universal \
+	  --python-version 3.11 --index-strategy unsafe-best-match --no-annotate --quiet \
+	  --custom-compile-command 'make lock' --output-file requirements/deploy.lock
 
 clean:
 	rm -rf $(VENV) $(VENV)-deploy $(CACHE)
