@@ -13,6 +13,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # properties on twenty times as many inputs.
 JOBS ?= 2
 
+# A part of the test files, for machines that share them: PART=2/4 is the second of four parts.
+PART ?= 1/1
+
 # What `make test-versions` tries.
 VERSIONS ?= 0.27.0 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
@@ -20,7 +23,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements/cpu.lock)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all test-versions lint install lock clean
+.PHONY: demo test test-slow test-all test-versions lint lint-deploy install lock clean
 
 install: $(STAMP)
 
@@ -46,7 +49,8 @@ test: SPEED := not slow
 test-slow: SPEED := slow
 test test-slow: $(STAMP)
 	SLEB_TEST_MODEL_FOLDER=$(CACHE)/demo $(BIN)/python -m pytest -m '$(SPEED)' \
-	  -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	  -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  $$(ls tests/test_*.py | awk -v part=$(PART) 'split(part, p, "/") && NR % p[2] == p[1] % p[2]')
 
 test-all: $(STAMP)
 	$(BIN)/python tests/matrix.py benchmarks/records/architectures.jsonl
@@ -62,12 +66,29 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Dockerfile, compose, Kubernetes and workflow files. Needs a network: the tools come by themselves.
+lint-deploy: $(VENV)-deploy/.installed
+	$(VENV)-deploy/bin/hadolint Dockerfile
+	$(VENV)-deploy/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+	$(VENV)-deploy/bin/check-jsonschema --builtin-schema vendor.github-workflows \
+	  .github/workflows/*.yml
+	$(VENV)-deploy/bin/kubernetes-validate --strict \
+	  $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.yaml))
+
+$(VENV)-deploy/.installed: requirements/deploy.lock
+	$(PYTHON) -m venv $(VENV)-deploy
+	$(VENV)-deploy/bin/pip install --progress-bar off --no-deps -r requirements/deploy.lock
+	touch $@
+
 # Resolve the versions again; needs uv.
 lock:
-	uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra eval --extra dev \
+	uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra dev \
 	  --universal --python-version 3.11 --index-strategy unsafe-best-match --no-annotate --quiet \
 	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
 	  --custom-compile-command 'make lock' --output-file requirements/cpu.lock
+	uv pip compile requirements/deploy.in --constraint requirements/cpu.lock --universal \
+	  --python-version 3.11 --index-strategy unsafe-best-match --no-annotate --quiet \
+	  --custom-compile-command 'make lock' --output-file requirements/deploy.lock
 
 clean:
-	rm -rf $(VENV) $(CACHE)
+	rm -rf $(VENV) $(VENV)-deploy $(CACHE)

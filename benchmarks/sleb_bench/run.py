@@ -36,6 +36,7 @@ from sleb_serve.roofline.workload import Prompts, Workload
 from sleb_serve.serving.command import check_plugin
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import write_atomically
+from sleb_serve.utils.extras import require
 
 _LOSS_WINDOW = 512
 Say = Callable[[str], None]
@@ -101,6 +102,7 @@ def bench(
             anything was measured by then, the report is there and says so.
     """
     options.check()
+    require("bench", "matplotlib", "prometheus_client")
     if counts is not None and 0 in counts:
         raise SlebError("blocks=0: the dense model is always measured; leave 0 out")
     own = strict_json.any_object(strict_json.load(options.engine_args.encode()), "--engine-args")

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from prometheus_client.parser import text_string_to_metric_families
+from typing import TYPE_CHECKING, Any
 
 from sleb_bench.load import LoadError, LoadGenerator
 from sleb_bench.server import Server, free_port
@@ -19,6 +17,9 @@ from sleb_bench.variants import DENSE, Variant
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.errors import SlebError
 from sleb_serve.serving.command import server_command
+
+if TYPE_CHECKING:
+    from prometheus_client.samples import Sample
 
 INF = float("inf")
 LADDER = (0.25, 0.5, 0.8, 1.1)
@@ -309,28 +310,30 @@ def cli_options(arguments: Mapping[str, Any]) -> list[str]:
     return options
 
 
-def _metrics(server: Server) -> str:
+def _samples(server: Server) -> Iterator[Sample]:
+    """What the server's metrics hold now."""
+    from prometheus_client.parser import text_string_to_metric_families
+
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=_ANSWER_TIMEOUT) as reply:
         text: str = reply.read().decode()
-    return text
+    for family in text_string_to_metric_families(text):
+        yield from family.samples
 
 
 def _prefix_cache(server: Server) -> tuple[float, float]:
     """Tokens found in the prefix cache and tokens looked up, since the server's start."""
     totals = {"vllm:prefix_cache_hits_total": 0.0, "vllm:prefix_cache_queries_total": 0.0}
-    for family in text_string_to_metric_families(_metrics(server)):
-        for sample in family.samples:
-            if sample.name in totals:
-                totals[sample.name] += sample.value
+    for sample in _samples(server):
+        if sample.name in totals:
+            totals[sample.name] += sample.value
     hits, queries = totals.values()
     return hits, queries
 
 
 def _cache_blocks(server: Server) -> int | None:
     """The KV cache's blocks, as the server says in its metrics."""
-    for family in text_string_to_metric_families(_metrics(server)):
-        for sample in family.samples:
-            count = sample.labels.get("num_gpu_blocks", "")
-            if sample.name.startswith("vllm:cache_config_info") and count.isdecimal():
-                return int(count)
+    for sample in _samples(server):
+        count = sample.labels.get("num_gpu_blocks", "")
+        if sample.name.startswith("vllm:cache_config_info") and count.isdecimal():
+            return int(count)
     return None

@@ -23,6 +23,7 @@ from sleb_serve.evaluation.picture import draw
 from sleb_serve.evaluation.report import evaluation_table
 from sleb_serve.selection.config import DTYPES
 from sleb_serve.utils import strict_json
+from sleb_serve.utils.extras import require
 from sleb_serve.utils.lists import words
 
 _EXAMPLES = """\
@@ -107,6 +108,8 @@ def _run(options: argparse.Namespace) -> int:
         engine_args=strict_json.any_object(engine, "--engine-args"),
         **{name: getattr(options, name) for name in names},
     )
+    if options.output is not None and len(options.blocks or ()) > 1:
+        require("eval", "matplotlib")  # before the hours, not for the picture at their end
     report = evaluate(
         options.model,
         manifest,

@@ -13,6 +13,7 @@ from sleb_serve import __version__
 from sleb_serve.cli import bench, convert, evaluate, inspect, select, serve, watch
 from sleb_serve.cli.arguments import Parser
 from sleb_serve.errors import SlebError
+from sleb_serve.utils.extras import extras_named
 
 COMMANDS = (
     *select.COMMANDS,
@@ -36,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A terminal that cannot show a bar must not lose the table beside it.
             stream.reconfigure(errors="replace")
     parser, serve_parser = parsers()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(parser, serve_parser, list(sys.argv[1:] if arguments is None else arguments))
+        with extras_named(next(iter(arguments), "sleb-serve")):
+            return _run(parser, serve_parser, arguments)
     except SlebError as error:
         print(f"sleb-serve: error: {as_options(str(error), parser)}", file=sys.stderr)
         return 2

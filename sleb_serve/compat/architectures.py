@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sleb_serve.errors import SlebError
+from sleb_serve.utils.extras import COMPARES, install_hint, missing
 
 UNLISTED = "it is not in the support matrix of this release"
 
@@ -62,12 +63,28 @@ def check_known(architecture: str) -> None:
     Raises:
         SlebError: it is not listed.
     """
-    if status(architecture)[1] == UNLISTED:
+    if status(architecture)[1] != UNLISTED:
+        return
+    lacks = missing(*COMPARES)
+    if lacks is not None:
         raise SlebError(
-            f"{architecture} is neither in the support matrix of this release nor known to the "
-            f"Transformers installed here, so nothing shows that its layers keep what they "
-            f"compute; upgrade transformers or sleb-serve, or serve the dense model"
+            f"{architecture} is not in the support matrix of this release, and without {lacks} its "
+            f"layers cannot be compared here; {install_hint(lacks)}, or serve the dense model"
         )
+    raise SlebError(
+        f"{architecture} is neither in the support matrix of this release nor known to the "
+        f"Transformers installed here, so nothing shows that its layers keep what they "
+        f"compute; upgrade transformers or sleb-serve, or serve the dense model"
+    )
+
+
+def config_says_all(architecture: str) -> bool:
+    """Whether config.json says of each layer whatever its position alone does not change.
+
+    Measured with Transformers, which derives nothing of these by a layer's number: so the shorter
+    model's config can be written without it. See tests/says_all.py.
+    """
+    return architecture in _data()["config_says_all"]
 
 
 @functools.cache

@@ -196,8 +196,8 @@ class Cut:
         for old, new in self.places.items():
             if (old - new) % period:
                 raise SlebError(
-                    f"{key} makes every {period}th layer another kind, which cannot be expressed once "
-                    f"layer {old} is number {new}; {INSTEAD}"
+                    f"{key} makes every {period}th layer another kind, which cannot be expressed "
+                    f"once layer {old} is number {new}; {INSTEAD}"
                 )
 
     def _sparse_step(self, values: Mapping[str, Any]) -> dict[str, Any]:

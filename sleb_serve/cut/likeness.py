@@ -23,6 +23,7 @@ from sleb_serve.cut.errors import INSTEAD
 from sleb_serve.cut.fed import check_entries, cut_entries
 from sleb_serve.cut.keys import BY_LAYER, FROM_ONE, LAST_LAYERS, SLICED
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.utils.extras import COMPARES, install_hint, missing
 
 _COUNT = re.compile(r"\b(num_hidden_layers|num_layers)\b")
 _OF_SHARING = frozenset(("store_full_length_kv",))
@@ -32,16 +33,28 @@ _OF_SHARING = frozenset(("store_full_length_kv",))
 def transformers_config(model: str | Path, **options: Any) -> Any:
     """A model's config as Transformers loads it; None where Transformers does not know the model.
 
+    None, too, where Transformers is not installed: see `not_compared`.
+
     Args:
         model: folder or hub id.
         options: of ``AutoConfig.from_pretrained``, as ``revision``.
     """
+    if missing("transformers"):
+        return None
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(model), **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return None
+
+
+def not_compared() -> str:
+    """Why `check_likeness` did not compare the layers that stay, and what helps."""
+    lacks = missing(*COMPARES)
+    if lacks is None:
+        return "Transformers does not know the model, so they were not compared with the dense"
+    return f"not compared with the dense model's without {lacks}: {install_hint(lacks)}"
 
 
 def decoder_of(config: Any) -> Any:
@@ -104,13 +117,15 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
         cut: which layers go.
 
     Returns:
-        False where Transformers has no such class, or cannot build the dense model, so that
-        nothing could be compared.
+        False where Transformers has no such class, or cannot build the dense model, or torch is
+        not installed, so that nothing could be compared.
 
     Raises:
         SlebError: a layer that stays would not be as it is in the dense model; the message names
             the attribute.
     """
+    if missing("torch"):
+        return False
     import transformers
 
     kind = getattr(transformers, architecture, None)

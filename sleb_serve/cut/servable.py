@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +17,15 @@ from typing import Any
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.decoder import COUNT_KEYS, decoder_path
-from sleb_serve.compat.architectures import check_known
+from sleb_serve.compat.architectures import check_known, config_says_all
 from sleb_serve.cut.config import Cut
-from sleb_serve.cut.likeness import apply, check_likeness, transformers_config
+from sleb_serve.cut.likeness import apply, check_likeness, not_compared, transformers_config
+from sleb_serve.cut.whole import cut_config
 from sleb_serve.cut.written import written_config
 from sleb_serve.errors import SlebError
+from sleb_serve.utils.extras import MissingExtraError, install_hint, missing
+
+_LOG = logging.getLogger(__name__)
 
 VLLM_PERIODS: Mapping[str, int | str] = MappingProxyType(
     {
@@ -35,11 +40,19 @@ be told."""
 
 
 def check_servable(checkpoint: Checkpoint, cut: Cut) -> bool:
+    """As `compare_layers`; where nothing was compared, a warning in the log says so."""
+    compared = compare_layers(checkpoint, cut)
+    if not compared:
+        _warn()
+    return compared
+
+
+def compare_layers(checkpoint: Checkpoint, cut: Cut) -> bool:
     """Refuse what cannot be served with fewer layers, before any GPU is booked.
 
     Returns:
         Whether the layers that stay were compared with the dense model's; not where Transformers
-        does not know the model.
+        does not know the model, or is not installed.
 
     Raises:
         SlebError: naming the config's key, or the layer's attribute.
@@ -70,8 +83,12 @@ def exported_config(checkpoint: Checkpoint, cut: Cut, *, for_vllm: bool = True) 
 
     Raises:
         SlebError: config.json cannot say it, or Transformers would not read it so.
+        MissingExtraError: config.json leaves to Transformers, which is not installed, what a layer
+            is by its position.
     """
     dense = transformers_config(checkpoint.path)
+    if missing("transformers") and not config_says_all(checkpoint.architecture):
+        raise _needs_transformers(checkpoint, "may leave the kind of a layer to its position")
     config = written_config(checkpoint, cut, None if dense is None else dense.to_dict())
     if for_vllm:
         _check_periods(checkpoint, cut)
@@ -95,6 +112,10 @@ def check_countable(checkpoint: Checkpoint, cut: Cut) -> None:
     for key in path:
         values = values[key]
     values.update({key: len(cut.kept) for key in COUNT_KEYS if values.get(key) == cut.num_blocks})
+    if missing("transformers") and not (
+        config_says_all(checkpoint.architecture) and config == cut_config(checkpoint.config, cut)
+    ):
+        raise _needs_transformers(checkpoint, "says more of its layers than their number")
     _check_written(checkpoint, cut, transformers_config(checkpoint.path), config)
 
 
@@ -102,6 +123,7 @@ def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping
     """Hold what Transformers makes of a written config against the dense model."""
     if dense is None:
         check_known(checkpoint.architecture)
+        _warn()
         return
     with tempfile.TemporaryDirectory(prefix="sleb-serve-") as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -114,10 +136,22 @@ def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping
     try:
         if not check_likeness(dense, short, checkpoint.architecture, cut):
             check_known(checkpoint.architecture)
+            _warn()
     except SlebError as error:
         raise SlebError(
             f"{checkpoint.path} cannot be written so: {error}; or serve it with sleb-serve serve"
         ) from None
+
+
+def _warn() -> None:
+    _LOG.warning("layers that stay: %s", not_compared())
+
+
+def _needs_transformers(checkpoint: Checkpoint, why: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"{checkpoint.path}: the config of {checkpoint.architecture} {why}, so writing the shorter "
+        f"model needs transformers: {install_hint('transformers')}"
+    )
 
 
 def _check_periods(checkpoint: Checkpoint, cut: Cut) -> None:

@@ -169,9 +169,7 @@ class _VllmJudge:
         try:
             return self._pool.submit(work, self._arguments, str(self._log), *values).result()
         except BrokenProcessPool as error:
-            raise SlebError(f"the engine process died; see its log: {self._log}") from (
-                error
-            )
+            raise SlebError(f"the engine process died; see its log: {self._log}") from error
         except SlebError:
             raise
         except Exception as error:

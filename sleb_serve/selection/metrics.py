@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-
 from sleb_serve.data.calibration import Windows
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.selection.search import Step
 
 if TYPE_CHECKING:
+    from prometheus_client import Counter, Gauge
+
     from sleb_serve.selection.config import Progress
     from sleb_serve.selection.repair import Gap
 
@@ -29,6 +29,8 @@ class SearchMetrics:
     """
 
     def __init__(self, shown: Progress, port: int) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
         self._shown = shown
         self._registry = CollectorRegistry()
 

@@ -27,6 +27,7 @@ from sleb_serve.protocol import (
 )
 from sleb_serve.serving.options import take_formats, take_overrides, value_of, with_reader
 from sleb_serve.serving.speculative import draft_options
+from sleb_serve.utils.extras import require
 
 _ENDPOINTS = "vllm.endpoint_plugins"
 _MODEL = re.compile(r"--model(=.*)?\Z", re.DOTALL)
@@ -93,12 +94,9 @@ def check_plugin() -> None:
     vLLM itself would refuse the architecture's name later; this says why, and sooner.
 
     Raises:
-        SlebError: vLLM or the plugin is not installed, or ``VLLM_PLUGINS`` leaves the plugin out.
+        SlebError: the plugin or vLLM is not installed, or ``VLLM_PLUGINS`` leaves the plugin out.
     """
-    if find_spec("vllm") is None:
-        raise SlebError(
-            "vLLM is not installed; pip install 'sleb-serve[cuda]' or 'sleb-serve[cpu]'"
-        )
+    require("a pruned model's server", "vllm")
     if ENTRY_POINT not in entry_points(group="vllm.general_plugins").names:
         raise SlebError(
             f"vLLM would not find the plugin {ENTRY_POINT}: sleb-serve is not installed as a "

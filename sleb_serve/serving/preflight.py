@@ -10,7 +10,8 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.compat.architectures import status, why_refused
 from sleb_serve.compat.vllm_versions import vllm_version
-from sleb_serve.cut.servable import check_servable
+from sleb_serve.cut.likeness import not_compared
+from sleb_serve.cut.servable import compare_layers
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import check_model, compare_weights, revision_of
 from sleb_serve.manifest.pruning import Pruning
@@ -141,12 +142,11 @@ def _architecture(name: str) -> Finding:
 def _layers(checkpoint: Checkpoint, pruning: Pruning) -> Finding:
     """Whether the layers that stay are as they are in the dense model."""
     try:
-        compared = check_servable(checkpoint, pruning.cut)
+        compared = compare_layers(checkpoint, pruning.cut)
     except SlebError as error:
         return Finding("layers", FAILED, str(error))
     if not compared:
-        detail = "Transformers does not know the model, so they were not compared with the dense"
-        return Finding("layers", WARNING, detail)
+        return Finding("layers", WARNING, not_compared())
     return Finding("layers", OK, "those that stay are as in the dense model")
 
 

@@ -1,1 +1,1 @@
-"""What has nothing to do with models: strict JSON, files written whole."""
+"""What has nothing to do with models: strict JSON, files written whole, extras."""

@@ -138,9 +138,7 @@ def line(value: object, where: str) -> str:
 def sha256(value: object, where: str) -> str:
     """A SHA-256 digest in lower-case hexadecimal."""
     if not isinstance(value, str) or not _SHA256.match(value):
-        raise SlebError(
-            f"{where} must be 64 lower-case hexadecimal digits, found {short(value)}"
-        )
+        raise SlebError(f"{where} must be 64 lower-case hexadecimal digits, found {short(value)}")
     return value
 
 
@@ -150,9 +148,7 @@ def integer(value: object, where: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise SlebError(f"{where} must be a whole number, found {short(value)}")
     if not low <= value <= high:
-        raise SlebError(
-            f"{where} must be between {low} and {high}, found {short(value)}"
-        )
+        raise SlebError(f"{where} must be between {low} and {high}, found {short(value)}")
     return value
 
 
