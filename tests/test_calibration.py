@@ -107,7 +107,7 @@ def test_held_out_windows_do_not_overlap_the_calibration() -> None:
         ("t.txt", b"", {}, "is empty"),
         ("t.txt", b" \n\n ", {}, "is empty"),
         ("t.txt", b"short", {}, "has 5 tokens, less than one sequence of 100"),
-        ("t.txt", b"x" * 250, {}, "gives 2 windows of 100 tokens, 3 were asked for"),
+        ("t.txt", b"x" * 250, {}, "gives 2 sequences of 100 tokens, 3 were asked for"),
         ("t.txt", b"\xff\xfe\x00", {}, "not UTF-8"),
         ("t.txt", None, {}, "cannot read"),
         ("t.csv", b"a,b", {}, "unknown text"),
@@ -128,7 +128,7 @@ def test_held_out_windows_do_not_overlap_the_calibration() -> None:
         ),
         ("t.parquet", b"plain", {}, "cannot read"),
         ("t.txt", b"x" * 999, {"sequence_length": 1}, "at least 2 tokens"),
-        ("t.txt", b"x" * 999, {"sequences": 0}, "at least one window"),
+        ("t.txt", b"x" * 999, {"sequences": 0}, "at least one sequence"),
         ("t.txt", b"x" * 999, {"rows": 5}, "has no rows"),
     ],
 )

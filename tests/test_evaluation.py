@@ -153,7 +153,7 @@ def test_what_cannot_be_judged_is_refused(
         (["--tasks", "no_such_task"], "lm-eval has no task no_such_task"),
         (["--perplexity", str(picture)], "is not UTF-8"),
         (["--perplexity", "nowhere.txt"], "cannot read text nowhere.txt"),
-        (["--perplexity", str(text), "--sequence-length", "90000"], "less than one window"),
+        (["--perplexity", str(text), "--sequence-length", "90000"], "less than one sequence"),
         (["--perplexity", str(text), "--sequence-length", "1"], "at least 2 tokens"),
         (["-m", str(other), "--perplexity", str(text)], "the manifest is for another model"),
         (["--blocks", "2"], "which blocks?"),

@@ -87,7 +87,7 @@ def test_what_cannot_be_folded_is_refused(models: Models) -> None:
         fitted(models("llama"), (0, 4))
     windows = random_windows(3, 48)
     model = CausalLM(load_model(open_checkpoint(str(models("llama"))), "float32"), windows[0])
-    with pytest.raises(SlebError, match="at least 4 windows"):
+    with pytest.raises(SlebError, match="at least 4 sequences"):
         fit(model, windows, [2])
 
 
