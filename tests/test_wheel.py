@@ -110,8 +110,8 @@ class Laptop:
 def laptop(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Laptop:
     folder = tmp_path_factory.mktemp("laptop") / "venv"
     done([sys.executable, "-m", "venv", "--without-pip", folder])
-    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
-    install = [*pip, "install", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
+    install: list[str | Path] = [*pip, "install", "--quiet", "--disable-pip-version-check"]
     if run([*install, "--dry-run", "--no-deps", "--retries", "0", "tqdm"]).returncode:
         pytest.skip("pip reaches no package index")
     (wheel,) = built.glob("*.whl")
