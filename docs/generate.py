@@ -63,7 +63,7 @@ def command_line() -> str:
     lines += [f"| [`{name}`](#{name}) | {_plain(text)} |" for name, text in helps.items()]
     for name, command in commands.choices.items():
         lines += ["", f"## {name}", "", _sentence(helps[name]), ""]
-        lines += ["```sh", _usage(command), "```", ""]
+        lines += ["```text", _usage(command), "```", ""]
         lines += _options(command)
         lines += _epilog(command.epilog or "")
     return "\n".join(lines)
@@ -89,11 +89,9 @@ def _usage(command: argparse.ArgumentParser) -> str:
 def _options(command: argparse.ArgumentParser) -> Iterator[str]:
     for group in command._action_groups:
         actions = [a for a in group._group_actions if not isinstance(a, argparse._HelpAction)]
-        if not actions:
-            continue
         title = group.title or ""
-        if title not in ("options", "positional arguments"):
-            yield from (f"**{title[0].upper()}{title[1:]}**", "")
+        if actions and title not in ("options", "positional arguments"):
+            yield from ("", f"**{title[0].upper()}{title[1:]}**", "")
         for action in actions:
             names = action.option_strings or [""]
             value = "" if action.nargs == 0 else _value(action)
@@ -101,7 +99,7 @@ def _options(command: argparse.ArgumentParser) -> Iterator[str]:
             needed = " (required)" if action.required and action.option_strings else ""
             text = (action.help or "") % {**vars(action), "prog": command.prog}
             yield f"- `{spelled}`{needed}" + (f": {_plain(text)}" if text else "")
-        yield ""
+    yield ""
 
 
 def _value(action: argparse.Action) -> str:
@@ -219,9 +217,10 @@ def proofs() -> str:
         mean = " (mean)" if any(record["dtype"] != "float32" for record in records) else ""
         equal = all(run["greedy"] for run in runs)
         pooled = records[0]["kind"] == "pooling"
+        worst = max(run["difference"] for run in runs)
         dense = max(record["dense"]["difference"] for record in records)
         rows.append(
-            f"| {name} | {records[0]['kind']} | {dense:.0e}{mean} | {max(run["difference"] for run in runs):.0e}{mean} | "
+            f"| {name} | {records[0]['kind']} | {dense:.0e}{mean} | {worst:.0e}{mean} | "
             f"{'' if pooled else 'equal' if equal else 'differs'} |"
         )
     return "\n".join(rows)
@@ -235,11 +234,11 @@ def vllm_versions() -> str:
     known = ledger()
     tested: dict[str, dict[str, str]] = known["fingerprints"]
     versions = list(tested)
-    lines = [f"Tested: {' and '.join(versions)}.", "", "| symbol of vLLM | used for | source |"]
-    lines.append("|---|---|---|")
+    lines = [f"Tested versions: {', '.join(versions)}.", ""]
+    lines += ["| symbol of vLLM | used for | source in the tested versions |", "|---|---|---|"]
     for symbol, why in known["symbols"].items():
-        same = len({tested[version][symbol] for version in versions}) == 1
-        state = f"equal in {' and '.join(versions)}" if same else "differs"
+        forms = len({tested[version][symbol] for version in versions})
+        state = "the same in all" if forms == 1 else f"{forms} forms"
         lines.append(f"| `{symbol}` | {_plain(why)} | {state} |")
     return "\n".join(lines)
 
@@ -301,18 +300,12 @@ def show() -> str:
     return f"```text\n{describe(manifest)}\n```"
 
 
-def python_script() -> str:
-    """The script that goes from a model to a server in Python."""
-    return f"```python\n{(DOCS / 'python_api.py').read_text(encoding='utf-8').strip()}\n```"
-
-
 PARTS: Mapping[str, Callable[[], str]] = {
     "architecture-counts": architecture_counts,
     "architectures": architectures,
     "command-line": command_line,
     "manifest-keys": manifest_keys,
     "proofs": proofs,
-    "python-script": python_script,
     "show": show,
     "touched": touched,
     "tree": tree,

@@ -52,7 +52,8 @@ def _outside(page: str, target: str) -> Path | None:
 
 def _uri(path: Path) -> str:
     """Where the copy lies in the site. Markdown is shown as text: its links lead elsewhere."""
-    name = f"repository/{path.relative_to(ROOT).as_posix()}"
+    # mkdocs leaves out names that begin with a dot.
+    name = f"repository/{path.relative_to(ROOT).as_posix().lstrip('.')}"
     if path.is_dir():
         return f"{name}/index.html"
     return f"{name}.txt" if path.suffix in (".md", ".py") or not path.suffix else name
