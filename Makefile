@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements/cpu.lock)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all test-versions lint lint-deploy install lock clean
+.PHONY: demo test test-slow test-all test-versions lint lint-deploy docs install lock clean
 
 install: $(STAMP)
 
@@ -79,6 +79,13 @@ $(VENV)-deploy/.installed: requirements/deploy.lock
 	$(PYTHON) -m venv $(VENV)-deploy
 	$(VENV)-deploy/bin/pip install --progress-bar off --no-deps -r requirements/deploy.lock
 	touch $@
+
+# The generated parts of the pages, and the site in build/site; any warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -c 'import material, mkdocstrings_handlers.python' || \
+	  $(BIN)/pip install --progress-bar off --no-build-isolation -e '.[docs]'
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --clean
 
 # Resolve the versions again; needs uv.
 lock:

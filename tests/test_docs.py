@@ -1,0 +1,316 @@
+"""The documentation: generated parts, links, the tree, and the manifest's JSON Schema."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from sleb_serve.cli.main import COMMANDS
+from sleb_serve.errors import SlebError
+from sleb_serve.manifest.pruning import REPAIRS
+from sleb_serve.manifest.reader import parse_manifest
+from sleb_serve.manifest.schema import OBJECTIVES
+from test_manifest import SHA, example
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(DOCS.rglob("*.md"))]
+SCHEMA = json.loads((DOCS / "reference" / "manifest.schema.json").read_text(encoding="utf-8"))
+
+
+def prose(path: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+# Generated parts
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict[Path, str]:
+    """Each page with generated parts, as docs/generate.py would write it."""
+    found: dict[Path, str] = runpy.run_path(str(DOCS / "generate.py"))["pages"]()
+    return found
+
+
+def test_the_committed_pages_are_those_that_the_script_writes(generated: dict[Path, str]) -> None:
+    marked = {page for page in PAGES if "<!-- generated: " in page.read_text(encoding="utf-8")}
+    assert set(generated) == marked
+    stale = [
+        page.relative_to(ROOT).as_posix()
+        for page, text in generated.items()
+        if page.read_text(encoding="utf-8") != text
+    ]
+    assert not stale, f"run `python docs/generate.py`: {stale} would change"
+
+
+def test_every_option_of_every_command_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    from sleb_serve.cli.main import main
+
+    page = (DOCS / "reference" / "cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", page, flags=re.M | re.S))
+    names = [*(command.name for command in COMMANDS), "serve"]
+    assert set(sections) == {*names, "lm-eval"}
+    for name in names:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        # As argparse prints them: an option begins its line, or stands after a comma.
+        options = re.findall(r"(?:^  |, )(--?[a-zA-Z][\w-]*)", capsys.readouterr().out, flags=re.M)
+        assert len(options) > 1
+        for option in set(options) - {"-h", "--help"}:
+            assert re.search(rf"`[^`\n]*(?<![\w-]){option}(?![\w-])", sections[name]), option
+
+
+# Links
+
+
+def links() -> Iterator[tuple[Path, str]]:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^()\s]+)\)", prose(page)):
+            if not re.match(r"[a-z]+:", target):
+                yield page, target
+
+
+def anchors(page: Path) -> set[str]:
+    """The ids of a page's headings, as mkdocs and code hosts make them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), flags=re.M)
+    plain = (re.sub(r"[^\w\s-]", "", title.replace("\\", "")).strip().lower() for title in titles)
+    return {re.sub(r"[-\s]+", "-", title) for title in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_inside_the_repository_resolves(page: Path) -> None:
+    broken = []
+    for source, target in links():
+        if source != page:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        there = file.exists() and file.is_relative_to(ROOT)
+        if not there or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+def test_links_are_found_and_every_page_is_in_the_navigation() -> None:
+    assert len(list(links())) > 100
+    listed = set(re.findall(r"- ([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert listed == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+
+
+def test_the_readme_is_short_and_names_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    for command in ("demo", "test"):
+        assert f"\nmake {command} " in text
+        assert re.search(rf"^{command}\b.*:", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+# The tree
+
+
+def test_the_tree_names_every_package_and_only_what_is_there() -> None:
+    page = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"generated: tree -->\s*```text\n(.*?)```", page, flags=re.S)
+    named = {line.split()[0].rstrip("/") for line in block.splitlines()}
+    assert not [name for name in named if not (ROOT / name).exists()]
+    packages = {
+        file.parent.relative_to(ROOT).as_posix()
+        for base in ("sleb_serve", "plugins", "benchmarks")
+        for file in (ROOT / base).rglob("__init__.py")
+    }
+    folders = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "benchmarks").iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    }
+    assert packages | folders <= named
+
+
+# The manifest's schema
+
+
+def schema_refuses(value: Any) -> bool:
+    jsonschema = pytest.importorskip("jsonschema")
+    return not jsonschema.Draft202012Validator(SCHEMA).is_valid(value)
+
+
+def reader_says(value: Any) -> str | None:
+    """Why the reader refuses a manifest; None if it does not."""
+    try:
+        parse_manifest(json.dumps(value).encode())
+    except SlebError as error:
+        return str(error)
+    return None
+
+
+BEYOND_A_SCHEMA = re.compile(
+    r"names (block \d+ twice|all \d+ blocks)"
+    r"|block must be between 0 and|samples\[\d+\]\[\d+\] must be between 0 and"
+    r"|but exp\(loss\) is"
+    r"|digests for \d+ blocks"
+    r"|one log-probability for each token"
+    r"|_barrier must be between 0 and"
+    r"|must be a whole number, found -?\d"
+    r"|must be a line of text, found '"
+    r"|lone surrogate|nested too deeply|out of range"
+)
+"""What the manual names as refused by the reader alone: relations between values, and spelling."""
+
+RECORDS = [
+    path
+    for path in sorted((ROOT / "benchmarks" / "records").rglob("*.json"))
+    if "schema_version" in json.loads(path.read_text(encoding="utf-8"))
+]
+
+
+def full() -> dict[str, Any]:
+    """A manifest with every key that there is."""
+    value = example()
+    value["model"]["block_sha256"] = [SHA] * 30
+    value["calibration"]["rows"] = 128
+    value["selection"] |= {"objective": "nll", "samples": [[3, 14], [3, 20]]}
+    value["repair"] = {
+        "kind": "fold",
+        "file": "m.json.repair.safetensors",
+        "sha256": SHA,
+        "sequences": 8,
+        "loss": 3.1,
+    }
+    value["golden"] = {"tokens": [1, 2, 3], "logprobs": [-1.0, -2.5]}
+    return value
+
+
+def test_the_schema_is_one_and_knows_what_the_reader_knows() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert tuple(SCHEMA["properties"]["repair"]["properties"]["kind"]["enum"]) == REPAIRS
+    objective = SCHEMA["properties"]["selection"]["properties"]["objective"]
+    assert tuple(objective["enum"]) == OBJECTIVES
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
+def test_recorded_manifests_validate(path: Path) -> None:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    assert reader_says(value) is None
+    assert not schema_refuses(value)
+
+
+def test_manifests_of_the_tests_validate() -> None:
+    assert len(RECORDS) >= 2
+    for value in (example(), full()):
+        assert reader_says(value) is None
+        assert not schema_refuses(value)
+        assert not schema_refuses(json.loads(parse_manifest(json.dumps(value).encode()).to_json()))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("schema_version", 2),
+        ("schema_version", True),
+        ("model", None),
+        ("model.num_blocks", 0),
+        ("model.num_blocks", 10**12),
+        ("model.revision", 7),
+        ("model.architecture", ""),
+        ("model.id", "a\nb"),
+        ("model.config_sha256", SHA.upper()),
+        ("model.weights_sha256", SHA + "\n"),
+        ("model.block_sha256", [1] * 30),
+        ("model.surprise", 1),
+        ("surprise", 1),
+        ("removed", []),
+        ("removed", {}),
+        ("removed.0", 14),
+        ("removed.1.block", -1),
+        ("removed.1.block", True),
+        ("removed.1.loss", "3"),
+        ("removed.1.loss", None),
+        ("removed.1.colour", 1),
+        ("dense.loss", False),
+        ("calibration.sequences", 0),
+        ("calibration.sequence_length", 1),
+        ("calibration.tokens_sha256", None),
+        ("selection.objective", "best"),
+        ("selection.samples", [[]]),
+        ("repair.kind", "map"),
+        ("repair.file", "../elsewhere"),
+        ("repair.file", ".."),
+        ("repair.loss", None),
+        ("golden", None),
+        ("golden.tokens", [1]),
+        ("golden.logprobs", []),
+        ("evaluation", []),
+        ("created_by.torch", 2),
+    ],
+)
+def test_what_the_reader_refuses_for_its_structure_the_schema_refuses(
+    path: str, value: Any
+) -> None:
+    changed = full()
+    put(changed, path.split("."), value)
+    assert reader_says(changed) is not None
+    assert schema_refuses(changed)
+
+
+@pytest.mark.parametrize("key", ["schema_version", "model", "removed"])
+def test_a_manifest_without_a_required_key_is_refused(key: str) -> None:
+    value = full()
+    del value[key]
+    assert schema_refuses(value)
+
+
+def put(value: Any, path: list[str], new: Any) -> None:
+    for part in path[:-1]:
+        value = value[int(part)] if part.isdigit() else value[part]
+    value[int(path[-1]) if path[-1].isdigit() else path[-1]] = new
+
+
+def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every place inside a JSON value."""
+    items: Any = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = list(enumerate(value))[:3]
+    for key, inner in items:
+        yield (*path, str(key))
+        yield from places(inner, (*path, str(key)))
+
+
+PLACES = [path for path in places(full()) if path[0] != "evaluation"]
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([-1, 0, 1, 2, 29, 30, 1 << 31, (1 << 31) + 1, (1 << 62) + 1, 100_001, 30.0]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from(["", "x", "a/b", ".", "fold", "kl", "\n", "a\u2028b", "\u0007", SHA, SHA[:-1]]),
+    st.text(max_size=5),
+    st.lists(st.integers(-1, 31), max_size=3),
+    st.dictionaries(st.sampled_from(["block", "loss", "perplexity", "x"]), st.integers(0, 40)),
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(PLACES), ODD), min_size=1, max_size=2))
+def test_schema_and_reader_agree_on_any_change(
+    changes: list[tuple[tuple[str, ...], Any]],
+) -> None:
+    value = copy.deepcopy(full())
+    for path, new in changes:
+        try:
+            put(value, list(path), new)
+        except (TypeError, KeyError, IndexError, ValueError):
+            return  # an earlier change took the place away
+    said = reader_says(value)
+    if schema_refuses(value):
+        assert said is not None
+    elif said is not None:
+        assert BEYOND_A_SCHEMA.search(said), said
