@@ -35,9 +35,10 @@ def test_a_repaired_model_is_compiled_with_its_repair(tmp_path: Path) -> None:
 
 def test_three_ranks_share_heads_that_are_an_odd_number(tmp_path: Path) -> None:
     path, case = tmp_path / "model", Case("llama", (1, 3))
-    # Of vLLM's, each rank's share of the vocabulary must be whole.
+    # Each rank's share of every matrix must be whole.
     heads: dict[str, Any] = {"num_attention_heads": 3, "num_key_value_heads": 3, "vocab_size": 384}
-    save_model("llama", path, **heads, hidden_size=96, num_hidden_layers=6)
+    sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 192}
+    save_model("llama", path, **heads, **sizes, num_hidden_layers=6)
     job = case.job(path, tensor_parallel_size=3)
     (result,) = run_jobs([job], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1|1")
     assert len(result["ranks"]) == 3
