@@ -28,8 +28,8 @@ PRELOADED = [
 def forks() -> ForkServerContext:
     """Starts processes that have vLLM imported: forks of one in which no engine ever ran.
 
-    Importing it costs a quarter of a minute or more. The processes have the environment of the
-    first of them, so what libraries read while they are imported must be as it was then.
+    Importing it costs a quarter of a minute or more. What libraries read of the environment while
+    they are imported is as it was when the first of these processes was started.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -41,9 +41,10 @@ def start_fork(
 ) -> ForkServerProcess:
     """Do work of a module's top level in a fork, in a session of its own; its output goes to log.
 
-    The environment is added to this process's, for what is read while the work is done.
+    Its environment is this process's and what is added, for what is read while it works.
     """
-    child = forks().Process(target=_do, args=(work, log, arguments, environment))
+    whole = {**os.environ, **environment}
+    child = forks().Process(target=_do, args=(work, log, arguments, whole))
     child.start()
     return child
 

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 import oracle
+from engines import Case, check_size, differences, greedy_equal
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.reader import read_manifest
-from sleb_serve.manifest.repair_file import sidecar_path, write_sidecar
+from sleb_serve.manifest.repair_file import read_sidecar, sidecar_path, write_sidecar
 from sleb_serve.manifest.schema import Manifest, Removal, Repair
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
 from sleb_serve.selection.repair import Gap, fit
+from sleb_serve.serving.command import pruned_overrides
 from sweeps import random_windows
 
 
@@ -47,3 +49,28 @@ def manifest_of(path: Path, removed: Sequence[int], output: Path, **text: int) -
     )
     manifest.write(output)
     return read_manifest(output)
+
+
+def repaired_job(
+    path: Path,
+    removed: tuple[int, ...],
+    manifest: Path,
+    text: dict[str, int] | None = None,
+    **engine: Any,
+) -> dict[str, Any]:
+    """An engine's start with a repair that is fitted now, on so much text."""
+    found = manifest_of(path, removed, manifest, **(text or {}))
+    overrides = pruned_overrides(found.pruning(), open_checkpoint(str(path)))
+    return {**Case(path.name, removed).job(path, **engine), "overrides": overrides}
+
+
+def check_repaired(
+    result: dict[str, Any], path: Path, removed: tuple[int, ...], manifest: Path
+) -> None:
+    """Hold an engine against Transformers with the repair's weights."""
+    model = repaired(path, removed, read_sidecar(read_manifest(manifest).pruning()))
+    assert max(differences(result, model)) < 1e-3
+    assert greedy_equal(result, model)
+    check_size(result, path, Case(path.name, removed))
+    # The repair is not so small that its absence would pass.
+    assert max(differences(result, oracle.pruned(path, removed))) > 1e-2

@@ -7,14 +7,18 @@ import io
 import runpy
 import shlex
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from commands import select_arguments
 from forking import end_fork, start_fork
+from sleb_bench.server import Server
 from sleb_serve.cli.main import main
+from sleb_serve.serving.command import plugin_environment
 
 OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
 LOCAL = ["--host", "127.0.0.1", "--port"]
@@ -65,3 +69,40 @@ def _become(command: list[str]) -> None:
     else:
         sys.argv = command
         runpy.run_path(command[0], run_name="__main__")
+
+
+class ForkedServer(Server):
+    """A server in a fork, which need not import vLLM; its engine is a new process as ever.
+
+    For tests of what a server answers. Those of how it starts and ends want a real process.
+    """
+
+    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
+        self.command, self.log = command, log
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = cast("subprocess.Popen[bytes]", _Forked(command, log))
+
+
+class _Forked:
+    """As much of a `Popen` as a `Server` asks for."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self._child = start_fork(_become, log, list(command), **plugin_environment())
+        assert self._child.pid is not None
+        self.pid = self._child.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._child.exitcode
+
+    def poll(self) -> int | None:
+        return None if self._child.is_alive() else self._child.exitcode
+
+    def terminate(self) -> None:
+        self._child.terminate()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._child.join(timeout)
+        if self._child.is_alive():
+            raise subprocess.TimeoutExpired(list(map(str, [self.pid])), timeout or 0)
+        return self._child.exitcode

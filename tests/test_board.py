@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, Models
+from running import ForkedServer, printed_command
 
 sys.path.insert(0, str(ROOT / "deploy"))
 from plot_board import ask, panels
@@ -65,27 +66,23 @@ def watched(
     pytest.importorskip("vllm")
     if PROMETHEUS is None:
         pytest.skip("Prometheus is not installed")
-    from sleb_bench.server import Server, free_port
+    from sleb_bench.server import free_port
     from sleb_serve.serving.command import server_command
 
     folder, path = tmp_path_factory.mktemp("board"), models("llama")
     manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
     manifest.write(folder / "m.json")
     common = ["--enforce-eager", "--max-model-len", "512", "--host", "127.0.0.1", "--port"]
-    pruned_command = [
-        *(sys.executable, "-m", "sleb_serve.cli", "serve", str(path)),
-        *("-m", str(folder / "m.json"), *common),
-    ]
     with ExitStack() as stack:
         servers = []
         for name in ("dense", "pruned"):
             port = free_port()
             command = (
-                [*pruned_command, str(port)]
+                printed_command(path, folder / "m.json", *common, str(port))
                 if name == "pruned"
                 else server_command(str(path), ["--served-model-name", "llama", *common, str(port)])
             )
-            servers.append(Server(command, port, folder / f"{name}.log"))
+            servers.append(ForkedServer(command, port, folder / f"{name}.log"))
             stack.callback(servers[-1].stop)
         for server in servers:
             server.wait(300)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,8 @@ import oracle
 from conftest import Models
 from engines import NEW_TOKENS, PROMPTS, Case, check_equal, check_greedy, run_jobs
 from exports import manifest_for
-from sleb_bench.server import Server, free_port
+from running import LOCAL, OPTIONS, ForkedServer, printed_command
+from sleb_bench.server import free_port
 from sleb_serve.protocol import READER_KEY
 
 pytest.importorskip("vllm")
@@ -147,18 +147,18 @@ def test_what_cannot_be_served_is_refused(form: str, message: str, results: Resu
 
 @pytest.mark.slow
 def test_two_replicas_behind_one_address_serve_the_pruned_model(
-    models: Models, tmp_path: Path
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     openai = pytest.importorskip("openai")
     path = models("llama")
     manifest = manifest_for(path, REMOVED)
     manifest.write(tmp_path / "m.json")
     port = free_port()
-    options = "--data-parallel-size 2 --enforce-eager --max-model-len 256 --dtype float32"
-    command = [sys.executable, "-m", "sleb_serve.cli", "serve", str(path)]
-    command += ["-m", str(tmp_path / "m.json"), *options.split(), "--port", str(port)]
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    server = Server(command, port, tmp_path / "server.log", environment)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    command = printed_command(
+        path, tmp_path / "m.json", *OPTIONS, "--data-parallel-size", "2", *LOCAL, str(port)
+    )
+    server = ForkedServer(command, port, tmp_path / "server.log")
     try:
         server.wait(300)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")

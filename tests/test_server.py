@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
 from commands import command_line  # noqa: E402
-from running import LOCAL, OPTIONS, selected  # noqa: E402
+from running import LOCAL, OPTIONS, ForkedServer, printed_command, selected  # noqa: E402
 from sleb_bench.server import Server, free_port  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
 from sleb_serve.manifest.reader import read_manifest  # noqa: E402
@@ -154,9 +154,9 @@ def test_the_manifest_is_in_the_servers_metrics(
 @pytest.mark.slow
 def test_several_api_servers_tell_the_same(models: Models, manifest: Path, tmp_path: Path) -> None:
     port = free_port()
-    command = command_line("serve", str(models("llama")), "-m", str(manifest), *OPTIONS)
-    options = ["--api-server-count", "2", *LOCAL, str(port)]
-    server = Server([*command, *options], port, tmp_path / "log")
+    options = [*OPTIONS, "--api-server-count", "2", *LOCAL, str(port)]
+    command = printed_command(models("llama"), manifest, *options)
+    server = ForkedServer(command, port, tmp_path / "log")
     pruning = read_manifest(manifest).pruning()
     try:
         server.wait(300)
