@@ -85,7 +85,7 @@ docs: $(STAMP)
 	$(BIN)/python -c 'import material, mkdocstrings_handlers.python' || \
 	  $(BIN)/pip install --progress-bar off --no-build-isolation -e '.[docs]'
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 # Resolve the versions again; needs uv.
 lock:

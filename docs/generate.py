@@ -265,11 +265,14 @@ _OTHER = {
     "benchmarks/selection": "the selector's speed, size, scaling and quality",
     "benchmarks/soak": "a pruned server under mixed load",
     "deploy": "a Grafana board, Prometheus, compose",
+    "deploy/kubernetes": "a pruned model on two GPUs",
     "docs": "this documentation; generate.py writes its generated parts",
-    "requirements": "the lock file of the CPU stack",
+    "requirements": "the lock files: the CPU stack, and what checks deploy/",
     "tests": "the suite; oracle.py holds the independent answers",
     ".ci/run": "what CI runs: lint, types, tests",
+    ".github/workflows": "the same on GitHub, and the release",
     "CHANGELOG.md": "what changed, by release",
+    "Dockerfile": "sleb-serve in vLLM's own image",
     "Makefile": "set-up, demo, tests, documentation",
     "mkdocs.yml": "how this documentation is built",
     "pyproject.toml": "the package, its tools and the import contracts",
@@ -300,12 +303,18 @@ def show() -> str:
     return f"```text\n{describe(manifest)}\n```"
 
 
+def python_script() -> str:
+    """The script that goes from a model to a server in Python."""
+    return f"```python\n{(DOCS / 'python_api.py').read_text(encoding='utf-8').strip()}\n```"
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "architecture-counts": architecture_counts,
     "architectures": architectures,
     "command-line": command_line,
     "manifest-keys": manifest_keys,
     "proofs": proofs,
+    "python-script": python_script,
     "show": show,
     "touched": touched,
     "tree": tree,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,7 +141,6 @@ def test_the_tree_names_every_package_and_only_what_is_there() -> None:
 
 
 def schema_refuses(value: Any) -> bool:
-    jsonschema = pytest.importorskip("jsonschema")
     return not jsonschema.Draft202012Validator(SCHEMA).is_valid(value)
 
 
@@ -191,7 +191,6 @@ def full() -> dict[str, Any]:
 
 
 def test_the_schema_is_one_and_knows_what_the_reader_knows() -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert tuple(SCHEMA["properties"]["repair"]["properties"]["kind"]["enum"]) == REPAIRS
     objective = SCHEMA["properties"]["selection"]["properties"]["objective"]
