@@ -289,7 +289,10 @@ def tree() -> str:
             entries[name] = docstring.partition("\n")[0].rstrip(".")
     order = ("sleb_serve", "plugins", "benchmarks")
     ranked = sorted(entries, key=lambda name: (not name.startswith(order), name))
-    lines = [f"{_shown(name):32}{entries[name]}" for name in ranked]
+    lines = []
+    for name in ranked:
+        first, *more = textwrap.wrap(entries[name], 66)
+        lines += [f"{_shown(name):26}{first}", *(f"{'':26}{line}" for line in more)]
     return "\n".join(["```text", *lines, "```"])
 
 
