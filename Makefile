@@ -98,4 +98,4 @@ lock:
 	  --custom-compile-command 'make lock' --output-file requirements/deploy.lock
 
 clean:
-	rm -rf $(VENV) $(VENV)-deploy $(CACHE)
+	rm -rf $(VENV) $(VENV)-deploy $(CACHE) build/site
