@@ -137,9 +137,10 @@ def serve_and_load(
             for point in points if number else [Point(INF)]:
                 order = served if number % 2 else served[::-1]
                 for entry in _load(bench, order, servers, point, number):
-                    yield entry
+                    # Before it is handed on: whoever takes it may change it.
                     if not number and (entry["record"], entry["variant"]) == ("serving", DENSE):
                         points = _points(options, entry["result"]["request_throughput"])
+                    yield entry
             if not servers:
                 return
 
