@@ -12,7 +12,7 @@ config = SelectConfig(remove=2, calibration=text, sequences=8, sequence_length=2
 manifest = select(model, config)
 print(manifest.blocks, manifest.dense_loss, [removal.loss for removal in manifest.removed])
 
-judged = EvalConfig(blocks=(0, 1, 2), perplexity=(text,), sequence_length=256, windows=8)
+judged = EvalConfig(blocks=(0, 1, 2), perplexity=(text,), sequence_length=256, sequences=8)
 for result in evaluate(model, manifest, judged)["results"]:
     print(result["blocks"], result["perplexity"][text])
 

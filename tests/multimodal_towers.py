@@ -37,7 +37,7 @@ QWEN2_TEXT = {**LLAMA, "model_type": "qwen2"}
 QWEN3_TEXT = {**HEAD, "model_type": "qwen3"}
 GRANITE_TEXT = {**LLAMA, "model_type": "granite"}
 # Transformers' models with a tower do not scale logits, vLLM's do.
-# And vLLM's window is one token wider; none here reaches it.
+# And vLLM's sequence is one token wider; none here reaches it.
 COHERE2_TEXT = {**SLIDING, "model_type": "cohere2", "logit_scale": 1.0, "sliding_window": 64}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 

@@ -98,22 +98,22 @@ def parameter_counts(model: Any) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def loss(model: Any, windows: Sequence[Sequence[int]]) -> float:
-    """The official score a token: the sum over windows of mean cross-entropy x L, over all L."""
+def loss(model: Any, sequences: Sequence[Sequence[int]]) -> float:
+    """The official score a token: the sum over sequences of mean cross-entropy x L, over all L."""
     total = 0.0
-    for window in windows:
-        ids = torch.tensor([window])
+    for sequence in sequences:
+        ids = torch.tensor([sequence])
         logits = model(ids, use_cache=False).logits.float()
         mean = nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
-        total += float(mean) * len(window)
-    return total / sum(map(len, windows))
+        total += float(mean) * len(sequence)
+    return total / sum(map(len, sequences))
 
 
 @torch.no_grad()
-def divergence(dense: Any, model: Any, window: Sequence[int]) -> float:
+def divergence(dense: Any, model: Any, sequence: Sequence[int]) -> float:
     """Of the model's predictions from the dense one's: nats per predicted token."""
     of, to = (
-        m(torch.tensor([window]), use_cache=False).logits.float().log_softmax(-1)[0, :-1]
+        m(torch.tensor([sequence]), use_cache=False).logits.float().log_softmax(-1)[0, :-1]
         for m in (model, dense)
     )
     return float(nn.functional.kl_div(of, to, reduction="batchmean", log_target=True))
@@ -138,7 +138,7 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
 
 def naive_search(
     path: Path,
-    windows: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int]],
     remove: int,
     early: int = 1,
     late: int = 1,
@@ -157,14 +157,14 @@ def naive_search(
         losses = {}
         for block in alive[early : len(alive) - late]:
             removed = sorted({*range(count), block} - set(alive) | {block})
-            losses[block] = _loss_without(model, removed, windows)
+            losses[block] = _loss_without(model, removed, sequences)
         best = min(losses, key=lambda block: (losses[block], block))
         alive.remove(best)
         steps.append((best, losses))
     return steps
 
 
-def _loss_without(model: Any, removed: Sequence[int], windows: Sequence[Sequence[int]]) -> float:
+def _loss_without(model: Any, removed: Sequence[int], sequences: Sequence[Sequence[int]]) -> float:
     import copy
 
     shell = copy.copy(model)
@@ -172,4 +172,4 @@ def _loss_without(model: Any, removed: Sequence[int], windows: Sequence[Sequence
     memo = {id(p): p for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}
     shell = copy.deepcopy(model, memo)
-    return loss(delete_blocks(shell, removed), windows)
+    return loss(delete_blocks(shell, removed), sequences)

@@ -23,10 +23,10 @@ from sweeps import random_windows
 
 
 def fitted(path: Path, removed: Sequence[int], count: int = 20, length: int = 240) -> list[Gap]:
-    windows, checkpoint = random_windows(count, length), open_checkpoint(str(path))
-    model = CausalLM(load_model(checkpoint, "float32"), windows[0])
+    sequences, checkpoint = random_windows(count, length), open_checkpoint(str(path))
+    model = CausalLM(load_model(checkpoint, "float32"), sequences[0])
     own: torch.dtype = getattr(torch, checkpoint.dtype)
-    found: list[Gap] = fit(model, windows, removed, own)[0]
+    found: list[Gap] = fit(model, sequences, removed, own)[0]
     return found
 
 

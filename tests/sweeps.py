@@ -20,10 +20,10 @@ def random_windows(count: int, length: int, seed: int = 0) -> list[list[int]]:
     return torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
 
 
-def sweep_of(path: Path, windows: list[list[int]], **options: Any) -> LayerSweep:
+def sweep_of(path: Path, sequences: list[list[int]], **options: Any) -> LayerSweep:
     checkpoint = open_checkpoint(str(path))
     model = load_model(checkpoint, "float32", streamed=options.get("streamed", False))
-    return LayerSweep(CausalLM(model, windows[0]), windows, **options)
+    return LayerSweep(CausalLM(model, sequences[0]), sequences, **options)
 
 
 def greedy_steps(score: Score, **limits: Any) -> list[Step]:
@@ -32,6 +32,6 @@ def greedy_steps(score: Score, **limits: Any) -> list[Step]:
     return found
 
 
-def search(path: Path, windows: list[list[int]], remove: int, **barriers: int) -> list[Step]:
-    sweep = sweep_of(path, windows)
+def search(path: Path, sequences: list[list[int]], remove: int, **barriers: int) -> list[Step]:
+    sweep = sweep_of(path, sequences)
     return greedy_steps(sweep.score, num_blocks=len(sweep.model.layers), remove=remove, **barriers)

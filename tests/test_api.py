@@ -45,7 +45,7 @@ def test_the_api_selects_what_the_command_line_does_and_writes_nothing(
     assert {file.name for file in tmp_path.iterdir()} == written
     assert found.to_json() == (tmp_path / "m.json").read_bytes()
     report = evaluate(
-        path, found, EvalConfig(blocks=(0, 2), perplexity=("python-docs",), windows=2)
+        path, found, EvalConfig(blocks=(0, 2), perplexity=("python-docs",), sequences=2)
     )
     assert {file.name for file in tmp_path.iterdir()} == written
     dense, pruned = (entry["perplexity"]["python-docs"] for entry in report["results"])

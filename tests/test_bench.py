@@ -28,7 +28,7 @@ def run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*select, *text]) == 0
     small = [
         *("--starts", "1", "--rounds", "2", "--prompt-length", "64", "--batch", "2"),
-        *("--output-length", "8", "--requests", "4", "--perplexity-windows", "3"),
+        *("--output-length", "8", "--requests", "4", "--perplexity-sequences", "3"),
     ]
     work = [
         "--workloads",
@@ -74,7 +74,7 @@ def test_a_real_run_measures_every_variant_in_every_round(run: Path) -> None:
 
 def test_a_real_run_holds_the_cache_and_the_quality_of_each(run: Path, models: Models) -> None:
     from sleb_serve.checkpoint.hub import open_checkpoint
-    from sleb_serve.data.calibration import held_out_windows
+    from sleb_serve.data.calibration import held_out_sequences
     from sleb_serve.data.tokenizer import load_tokenizer
     from sleb_serve.manifest.reader import read_manifest
 
@@ -92,11 +92,11 @@ def test_a_real_run_holds_the_cache_and_the_quality_of_each(run: Path, models: M
     assert block is not None
     assert read["dense"] - read["sleb2"] == 4 * 2 * block[1][0]
 
-    windows = held_out_windows(load_tokenizer(open_checkpoint(str(path))), 3, 64, None)
+    sequences = held_out_sequences(load_tokenizer(open_checkpoint(str(path))), 3, 64, None)
     losses = {r["variant"]: r["loss"] for r in raw if r["record"] == "quality"}
-    dense = oracle.loss(oracle.load(path), windows)
+    dense = oracle.loss(oracle.load(path), sequences)
     removed = read_manifest(run.parent / "m.json").blocks
-    pruned = oracle.loss(oracle.pruned(path, removed), windows)
+    pruned = oracle.loss(oracle.pruned(path, removed), sequences)
     for name in NAMES:
         expected = dense if name.startswith("dense") else pruned
         assert losses[name] == pytest.approx(expected, rel=1e-4), name

@@ -74,7 +74,7 @@ def test_a_hub_model_is_the_manifests_revision_and_a_moved_branch_is_refused(
         (done,) = run(address, [["import", "org/tiny", "[2, 4]", "-o", str(manifest)]])
         assert done.code == 0, done.error
     assert read_manifest(manifest).model.revision == old
-    text = ["--perplexity", "python-docs", "--sequence-length", "48", "--windows", "1"]
+    text = ["--perplexity", "python-docs", "--sequence-length", "48", "--sequences", "1"]
     asked = {
         "check": ["check", "org/tiny", "-m", str(manifest)],
         "eval": ["eval", "org/tiny", "-m", str(manifest), *text],

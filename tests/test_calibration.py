@@ -1,4 +1,4 @@
-"""Windows of tokens from every source, and the official sampling."""
+"""Sequences of tokens from every source, and the official sampling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, SHARED_DATASETS, tokenizer
-from sleb_serve.data.calibration import held_out_windows, judged_windows, make_windows
+from sleb_serve.data.calibration import held_out_sequences, judged_sequences, make_sequences
 from sleb_serve.data.tokenizer import Chats, Tokenizer, load_tokenizer
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.schema import Calibration
@@ -34,14 +34,14 @@ TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 
 def test_a_file_is_cut_into_consecutive_windows_from_its_start(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(TEXT)
-    windows = make_windows(
+    sequences = make_sequences(
         str(tmp_path / "t.txt"), letters, sequences=5, sequence_length=100, seed=3
     )
-    assert [bytes(window).decode() for window in windows.tokens] == [
+    assert [bytes(sequence).decode() for sequence in sequences.tokens] == [
         TEXT[i * 100 : (i + 1) * 100] for i in range(5)
     ]
     digest = hashlib.sha256(b"".join(struct.pack("<q", ord(c)) for c in TEXT[:500])).hexdigest()
-    assert windows.calibration == Calibration(
+    assert sequences.calibration == Calibration(
         source=str(tmp_path / "t.txt"),
         split=None,
         sequences=5,
@@ -62,7 +62,7 @@ def test_every_kind_of_file_gives_the_same_windows(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "t.parquet")
     found = {
-        make_windows(
+        make_sequences(
             str(tmp_path / name), letters, sequences=8, sequence_length=100
         ).calibration.tokens_sha256
         for name in ("t.txt", "t.jsonl", "t.jsonl.gz", "t.parquet")
@@ -78,27 +78,27 @@ def test_only_the_needed_part_of_a_long_text_is_tokenised(tmp_path: Path) -> Non
         seen.append(len(text))
         return codes(text)
 
-    windows = make_windows(
+    sequences = make_sequences(
         str(tmp_path / "t.txt"), Tokenizer(tokenize), sequences=2, sequence_length=50
     )
     assert sum(seen) < 2000
-    assert bytes(windows.tokens[1]).decode() == TEXT[50:100]
+    assert bytes(sequences.tokens[1]).decode() == TEXT[50:100]
 
 
 def test_the_embedded_text_is_on_every_machine() -> None:
-    windows = make_windows("python-docs", letters, sequences=4, sequence_length=64)
-    assert len(windows.tokens) == 4
-    assert windows.calibration.source == "python-docs"
+    sequences = make_sequences("python-docs", letters, sequences=4, sequence_length=64)
+    assert len(sequences.tokens) == 4
+    assert sequences.calibration.source == "python-docs"
 
 
 def test_held_out_windows_do_not_overlap_the_calibration() -> None:
-    used = make_windows("python-docs", letters, sequences=4, sequence_length=64)
-    held_out = held_out_windows(letters, 4, 64, used.calibration)
+    used = make_sequences("python-docs", letters, sequences=4, sequence_length=64)
+    held_out = held_out_sequences(letters, 4, 64, used.calibration)
     assert len(held_out) == 4
     assert not set(held_out) & set(used.tokens)
     everything = Calibration("python-docs", None, 10**6, 64, 0, "0" * 64)
     with pytest.raises(SlebError, match="overlap"):
-        held_out_windows(letters, 4, 64, everything)
+        held_out_sequences(letters, 4, 64, everything)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_bad_texts_are_refused(
         (tmp_path / name).write_bytes(content)
     arguments = {"sequences": 3, "sequence_length": 100, **options}
     with pytest.raises(SlebError, match=message):
-        make_windows(str(tmp_path / name), letters, **arguments)
+        make_sequences(str(tmp_path / name), letters, **arguments)
 
 
 PARTS = ["Fifty.", "\u00e9t\u00e9"]
@@ -224,17 +224,19 @@ def test_a_chat_of_every_kind_is_what_the_served_model_reads(
     expected = served(theirs, CHAT)
     if len(rows) == 2:
         expected = [*expected, *between, *served(theirs, other)]
-    (window,) = make_windows(file, ours(theirs), sequences=1, sequence_length=len(expected)).tokens
-    assert list(window) == expected
-    assert window[:2].count(theirs.bos_token_id) == 1
-    assert judged_windows(file, ours(theirs), len(expected)) == (window,)
+    (sequence,) = make_sequences(
+        file, ours(theirs), sequences=1, sequence_length=len(expected)
+    ).tokens
+    assert list(sequence) == expected
+    assert sequence[:2].count(theirs.bos_token_id) == 1
+    assert judged_sequences(file, ours(theirs), len(expected)) == (sequence,)
 
 
 def test_texts_and_chats_may_stand_in_one_file(tmp_path: Path, theirs: Any) -> None:
     file = write_rows(tmp_path / "t.jsonl", [{"text": "A text."}, {"messages": CHAT}])
     expected = [*theirs("A text.\n\n")["input_ids"], *served(theirs, CHAT)]
     assert expected[0] == theirs.bos_token_id
-    assert judged_windows(file, ours(theirs), len(expected)) == (tuple(expected),)
+    assert judged_sequences(file, ours(theirs), len(expected)) == (tuple(expected),)
 
 
 def test_a_chat_that_a_tokenizer_has_no_template_for_is_refused(
@@ -246,7 +248,7 @@ def test_a_chat_that_a_tokenizer_has_no_template_for_is_refused(
     bare.save_pretrained(tmp_path)
     file = write_rows(tmp_path / "t.jsonl", [{"text": "A text."}, SAME_CHAT["alpaca"]])
     with pytest.raises(SlebError, match=r"line 2 is a chat, .* no chat template; give rows with a"):
-        make_windows(file, ours(bare), sequences=1, sequence_length=8)
+        make_sequences(file, ours(bare), sequences=1, sequence_length=8)
 
 
 @pytest.mark.parametrize(
@@ -277,17 +279,17 @@ def test_a_row_that_is_no_chat_is_refused_by_its_line(
 ) -> None:
     file = write_rows(tmp_path / "t.jsonl", [{"messages": CHAT}, row])
     with pytest.raises(SlebError, match=message) as caught:
-        make_windows(file, ours(theirs), sequences=1, sequence_length=200)
+        make_sequences(file, ours(theirs), sequences=1, sequence_length=200)
     assert str(caught.value).isprintable()
 
 
 def test_a_table_of_an_unknown_kind_is_refused_by_its_row(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "t.parquet", [{"text": "a", "n": 1}, {"text": None, "n": 2}])
     with pytest.raises(SlebError, match=r"row 2 has none of the columns known here, but no values"):
-        make_windows(file, letters, sequences=1, sequence_length=8)
+        make_sequences(file, letters, sequences=1, sequence_length=8)
     file = write_rows(tmp_path / "t.parquet", [{"words": "a"}])
     with pytest.raises(SlebError, match=r"row 1 has none .* but \['words'\]: text, messages"):
-        make_windows(file, letters, sequences=1, sequence_length=8)
+        make_sequences(file, letters, sequences=1, sequence_length=8)
 
 
 def test_only_the_needed_chats_of_a_long_file_are_rendered(tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_only_the_needed_chats_of_a_long_file_are_rendered(tmp_path: Path) -> No
         return TEXT
 
     file = write_rows(tmp_path / "t.jsonl", [{"messages": CHAT}] * 500)
-    make_windows(file, Tokenizer(codes, Chats(render, codes)), sequences=2, sequence_length=50)
+    make_sequences(file, Tokenizer(codes, Chats(render, codes)), sequences=2, sequence_length=50)
     assert len(rendered) < 5
 
 
@@ -308,14 +310,14 @@ def test_wikitext2_is_sampled_as_the_official_code_does() -> None:
     script = """
 import json
 from datasets import load_dataset
-from sleb_serve.data.calibration import Tokenizer, make_windows
+from sleb_serve.data.calibration import Tokenizer, make_sequences
 letters = Tokenizer(lambda text: [ord(letter) for letter in text])
-ours = make_windows("wikitext2", letters, sequences=None, sequence_length=2048, seed=7)
-more = make_windows("wikitext2", letters, sequences=40, sequence_length=2048, seed=7)
+ours = make_sequences("wikitext2", letters, sequences=None, sequence_length=2048, seed=7)
+more = make_sequences("wikitext2", letters, sequences=40, sequence_length=2048, seed=7)
 data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train").shuffle(seed=7)
 text = "\\n\\n".join(data[:128]["text"])
 theirs = [letters(text)[i * 2048:(i + 1) * 2048] for i in range(len(text) // 2048)]
-assert [list(window) for window in ours.tokens] == theirs
+assert [list(sequence) for sequence in ours.tokens] == theirs
 assert (ours.calibration.rows, ours.calibration.split) == (128, "train")
 assert more.calibration.rows > 128 and len(more.tokens) == 40
 assert list(more.tokens[:len(theirs)]) == list(ours.tokens)

@@ -33,7 +33,7 @@ def test_select_writes_a_manifest_that_equals_the_naive_search(
     models: Models, tmp_path: Path, capsys: Capture
 ) -> None:
     from sleb_serve.checkpoint.hub import open_checkpoint
-    from sleb_serve.data.calibration import make_windows
+    from sleb_serve.data.calibration import make_sequences
     from sleb_serve.data.tokenizer import load_tokenizer
 
     output = tmp_path / "m.json"
@@ -41,15 +41,15 @@ def test_select_writes_a_manifest_that_equals_the_naive_search(
     assert "3 of 8 blocks (37.5 %)" in capsys.readouterr().out
     manifest = read_manifest(output)
     checkpoint = open_checkpoint(str(models("llama")))
-    windows = make_windows(
+    sequences = make_sequences(
         "python-docs", load_tokenizer(checkpoint), sequences=2, sequence_length=32
     ).tokens
-    naive = oracle.naive_search(models("llama"), windows, 3)
+    naive = oracle.naive_search(models("llama"), sequences, 3)
     assert manifest.blocks == tuple(block for block, _ in naive)
     assert [r.loss for r in manifest.removed] == pytest.approx(
         [min(losses.values()) for _, losses in naive], rel=1e-5
     )
-    dense = oracle.loss(oracle.load(models("llama")), windows)
+    dense = oracle.loss(oracle.load(models("llama")), sequences)
     assert manifest.dense_loss == pytest.approx(dense, rel=1e-5)
     log = [json.loads(line) for line in (tmp_path / "m.json.search.jsonl").open()]
     logged = {(e["step"], e["candidate"]): e["loss"] for e in log if "candidate" in e}
@@ -241,7 +241,7 @@ def test_help_has_examples(capsys: Capture) -> None:
 def test_a_killed_search_resumes_to_the_same_bytes(
     models: Models, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Windows are made long, so that a step takes seconds and a kill lands inside one."""
+    """Sequences are made long, so that a step takes seconds and a kill lands inside one."""
     options = ["--remove", "5", "--sequences", "12", "--sequence-length", "512"]
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
     with one_thread():

@@ -23,7 +23,7 @@ from exports import exported, manifest_for
 from repairs import manifest_of, repaired
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
-from sleb_serve.data.calibration import judged_windows
+from sleb_serve.data.calibration import judged_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.repair_file import read_sidecar
@@ -59,8 +59,8 @@ def text(tmp_path: Path) -> Path:
 def perplexity_of(model: Any, path: Path, text: Path, length: int) -> float:
     """By the official protocol, in as few words as possible."""
     ids = load_tokenizer(open_checkpoint(str(path)))(text.read_text())
-    windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    return math.exp(oracle.loss(model, windows))
+    sequences = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    return math.exp(oracle.loss(model, sequences))
 
 
 def evaluated(path: Path, output: Path, *options: str) -> dict[str, Any]:
@@ -113,7 +113,14 @@ def test_an_interrupted_frontier_resumes(
 ) -> None:
     path, output = models("llama"), tmp_path / "e.json"
     options = ["--removal-list", str(list(REMOVED)), "--blocks", "0,1,3"]
-    options += ["--perplexity", f"{text},python-docs", "--sequence-length", "40", "--windows", "2"]
+    options += [
+        "--perplexity",
+        f"{text},python-docs",
+        "--sequence-length",
+        "40",
+        "--sequences",
+        "2",
+    ]
     whole = evaluated(path, output, *options)
     partial = json.loads(output.read_text())
     partial["results"][1]["perplexity"].popitem()
@@ -171,9 +178,11 @@ def test_wikitext_is_cut_as_the_official_code_cuts_it(models: Models) -> None:
     tokenize = load_tokenizer(open_checkpoint(str(models("llama"))))
     rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
     ids = tokenize("\n\n".join(rows))
-    windows = judged_windows("wikitext2", tokenize, 2048)
-    assert len(windows) == len(ids) // 2048
-    assert [token for window in windows for token in window] == list(ids[: len(windows) * 2048])
+    sequences = judged_sequences("wikitext2", tokenize, 2048)
+    assert len(sequences) == len(ids) // 2048
+    assert [token for sequence in sequences for token in sequence] == list(
+        ids[: len(sequences) * 2048]
+    )
 
 
 @needs_data
@@ -284,12 +293,12 @@ def test_lm_evals_own_command_takes_what_serve_prints(
 def test_what_the_readme_maps_the_official_commands_to_runs(
     models: Models, tmp_path: Path, capsys: Capture
 ) -> None:
-    """But C4, which is not among the data sets here, and on fewer rows and windows."""
+    """But C4, which is not among the data sets here, and on fewer rows and sequences."""
     path, output = str(models("llama")), str(tmp_path / "m.json")
     select = ["select", path, "-o", output, "--remove", "2", "--rows", "16", "--seed", "0"]
     select += ["--calibration", "wikitext2", "--early-barrier", "1", "--late-barrier", "1"]
     assert main([*select, "--sequences", "2", "--sequence-length", "64"]) == 0
-    judge = ["--perplexity", "wikitext2", "--sequence-length", "64", "--windows", "2"]
+    judge = ["--perplexity", "wikitext2", "--sequence-length", "64", "--sequences", "2"]
     assert main(["eval", path, "-m", output, *judge]) == 0
     blocks = list(read_manifest(Path(output)).blocks)
     capsys.readouterr()

@@ -21,7 +21,7 @@ from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.servable import check_servable, exported_config
-from sleb_serve.data.calibration import make_windows
+from sleb_serve.data.calibration import make_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.reader import read_manifest
@@ -106,14 +106,14 @@ def test_the_losses_of_a_search_are_those_of_blocks_skipped(
     output = tmp_path / "m.json"
     assert main(["select", str(path), "-o", str(output), "--remove", "2", *TEXT]) == 0
     manifest = read_manifest(output)
-    windows = make_windows(
+    sequences = make_sequences(
         "python-docs", load_tokenizer(open_checkpoint(str(path))), sequences=2, sequence_length=48
     ).tokens
     model = oracle.load(path)
-    assert manifest.dense_loss == pytest.approx(oracle.loss(model, windows), abs=1e-4)
+    assert manifest.dense_loss == pytest.approx(oracle.loss(model, sequences), abs=1e-4)
     for count, removal in enumerate(manifest.removed, 1):
         skipped = oracle.pruned(path, manifest.blocks[:count])
-        assert removal.loss == pytest.approx(oracle.loss(skipped, windows), abs=1e-4)
+        assert removal.loss == pytest.approx(oracle.loss(skipped, sequences), abs=1e-4)
     # The first choice is the best of those that can go.
     losses = {}
     for block in range(1, 5):
@@ -121,20 +121,20 @@ def test_the_losses_of_a_search_are_those_of_blocks_skipped(
             check_servable(open_checkpoint(str(path)), Cut(6, (block,)))
         except SlebError:
             continue
-        losses[block] = oracle.loss(oracle.pruned(path, (block,)), windows)
+        losses[block] = oracle.loss(oracle.pruned(path, (block,)), sequences)
     assert manifest.blocks[0] == min(losses, key=lambda block: losses[block])
 
 
 def test_a_perplexity_is_that_of_blocks_skipped(kind: tuple[str, Path], tmp_path: Path) -> None:
     name, path = kind
     output = tmp_path / "e.json"
-    options = ["--perplexity", "python-docs", "--sequence-length", "48", "--windows", "2"]
+    options = ["--perplexity", "python-docs", "--sequence-length", "48", "--sequences", "2"]
     blocks = str(list(KINDS[name]))
     assert main(["eval", str(path), "--removal-list", blocks, *options, "-o", str(output)]) == 0
     found = json.loads(output.read_text())["results"][0]["perplexity"]["python-docs"]
     tokenize = load_tokenizer(open_checkpoint(str(path)))
-    windows = make_windows("python-docs", tokenize, sequences=2, sequence_length=48).tokens
-    expected = oracle.loss(oracle.pruned(path, KINDS[name]), windows)
+    sequences = make_sequences("python-docs", tokenize, sequences=2, sequence_length=48).tokens
+    expected = oracle.loss(oracle.pruned(path, KINDS[name]), sequences)
     assert found == pytest.approx(float(torch.tensor(expected).exp()), rel=1e-3)
 
 
@@ -149,7 +149,7 @@ def test_a_pooling_model_is_selected_by_the_distance_of_its_states(
     manifest = read_manifest(output)
     assert manifest.selection is not None
     assert manifest.selection.objective == "embedding"
-    windows = make_windows(
+    sequences = make_sequences(
         "python-docs", load_tokenizer(open_checkpoint(str(path))), sequences=2, sequence_length=48
     ).tokens
 
@@ -157,7 +157,8 @@ def test_a_pooling_model_is_selected_by_the_distance_of_its_states(
         model = oracle.skip_blocks(tiny_pooling.load(name, path), removed)
         with torch.no_grad():
             return [
-                model.base_model(torch.tensor([window])).last_hidden_state[0] for window in windows
+                model.base_model(torch.tensor([sequence])).last_hidden_state[0]
+                for sequence in sequences
             ]
 
     dense = states(())

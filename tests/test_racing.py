@@ -29,7 +29,7 @@ def test_a_budget_is_spent_on_the_least_likely_and_never_overdrawn() -> None:
 
 
 def test_a_race_drops_the_true_winner_no_more_often_than_it_may() -> None:
-    """Twelve candidates, four windows of 16 segments: the winner is the least over all four."""
+    """Twelve candidates, four sequences of 16 segments: the winner is the least over all four."""
     generator = random.Random(0)
     errors = dropped = 0
     trials = 600
@@ -103,9 +103,9 @@ def test_what_cannot_win_is_not_looked_at() -> None:
 
 @pytest.mark.parametrize("screened", [False, True])
 def test_on_a_model_the_fast_order_is_the_naive_one(models: Models, screened: bool) -> None:
-    windows = random_windows(6, 96)
-    sweep = sweep_of(models("llama"), windows)
-    screen = sweep_of(models("llama"), windows) if screened else None
+    sequences = random_windows(6, 96)
+    sweep = sweep_of(models("llama"), sequences)
+    screen = sweep_of(models("llama"), sequences) if screened else None
     fast = FastSearch(sweep, error=0.05, steps=4, screen=screen)
     found: list[Step] = []
 
@@ -114,7 +114,7 @@ def test_on_a_model_the_fast_order_is_the_naive_one(models: Models, screened: bo
 
     greedy(recorded(score, (), found.append), num_blocks=8, remove=4)
     for step, (block, losses) in zip(
-        found, oracle.naive_search(models("llama"), windows, 4), strict=True
+        found, oracle.naive_search(models("llama"), sequences, 4), strict=True
     ):
         assert step.block == block
         assert step.loss == pytest.approx(losses[block], rel=1e-5)

@@ -47,8 +47,8 @@ def test_the_first_gap_is_weighted_ridge_regression_on_the_dense_models_states(
     )
     before, after = [], []
     with torch.no_grad():
-        for window in random_windows(20, 240):
-            states = model.model(torch.tensor([window]), output_hidden_states=True).hidden_states
+        for sequence in random_windows(20, 240):
+            states = model.model(torch.tensor([sequence]), output_hidden_states=True).hidden_states
             before.append(states[2][0])
             after.append(states[4][0])
     entering, leaving = (torch.cat(part).double().numpy() for part in (before, after))
@@ -72,11 +72,11 @@ def test_a_repair_brings_the_states_closer_to_the_dense_ones(models: Models) -> 
     """On text that nothing was fitted to, behind the last gap."""
     path = models("llama")
     tensors = {gap.name: gap.weight for gap in fitted(path, REMOVED)}
-    window = torch.tensor(random_windows(1, 48, seed=9))
+    sequence = torch.tensor(random_windows(1, 48, seed=9))
     with torch.no_grad():
-        goal = oracle.load(path).model(window, use_cache=False).last_hidden_state
-        plain = oracle.pruned(path, REMOVED).model(window, use_cache=False).last_hidden_state
-        mended = repaired(path, REMOVED, tensors).model(window, use_cache=False).last_hidden_state
+        goal = oracle.load(path).model(sequence, use_cache=False).last_hidden_state
+        plain = oracle.pruned(path, REMOVED).model(sequence, use_cache=False).last_hidden_state
+        mended = repaired(path, REMOVED, tensors).model(sequence, use_cache=False).last_hidden_state
     assert (mended - goal).norm() < (plain - goal).norm()
 
 
@@ -85,10 +85,10 @@ def test_what_cannot_be_folded_is_refused(models: Models) -> None:
         fitted(models("gemma3"), (2,))  # a norm stands behind its projection
     with pytest.raises(SlebError, match="block 0 is removed"):
         fitted(models("llama"), (0, 4))
-    windows = random_windows(3, 48)
-    model = CausalLM(load_model(open_checkpoint(str(models("llama"))), "float32"), windows[0])
+    sequences = random_windows(3, 48)
+    model = CausalLM(load_model(open_checkpoint(str(models("llama"))), "float32"), sequences[0])
     with pytest.raises(SlebError, match="at least 4 sequences"):
-        fit(model, windows, [2])
+        fit(model, sequences, [2])
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_select_writes_the_sidecar_and_a_resumed_search_the_same_bytes(
 ) -> None:
     assert main(select_repaired("m.json")) == 0
     shown = capsys.readouterr().out
-    assert "repair       fold, fitted on 4 windows" in shown
+    assert "repair       fold, fitted on 4 sequences" in shown
     manifest = read_manifest(tmp_path / "m.json")
     assert manifest.repair is not None
     assert manifest.repair.loss is not None

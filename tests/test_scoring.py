@@ -56,11 +56,11 @@ def check(steps: Sequence[Step], naive: Sequence[tuple[int, dict[int, float]]]) 
 def test_order_and_every_loss_equal_the_naive_search(
     models: Models, name: str, remove: int, barriers: dict[str, int]
 ) -> None:
-    windows = random_windows(3, 48)
-    steps = search(models(name), windows, remove, **barriers)
+    sequences = random_windows(3, 48)
+    steps = search(models(name), sequences, remove, **barriers)
     naive = oracle.naive_search(
         models(name),
-        windows,
+        sequences,
         remove,
         barriers.get("early_barrier", 1),
         barriers.get("late_barrier", 1),
@@ -70,27 +70,27 @@ def test_order_and_every_loss_equal_the_naive_search(
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma3", "bloom"])
 def test_the_base_is_scored_with_the_candidates(models: Models, name: str) -> None:
-    windows = random_windows(2, 40)
-    sweep = sweep_of(models(name), windows)
-    dense = oracle.loss(oracle.load(models(name)), windows)
+    sequences = random_windows(2, 40)
+    sweep = sweep_of(models(name), sequences)
+    dense = oracle.loss(oracle.load(models(name)), sequences)
     assert sweep.score([], [1, 2]).base == pytest.approx(dense, rel=1e-5)
-    expected = oracle.loss(oracle.pruned(models(name), [1, 2]), windows)
+    expected = oracle.loss(oracle.pruned(models(name), [1, 2]), sequences)
     assert sweep.loss([1, 2]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bloom", "gemma2", "granite"])
 def test_with_layers_on_disk_the_losses_are_the_same(models: Models, name: str) -> None:
-    windows = random_windows(3, 40)
+    sequences = random_windows(3, 40)
     resident, streamed = (
         greedy_steps(
-            (sweep := sweep_of(models(name), windows, streamed=on_disk)).score,
+            (sweep := sweep_of(models(name), sequences, streamed=on_disk)).score,
             num_blocks=len(sweep.model.layers),
             remove=2,
         )
         for on_disk in (False, True)
     )
     assert streamed == resident
-    check(streamed, oracle.naive_search(models(name), windows, 2))
+    check(streamed, oracle.naive_search(models(name), sequences, 2))
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -98,9 +98,9 @@ def test_with_layers_on_disk_the_losses_are_the_same(models: Models, name: str) 
 def test_however_the_work_is_cut_the_result_is_the_same(
     models: Models, chunk: int, snapshots: int
 ) -> None:
-    windows = random_windows(3, 40)
-    naive = oracle.naive_search(models("llama"), windows, 5)
-    sweep = sweep_of(models("llama"), windows)
+    sequences = random_windows(3, 40)
+    naive = oracle.naive_search(models("llama"), sequences, 5)
+    sweep = sweep_of(models("llama"), sequences)
     for at_once, finals in ((1, 2), (2, 3), (3, 8)):
         sweep.plan = Plan(at_once, chunk, snapshots, finals)
         check(greedy_steps(sweep.score, num_blocks=8, remove=5), naive)
@@ -109,13 +109,13 @@ def test_however_the_work_is_cut_the_result_is_the_same(
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
 def test_the_divergence_from_the_dense_model_is_torchs(models: Models, name: str) -> None:
     """Every candidate's, against torch's own divergence of whole predictions."""
-    windows = random_windows(3, 40)
-    sweep = sweep_of(models(name), windows, objective="kl")
+    sequences = random_windows(3, 40)
+    sweep = sweep_of(models(name), sequences, objective="kl")
     scores = sweep.score([1], [2, 3, 4])
     dense = oracle.load(models(name))
     for block, found in zip([2, 3, 4], scores.losses, strict=True):
         model = oracle.pruned(models(name), [1, block])
-        divergences = [oracle.divergence(dense, model, window) for window in windows]
+        divergences = [oracle.divergence(dense, model, sequence) for sequence in sequences]
         assert found == pytest.approx(sum(divergences) / 3, rel=1e-4)
     assert scores.exact == (True,) * 3
     assert sweep.loss(()) == pytest.approx(0, abs=1e-6)
@@ -123,10 +123,10 @@ def test_the_divergence_from_the_dense_model_is_torchs(models: Models, name: str
 
 @pytest.mark.parametrize("least", [2, 4])
 def test_as_many_of_the_least_as_are_asked_for_are_exact(models: Models, least: int) -> None:
-    windows = random_windows(3, 48)
-    sweep = sweep_of(models("llama"), windows)
+    sequences = random_windows(3, 48)
+    sweep = sweep_of(models("llama"), sequences)
     scores = sweep.score([], range(1, 7), least=least)
-    (_, losses) = oracle.naive_search(models("llama"), windows, 1)[0]
+    (_, losses) = oracle.naive_search(models("llama"), sequences, 1)[0]
     best = sorted(losses, key=lambda block: losses[block])[:least]
     assert [block for block in best if not scores.exact[block - 1]] == []
     for block in best:
@@ -145,8 +145,8 @@ def test_the_model_is_left_as_it_was(models: Models) -> None:
 
 
 def test_layers_that_do_not_broadcast_are_run_state_by_state(models: Models) -> None:
-    windows = random_windows(1, 30)
-    batches = {name: sweep_of(models(name), windows).model.batches for name in ("llama", "bloom")}
+    sequences = random_windows(1, 30)
+    batches = {name: sweep_of(models(name), sequences).model.batches for name in ("llama", "bloom")}
     assert batches == {"llama": True, "bloom": False}
 
 
@@ -169,26 +169,28 @@ def test_other_sizes_are_refused(text: str) -> None:
     weights=st.integers(0, 10**6),
     state=st.integers(1, 10**4),
     layer=st.integers(1, 10**5),
-    windows=st.integers(1, 20),
+    sequences=st.integers(1, 20),
     forks=st.integers(1, 40),
     streamed=st.booleans(),
 )
 def test_a_plan_never_holds_more_than_the_budget(
-    budget: int, weights: int, state: int, layer: int, windows: int, forks: int, streamed: bool
+    budget: int, weights: int, state: int, layer: int, sequences: int, forks: int, streamed: bool
 ) -> None:
     needs = Needs(weights, state, layer, layer // 2)
     try:
         plan = make_plan(
-            budget, needs, windows=windows, forks=forks, best_chunk=8, streamed=streamed
+            budget, needs, sequences=sequences, forks=forks, best_chunk=8, streamed=streamed
         )
     except SlebError:
         # What must fit: the weights, one sequence's states, the work on one, two finalists.
-        assert weights + (forks + 2 + 2 * windows) * state + layer > 0.85 * budget - (40 << 20) - 1
+        assert (
+            weights + (forks + 2 + 2 * sequences) * state + layer > 0.85 * budget - (40 << 20) - 1
+        )
         return
-    held = weights + plan.windows * (forks + 2) * state + plan.chunk * layer
-    held += (plan.finals * windows + plan.snapshots) * state
+    held = weights + plan.sequences * (forks + 2) * state + plan.chunk * layer
+    held += (plan.finals * sequences + plan.snapshots) * state
     assert held <= budget
-    assert min(plan.windows, plan.chunk, plan.finals - 1) >= 1
+    assert min(plan.sequences, plan.chunk, plan.finals - 1) >= 1
 
 
 def test_the_most_that_tensors_hold_is_told() -> None:
@@ -210,15 +212,15 @@ def test_tokens_beyond_the_vocabulary_are_refused(models: Models) -> None:
 
 @pytest.mark.slow
 def test_on_smollm2_the_sweeps_order_is_the_naive_one(smollm2: Path) -> None:
-    from sleb_serve.data.calibration import make_windows
+    from sleb_serve.data.calibration import make_sequences
     from sleb_serve.data.tokenizer import load_tokenizer
 
-    windows = make_windows(
+    sequences = make_sequences(
         "python-docs",
         load_tokenizer(open_checkpoint(str(smollm2))),
         sequences=2,
         sequence_length=32,
     ).tokens
-    steps = search(smollm2, [list(window) for window in windows], 2)
-    naive = oracle.naive_search(smollm2, windows, 2)
+    steps = search(smollm2, [list(sequence) for sequence in sequences], 2)
+    naive = oracle.naive_search(smollm2, sequences, 2)
     check(steps, naive)

@@ -12,7 +12,7 @@ from commands import refused, select_arguments
 from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
-from sleb_serve.data.calibration import make_windows
+from sleb_serve.data.calibration import make_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.schema import Manifest
@@ -20,10 +20,10 @@ from sleb_serve.manifest.schema import Manifest
 Capture = pytest.CaptureFixture[str]
 
 
-def windows_of(path: Path, sequences: int, sample: int = 0) -> tuple[tuple[int, ...], ...]:
-    """Some of the windows that `select_arguments` asks for."""
+def sequences_of(path: Path, sequences: int, sample: int = 0) -> tuple[tuple[int, ...], ...]:
+    """Some of the sequences that `select_arguments` asks for."""
     tokenize = load_tokenizer(open_checkpoint(str(path)))
-    whole = make_windows(
+    whole = make_sequences(
         "python-docs", tokenize, sequences=sequences * (sample + 1), sequence_length=32
     )
     return whole.tokens[sequences * sample :]
@@ -41,9 +41,9 @@ def test_the_divergence_can_be_what_is_kept_low(
     manifest = selected(path, tmp_path / "m.json", "--remove", "1", "--objective", "kl")
     shown = capsys.readouterr().out
     assert "divergence from the dense model" in shown
-    dense, windows = oracle.load(path), windows_of(path, 2)
+    dense, sequences = oracle.load(path), sequences_of(path, 2)
     expected = {
-        block: sum(oracle.divergence(dense, oracle.pruned(path, [block]), w) for w in windows) / 2
+        block: sum(oracle.divergence(dense, oracle.pruned(path, [block]), w) for w in sequences) / 2
         for block in range(1, 5)
     }
     (removal,) = manifest.removed
@@ -62,7 +62,7 @@ def test_other_samples_of_the_text_say_how_stable_the_list_is(
     shown = capsys.readouterr().out
     assert manifest.selection is not None
     expected = [
-        tuple(block for block, _ in oracle.naive_search(path, windows_of(path, 2, sample), 2))
+        tuple(block for block, _ in oracle.naive_search(path, sequences_of(path, 2, sample), 2))
         for sample in range(3)
     ]
     assert (manifest.blocks, *manifest.selection.samples) == tuple(expected)

@@ -21,7 +21,7 @@ from sleb_bench.engine import Engine
 from sleb_bench.run import machine
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import open_checkpoint
-from sleb_serve.data.calibration import make_windows
+from sleb_serve.data.calibration import make_sequences
 from sleb_serve.data.texts import EMBEDDED
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.manifest.binding import bind
@@ -78,13 +78,15 @@ def asked(checkpoint: Checkpoint, model: str, kind: str, folder: Path) -> dict[s
     output = folder / f"{kind}.json"
     repair = None
     if kind != "none":
-        windows = make_windows(
+        sequences = make_sequences(
             EMBEDDED, load_tokenizer(checkpoint), sequences=8, sequence_length=256
         ).tokens
-        found, loss = fit(CausalLM(load_model(checkpoint, "auto"), windows[0]), windows, REMOVED)
+        found, loss = fit(
+            CausalLM(load_model(checkpoint, "auto"), sequences[0]), sequences, REMOVED
+        )
         sidecar = sidecar_path(output)
         digest = write_sidecar(sidecar, {gap.name: gap.weight for gap in found}, {})
-        repair = Repair(kind, sidecar.name, digest, len(windows), loss)
+        repair = Repair(kind, sidecar.name, digest, len(sequences), loss)
     Manifest(bind(model, checkpoint), tuple(map(Removal, REMOVED)), repair=repair).write(output)
     return engine_arguments(read_manifest(output).pruning(), checkpoint)
 

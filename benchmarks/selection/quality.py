@@ -25,7 +25,7 @@ from torch import nn
 
 from sleb_bench.demo_model import demo_model
 from sleb_serve.checkpoint.hub import open_checkpoint
-from sleb_serve.data.calibration import Windows, held_out_windows, make_windows
+from sleb_serve.data.calibration import Sequences, held_out_sequences, make_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.evaluation.perplexity import perplexity
 from sleb_serve.models.layerwise import CausalLM
@@ -52,7 +52,7 @@ MODELS = (
     "shortgpt",
     "last",
 )
-JUDGED_WINDOWS, JUDGED_LENGTH = 24, 1024
+JUDGED_SEQUENCES, JUDGED_LENGTH = 24, 1024
 TASKS = ("piqa", "arc_easy", "winogrande")
 
 
@@ -122,9 +122,9 @@ class Study:
         test = self._wikitext("test")
         self.texts = {
             "wikitext2": [
-                test[i * JUDGED_LENGTH : (i + 1) * JUDGED_LENGTH] for i in range(JUDGED_WINDOWS)
+                test[i * JUDGED_LENGTH : (i + 1) * JUDGED_LENGTH] for i in range(JUDGED_SEQUENCES)
             ],
-            "python-docs": held_out_windows(self.tokenize, JUDGED_WINDOWS, JUDGED_LENGTH, None),
+            "python-docs": held_out_sequences(self.tokenize, JUDGED_SEQUENCES, JUDGED_LENGTH, None),
         }
         self._order: list[int] = []
 
@@ -180,20 +180,20 @@ class Study:
         scores = self._score(removed, candidates)
 
         def loss_of(block: int) -> float:
-            return self._scorer.repair(self._windows.tokens, [*removed, block])[1]
+            return self._scorer.repair(self._sequences.tokens, [*removed, block])[1]
 
         return as_repaired(scores, candidates, SHORTLIST, loss_of)
 
     @cached_property
-    def _windows(self) -> Windows:
+    def _sequences(self) -> Sequences:
         """What the searches are run on."""
-        return make_windows("wikitext2", self.tokenize, **SEARCH)
+        return make_sequences("wikitext2", self.tokenize, **SEARCH)
 
     @cached_property
     def _scorer(self) -> Scorer:
         return Scorer(
             self.checkpoint,
-            self._windows,
+            self._sequences,
             Ranks(),
             dtype=self.dtype,
             budget=None,
@@ -203,11 +203,11 @@ class Study:
 
     def shortgpt(self, count: int) -> list[int]:
         """The blocks that turn the stream least: cosine of what enters and leaves (ShortGPT)."""
-        windows = self._windows.tokens
-        model = CausalLM(load_model(self.checkpoint, self.dtype), windows[0])
+        sequences = self._sequences.tokens
+        model = CausalLM(load_model(self.checkpoint, self.dtype), sequences[0])
         turn = [0.0] * len(model.layers)
-        for window in windows:
-            state, calls = model.begin(window)
+        for sequence in sequences:
+            state, calls = model.begin(sequence)
             for index in range(len(model.layers)):
                 with model.loaded(index) as layer:
                     (moved,) = model.run(layer, [state], calls[index])
@@ -217,16 +217,16 @@ class Study:
         return sorted(range(len(turn)), key=lambda index: turn[index])[:count]
 
     def repair(self, kind: str, removed: Sequence[int]) -> list[Gap]:
-        """A repair fitted on more windows than the search was run on, kept for the next time."""
+        """A repair fitted on more sequences than the search was run on, kept for the next time."""
         name = "-".join(map(str, (kind, self.dtype, REPAIR["sequences"], *removed)))
         kept = Path(".cache/quality").resolve() / f"{name}.pt"
         if kept.exists():
             return [Gap(**values) for values in torch.load(kept)]
-        windows = make_windows("wikitext2", self.tokenize, **REPAIR).tokens
-        model = CausalLM(load_model(self.checkpoint, self.dtype), windows[0])
+        sequences = make_sequences("wikitext2", self.tokenize, **REPAIR).tokens
+        model = CausalLM(load_model(self.checkpoint, self.dtype), sequences[0])
         begin = time.time()
         own = getattr(torch, self.checkpoint.dtype)
-        found, loss = fit(model, windows, removed, kind, own)
+        found, loss = fit(model, sequences, removed, kind, own)
         print(kind, "fitted in", round(time.time() - begin), "s, loss", loss, flush=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
         torch.save([vars(gap) for gap in found], kept)

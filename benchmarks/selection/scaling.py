@@ -1,4 +1,4 @@
-"""How the search's work grows with blocks, windows and vocabulary, and what that means for LLaMA-2.
+"""How the search's work grows with blocks, text and vocabulary, and what that means for LLaMA-2.
 
 Usage: scaling.py SPEED.jsonl > scaling.md. Counts runs of a layer on one sequence's states and rows
 of the head, for the plain search and the sweep, by formula; holds the formula against the counts
@@ -29,7 +29,7 @@ A100-seconds are products of matrices alone at half of 312 TFLOP/s. The sweep's 
 layers that candidates share (2 times), from what lies before a removed block (1.2 to 1.5 times on
 average) and from the head, which is a fifth of SmolLM2's pass and less than a hundredth of
 LLaMA-2-70B's. All of it grows with the square of the blocks, like the plain search's, and in
-proportion to the windows; the vocabulary counts through the head's share only. A model that is read
+proportion to the sequences; the vocabulary counts by the head's share only. A model that is read
 from disk is read once a step.
 
 No exact search can do much less: a candidate can be given up before all text was seen only once its
@@ -49,7 +49,7 @@ class Model:
     layer_parameters: float
     head_parameters: float
     length: int
-    windows: int
+    sequences: int
 
     @property
     def head_in_layers(self) -> float:
@@ -65,13 +65,13 @@ LARGE = (
 
 
 def plain(model: Model) -> tuple[int, int]:
-    """Layer runs and whole heads a window of one model pass a candidate."""
+    """Layer runs and whole heads a sequence of one model pass a candidate."""
     sizes = range(model.blocks, model.blocks - model.remove, -1)
     return sum((n - 2) * (n - 1) for n in sizes), sum(n - 2 for n in sizes)
 
 
 def sweep(blocks: int, order: Sequence[int]) -> list[int]:
-    """Layer runs a window in each step of the sweep, where snapshots are held at what goes."""
+    """Layer runs a sequence in each step of the sweep, where snapshots are held at what goes."""
     steps = []
     for number in range(len(order)):
         gone = set(order[:number])
@@ -105,9 +105,9 @@ def main() -> None:
     steps = [e for e in lines if e.get("layer_runs")]
     print("# How the search scales\n")
     print("Runs of a layer on one sequence's states, by formula and as counted by speed.py.\n")
-    print("| step of SmolLM2's search, a window | 1 | 2 | 3 | 4 | 5 | 6 |")
+    print("| step of SmolLM2's search, a sequence | 1 | 2 | 3 | 4 | 5 | 6 |")
     print("|---|---|---|---|---|---|---|")
-    own = [e for e in steps if e["windows"] == 4]
+    own = [e for e in steps if e["sequences"] == 4]
     order = [e["block"] for e in own if e["search"] == "greedy"]
     sizes = range(SMOLLM2.blocks, SMOLLM2.blocks - SMOLLM2.remove, -1)
     rows: list[tuple[str, list[float]]] = [
@@ -121,24 +121,26 @@ def main() -> None:
         print(f"| {name} |", " | ".join(f"{value:.0f}" for value in values), "|")
     heads = sum(e["head_rows"] for e in own if e["search"] == "greedy") / 4 / 49152
     part = plain(SMOLLM2)[1] / FIRST_PART + WHOLE_A_STEP * SMOLLM2.remove + 3
-    print(f"\nWhole heads a window: plain {plain(SMOLLM2)[1]}, sweep counted {heads:.1f}, ", end="")
+    print(
+        f"\nWhole heads a sequence: plain {plain(SMOLLM2)[1]}, sweep counted {heads:.1f}, ", end=""
+    )
     print(f"by formula {part:.1f}.\n")
     runs, whole = plain(SMOLLM2)
     total = runs + whole * SMOLLM2.head_in_layers
-    print("| windows of SmolLM2 | fast: layer runs | against plain | work against plain |")
+    print("| sequences of SmolLM2 | fast: layer runs | against plain | work against plain |")
     print("|---|---|---|---|")
-    for count in sorted({e["windows"] for e in steps if e["search"] == "fast"}):
-        mine = [e for e in steps if e["search"] == "fast" and e["windows"] == count]
+    for count in sorted({e["sequences"] for e in steps if e["search"] == "fast"}):
+        mine = [e for e in steps if e["search"] == "fast" and e["sequences"] == count]
         layers = sum(e["layer_runs"] for e in mine) / count
         rest = sum(e["head_rows"] for e in mine) / count / 49152 * SMOLLM2.head_in_layers
-        print(f"| {count} | {layers:.0f} a window | {runs / layers:.1f} times fewer ", end="")
+        print(f"| {count} | {layers:.0f} a sequence | {runs / layers:.1f} times fewer ", end="")
         print(f"| {total / (layers + rest):.1f} times less |")
     print("\nPredicted, for random orders of removal, not measured:\n")
     print(
         "| | blocks, removed | plain: runs, heads | sweep: runs, heads | work | A100-seconds ",
         end="",
     )
-    print("a window, plain and sweep | weights read a search, at 25 GB/s |")
+    print("a sequence, plain and sweep | weights read a search, at 25 GB/s |")
     print("|---|---|---|---|---|---|---|")
     for model in (SMOLLM2, *LARGE):
         runs, whole = plain(model)

@@ -1,10 +1,10 @@
 """The selector against the official algorithm run plainly: CPU-seconds, in one process.
 
-Usage: speed.py OUTPUT.jsonl [--dtype float32 bfloat16] [--rounds N] [--windows N] [--searches …].
-SmolLM2, 4 windows of 512 tokens, 6 blocks removed. Plainly means as the authors' sleb.py does it:
-for each candidate the block is taken out of the model's list of layers, each window goes through
+Usage: speed.py OUTPUT.jsonl [--dtype float32 bfloat16] [--rounds N] [--sequences N] [--searches …].
+SmolLM2, 4 sequences of 512 tokens, 6 blocks removed. Plainly means as the authors' sleb.py does it:
+for each candidate the block is taken out of the model's list of layers, each sequence goes through
 the whole model, and the loss is the cross-entropy of its float32 logits. Every step's CPU-seconds
-are a line of OUTPUT, with what was done in them: how often a layer was run on a window's states,
+are a line of OUTPUT, with what was done in them: how often a layer was run on a sequence's states,
 and how many rows of the head were multiplied with them.
 """
 
@@ -28,7 +28,7 @@ from torch import nn
 from sleb_bench.demo_model import demo_model
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import open_checkpoint
-from sleb_serve.data.calibration import Windows, make_windows
+from sleb_serve.data.calibration import Sequences, make_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
@@ -48,12 +48,15 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--text", default="wikitext2")
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--searches", nargs="+", default=["naive", "greedy", "fast"])
     options = parser.parse_args()
     checkpoint = open_checkpoint(str(demo_model(Path(".cache/demo").resolve())))
-    windows = make_windows(
-        options.text, load_tokenizer(checkpoint), sequences=options.windows, sequence_length=LENGTH
+    sequences = make_sequences(
+        options.text,
+        load_tokenizer(checkpoint),
+        sequences=options.sequences,
+        sequence_length=LENGTH,
     )
     record = recorder(options.output)
     record(
@@ -63,23 +66,23 @@ def main() -> None:
         torch=version("torch"),
         transformers=version("transformers"),
         text=options.text,
-        windows=options.windows,
+        sequences=options.sequences,
         tokens=LENGTH,
     )
     for number in range(options.rounds):
         for dtype in options.dtype:
             for name in options.searches:
                 tell = functools.partial(
-                    record, round=number, windows=options.windows, dtype=dtype, search=name
+                    record, round=number, sequences=options.sequences, dtype=dtype, search=name
                 )
                 if name == "naive":
-                    naive(checkpoint, windows, dtype, tell)
+                    naive(checkpoint, sequences, dtype, tell)
                 else:
-                    ours(checkpoint, windows, dtype, name == "fast", tell)
+                    ours(checkpoint, sequences, dtype, name == "fast", tell)
 
 
-def naive(checkpoint: Checkpoint, windows: Windows, dtype: str, record: Record) -> None:
-    """The official algorithm, in its own words: one model pass a candidate and window."""
+def naive(checkpoint: Checkpoint, sequences: Sequences, dtype: str, record: Record) -> None:
+    """The official algorithm, in its own words: one model pass a candidate and sequence."""
     model: Any = load_model(checkpoint, dtype)
     layers = list(model.model.layers)
 
@@ -89,17 +92,17 @@ def naive(checkpoint: Checkpoint, windows: Windows, dtype: str, record: Record) 
             layer for i, layer in enumerate(layers) if i not in removed
         )
         total = 0.0
-        for window in windows.tokens:
-            ids = torch.tensor([window])
+        for sequence in sequences.tokens:
+            ids = torch.tensor([sequence])
             logits = model(ids, use_cache=False).logits.float()
             total += float(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
-        return total / len(windows.tokens)
+        return total / len(sequences.tokens)
 
     work = Work()
 
     def score(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
         losses = tuple(loss([*removed, block]) for block in candidates)
-        passes = len(candidates) * len(windows.tokens)
+        passes = len(candidates) * len(sequences.tokens)
         work.layers += passes * (len(layers) - len(removed) - 1)
         work.rows += passes * model.get_output_embeddings().weight.shape[0]
         return Scores(losses, (True,) * len(losses))
@@ -108,9 +111,13 @@ def naive(checkpoint: Checkpoint, windows: Windows, dtype: str, record: Record) 
     search(score, len(layers), work, record)
 
 
-def ours(checkpoint: Checkpoint, windows: Windows, dtype: str, fast: bool, record: Record) -> None:
+def ours(
+    checkpoint: Checkpoint, sequences: Sequences, dtype: str, fast: bool, record: Record
+) -> None:
     """The selector, as `sleb-serve select` sets it up."""
-    scorer = Scorer(checkpoint, windows, Ranks(), dtype=dtype, budget=None, steps=REMOVE, fast=fast)
+    scorer = Scorer(
+        checkpoint, sequences, Ranks(), dtype=dtype, budget=None, steps=REMOVE, fast=fast
+    )
     base: list[float] = []
     work = Work()
     for sweep in filter(None, (scorer.sweep, scorer.screen)):
@@ -125,7 +132,7 @@ def ours(checkpoint: Checkpoint, windows: Windows, dtype: str, fast: bool, recor
 
 
 class Work:
-    """What was done: layers run on a window's states, head rows multiplied with them."""
+    """What was done: layers run on a sequence's states, head rows multiplied with them."""
 
     def __init__(self) -> None:
         self.layers = self.rows = 0

@@ -24,7 +24,7 @@ class Backend(Protocol):
     def measure(self, workload: Workload, prompts: Prompts) -> Measured:
         """One run; ValueError if it did not do what was asked."""
 
-    def loss(self, windows: Prompts) -> float:
+    def loss(self, sequences: Prompts) -> float:
         """Mean nats per predicted token."""
 
     def profile(self, workload: Workload, prompts: Prompts) -> str:
@@ -88,9 +88,9 @@ class VllmBackend:
             raise ValueError("a prompt was answered from the prefix cache")
         return elapsed, len(outputs), inputs, generated
 
-    def loss(self, windows: Prompts) -> float:
+    def loss(self, sequences: Prompts) -> float:
         """From prompt log-probabilities."""
-        outputs = self._generate(windows, max_tokens=1, prompt_logprobs=0)
+        outputs = self._generate(sequences, max_tokens=1, prompt_logprobs=0)
         nats: list[float] = [
             -logprobs[token].logprob
             for output in outputs
@@ -170,13 +170,13 @@ class TransformersBackend:
             raise ValueError(f"{tuple(output.shape)} tokens are not what was asked for")
         return elapsed, len(prompts), ids.numel(), length * len(prompts)
 
-    def loss(self, windows: Prompts) -> float:
+    def loss(self, sequences: Prompts) -> float:
         """From the logits."""
         import math
 
         from sleb_serve.evaluation.perplexity import perplexity
 
-        return math.log(perplexity(self._model, windows))
+        return math.log(perplexity(self._model, sequences))
 
     def profile(self, workload: Workload, prompts: Prompts) -> str:
         """Operators of this process."""

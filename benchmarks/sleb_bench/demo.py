@@ -51,12 +51,12 @@ def _demo(folder: Path, model: str | None) -> None:
     _say(f"2. select {_REMOVE} blocks to remove, calibrated on text that comes with Python")
     manifest = str(folder / "manifest.json")
     search = ("select", model, "-o", manifest, "--remove", _REMOVE, "--calibration", "python-docs")
-    windows = ("--sequences", "4", "--sequence-length", "256")
+    sequences = ("--sequences", "4", "--sequence-length", "256")
     try:
-        _sleb_serve(*search, *windows, "--resume")
+        _sleb_serve(*search, *sequences, "--resume")
     except SlebError:
         print("the search of an earlier demo cannot be resumed; starting again")
-        _sleb_serve(*search, *windows)
+        _sleb_serve(*search, *sequences)
 
     dtype = _dtype()
     _say("3. serve the pruned and the dense model, ask both the same")

@@ -81,9 +81,9 @@ class Engine:
         """Put `prompts` through `workload`."""
         return Sample(*self._ask("measure", workload, prompts))
 
-    def loss(self, windows: Prompts) -> float:
-        """Mean nats per predicted token of windows of token ids."""
-        result: float = self._ask("loss", windows)
+    def loss(self, sequences: Prompts) -> float:
+        """Mean nats per predicted token of sequences of token ids."""
+        result: float = self._ask("loss", sequences)
         return result
 
     def profile(self, workload: Workload, prompts: Prompts) -> str:

@@ -61,7 +61,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         ("batch", "sequences generated at once in decode"),
         ("output_length", "tokens generated each"),
         ("requests", "requests of the saturated workload"),
-        ("perplexity_windows", "windows of held-out text for the perplexity beside the speed"),
+        ("perplexity_sequences", "sequences of held-out text for the perplexity beside the speed"),
     ):
         value = getattr(default, name)
         flag = f"--{name.replace('_', '-')}"

@@ -25,7 +25,7 @@ from sleb_bench.serving import ServingOptions, serve_and_load
 from sleb_bench.variants import BESIDE, DENSE, Variant, make_variants
 from sleb_bench.workloads import DECODE_PROMPT_LENGTH, workloads
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.data.calibration import held_out_windows
+from sleb_serve.data.calibration import held_out_sequences
 from sleb_serve.data.texts import EMBEDDED
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.errors import SlebError, first_line
@@ -38,7 +38,7 @@ from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import write_atomically
 from sleb_serve.utils.extras import require
 
-_LOSS_WINDOW = 512
+_LOSS_LENGTH = 512
 Say = Callable[[str], None]
 
 
@@ -57,7 +57,7 @@ class BenchOptions:
     batch: int = 8
     output_length: int = 64
     requests: int = 64
-    perplexity_windows: int = 8
+    perplexity_sequences: int = 8
     one_at_a_time: bool = False
     start_together: bool = False
     profile: bool = False
@@ -113,7 +113,7 @@ def bench(
     check_plugin()
     todo = _workloads(options)
     arguments = _engine_arguments(options, checkpoint, todo, own)
-    windows = _windows(options, checkpoint, manifest) if todo else ()
+    sequences = _sequences(options, checkpoint, manifest) if todo else ()
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -121,13 +121,13 @@ def bench(
     with tempfile.TemporaryDirectory(dir=options.output, prefix=".exported-") as scratch:
         variants = make_variants(manifests, checkpoint, arguments, options.beside, Path(scratch))
         records = Records(options.output)
-        records.add("setting", _setting(options, manifest, checkpoint, todo, len(windows)))
+        records.add("setting", _setting(options, manifest, checkpoint, todo, len(sequences)))
         for variant in variants:
             removed = frozenset(variant.pruning.removed if variant.pruning else ())
             read = checkpoint.tensor_bytes(removed)
             records.add("variant", {**variant.about(), "weights_bytes": read[0] if read else None})
         with _report_if_broken(records, say):
-            _measure(_Run(options, checkpoint, todo, windows, records, say), variants)
+            _measure(_Run(options, checkpoint, todo, sequences, records, say), variants)
     records.save()
     write_report(options.output)
     failures = [entry for entry in records.entries if entry["record"] == "failure"]
@@ -163,12 +163,12 @@ def _workloads(options: BenchOptions) -> Sequence[Workload]:
     )
 
 
-def _windows(options: BenchOptions, checkpoint: Checkpoint, manifest: Manifest) -> Prompts:
+def _sequences(options: BenchOptions, checkpoint: Checkpoint, manifest: Manifest) -> Prompts:
     """Held-out text for the perplexity beside the speed."""
-    return held_out_windows(
+    return held_out_sequences(
         load_tokenizer(checkpoint),
-        options.perplexity_windows,
-        min(_LOSS_WINDOW, options.prompt_length),
+        options.perplexity_sequences,
+        min(_LOSS_LENGTH, options.prompt_length),
         manifest.calibration,
     )
 
@@ -213,7 +213,7 @@ def _setting(
     manifest: Manifest,
     checkpoint: Checkpoint,
     todo: Sequence[Workload],
-    windows: int,
+    sequences: int,
 ) -> dict[str, Any]:
     values = {**asdict(options), "output": str(options.output)}
     # JSON has no infinity.
@@ -225,7 +225,7 @@ def _setting(
         "weights_sha256": manifest.model.weights_sha256,
         "options": values,
         "workloads": [{**asdict(workload), "unit": workload.unit} for workload in todo],
-        "quality_text": f"end of {EMBEDDED}, {windows} windows",
+        "quality_text": f"end of {EMBEDDED}, {sequences} sequences",
         "head_share": head_share(checkpoint),
         "evaluation": json.loads(manifest.to_json()).get("evaluation", {}),
         "machine": machine(),
@@ -240,11 +240,11 @@ class _Run:
         options: BenchOptions,
         checkpoint: Checkpoint,
         todo: Sequence[Workload],
-        windows: Prompts,
+        sequences: Prompts,
         records: Records,
         say: Say,
     ) -> None:
-        self.options, self.todo, self._windows = options, todo, windows
+        self.options, self.todo, self._sequences = options, todo, sequences
         self.records, self.say = records, say
         self.checkpoint = checkpoint
         size = checkpoint.decoder_config.get("vocab_size")
@@ -322,8 +322,8 @@ class _Run:
         """What every start would give again: the quality, and where the time goes."""
         for variant in group:
             engine = engines[variant.name]
-            if self._windows:
-                loss = engine.loss(self._windows)
+            if self._sequences:
+                loss = engine.loss(self._sequences)
                 self.records.add("quality", {"variant": variant.name, "loss": loss})
                 self.say(f"{variant.name}: held-out loss {loss:.4f} nats per token")
             for workload in self.todo if self.options.profile else ():

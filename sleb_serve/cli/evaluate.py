@@ -56,7 +56,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     )
     add_sequence_length(parser)
     parser.add_argument(
-        "--windows", metavar="N", type=int, help="only the first N sequences of each text"
+        "--sequences", metavar="N", type=int, help="only the first N sequences of each text"
     )
     parser.add_argument(
         "--tasks",

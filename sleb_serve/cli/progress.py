@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
 
-from sleb_serve.data.calibration import Windows
+from sleb_serve.data.calibration import Sequences
 from sleb_serve.selection.distributed import is_first
 from sleb_serve.selection.search import Step
 
@@ -31,9 +31,9 @@ class SearchBars:
         if self._bar is not None:
             self._bar.close()
 
-    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
+    def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there."""
-        text = windows.calibration
+        text = sequences.calibration
         self._say(f"calibration: {text.sequences} sequences of {text.sequence_length} tokens")
         self._say(f"scoring: {how}")
         for number, step in enumerate(resumed, 1):
@@ -61,7 +61,7 @@ class SearchBars:
         for gap in gaps:
             self._say(
                 f"gap {gap.first} to {gap.last}: {1 - gap.missing:.0%} of what is missing repaired "
-                f"on held-out windows (ridge {gap.ridge:g})"
+                f"on held-out sequences (ridge {gap.ridge:g})"
             )
         self._say(f"repaired: loss {loss:.4f}")
 

@@ -1,4 +1,4 @@
-"""Calibration text: a source, tokenised as one text, cut into consecutive windows of token ids."""
+"""Calibration text: a source, tokenised as one text, cut into sequences of token ids."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BETWEEN_ROWS = "\n\n"
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Token windows, all of the same length, and where they came from."""
+class Sequences:
+    """Token sequences, all of the same length, and where they came from."""
 
     tokens: tuple[tuple[int, ...], ...]
     calibration: Calibration
 
 
-def make_windows(
+def make_sequences(
     source: str,
     tokenizer: Tokenizer,
     *,
@@ -43,8 +43,8 @@ def make_windows(
     seed: int = 0,
     rows: int | None = None,
     sample: int = 0,
-) -> Windows:
-    """Cut `source` into consecutive windows of token ids.
+) -> Sequences:
+    """Cut `source` into consecutive sequences of token ids.
 
     Args:
         source: ``wikitext2`` or ``c4`` (rows shuffled by `seed`, the first `rows` joined, as the
@@ -52,13 +52,13 @@ def make_windows(
             .parquet file (its rows of text or chats from the start).
         tokenizer: the model's. A text that begins with a chat gets no special tokens but those of
             the chat template, as the model gets chats when it is served.
-        sequences: how many windows at most; None for all that the rows give (8 for other sources).
-        sequence_length: tokens per window, at least 2.
+        sequences: how many at most; None for all that the rows give (8 for other sources).
+        sequence_length: tokens per sequence, at least 2.
         seed: shuffles the rows of ``wikitext2`` and ``c4``.
         rows: how many rows of ``wikitext2`` and ``c4``; None for 128, and as many more as it
-            takes to fill `sequences` windows.
+            takes to fill `sequences` sequences.
         sample: which sample of the source, each as large: other rows by the seeds after `seed`,
-            or of other sources, the windows that follow.
+            or of other sources, the sequences that follow.
 
     Raises:
         SlebError: the source is unknown, unreadable, empty, or shorter than was asked for.
@@ -80,7 +80,7 @@ def make_windows(
         first = sample * sequences
         ids = _tokens(tokenizer, source, (first + sequences) * sequence_length)
     tokens = _cut(ids, source, sequence_length, first, sequences)
-    return Windows(
+    return Sequences(
         tokens,
         Calibration(
             source=source,
@@ -113,20 +113,20 @@ def _cut(
     return tuple(tuple(ids[i * length : (i + 1) * length]) for i in range(first, last))
 
 
-def judged_windows(
+def judged_sequences(
     source: str, tokenizer: Tokenizer, length: int, count: int | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Consecutive windows of a text that models are judged on, as the official code cuts them.
+    """Consecutive sequences of a text that models are judged on, as the official code cuts them.
 
     Args:
-        source: ``wikitext2`` (its test split), ``c4`` (256 windows of the first 1,100 rows of its
+        source: ``wikitext2`` (its test split), ``c4`` (256 sequences of the first 1,100 rows of its
             validation split), ``python-docs`` or a file.
-        tokenizer: the model's; see `make_windows`.
-        length: tokens a window.
-        count: how many windows at most; None for all.
+        tokenizer: the model's; see `make_sequences`.
+        length: tokens a sequence.
+        count: how many sequences at most; None for all.
 
     Raises:
-        SlebError: the text is not there, or shorter than one window.
+        SlebError: the text is not there, or shorter than one sequence.
     """
     if source in JUDGED_TEXTS:
         hub = JUDGED_TEXTS[source]
@@ -147,10 +147,10 @@ def judged_windows(
     return tuple(tuple(ids[i * length : (i + 1) * length]) for i in range(available))
 
 
-def held_out_windows(
+def held_out_sequences(
     tokenize: Tokenize, count: int, length: int, calibration: Calibration | None
 ) -> tuple[tuple[int, ...], ...]:
-    """The last `count` windows of `length` tokens of the embedded text.
+    """The last `count` sequences of `length` tokens of the embedded text.
 
     Raises:
         SlebError: they would overlap what `calibration` took from its start.
@@ -165,15 +165,15 @@ def held_out_windows(
     if start < used:
         raise SlebError(
             f"{count} sequences of {length} tokens of {EMBEDDED} would overlap the calibration's; "
-            f"ask for fewer `perplexity_windows`"
+            f"ask for fewer `perplexity_sequences`"
         )
     return tuple(tuple(ids[start + i * length : start + (i + 1) * length]) for i in range(count))
 
 
-def _digest(windows: Sequence[Sequence[int]]) -> str:
+def _digest(sequences: Sequence[Sequence[int]]) -> str:
     digest = hashlib.sha256()
-    for window in windows:
-        digest.update(b"".join(token.to_bytes(8, "little", signed=True) for token in window))
+    for sequence in sequences:
+        digest.update(b"".join(token.to_bytes(8, "little", signed=True) for token in sequence))
     return digest.hexdigest()
 
 

@@ -44,7 +44,7 @@ class Tokenizer:
 
 
 OFFICIAL_SEQUENCE_LENGTH = 2048
-"""The official code's window, where the model's context is not shorter."""
+"""The official code's sequence, where the model's context is not shorter."""
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -64,7 +64,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         ) from error
 
     def encode(text: str, special: bool = True) -> list[int]:
-        # verbose=False: a text longer than the model's context is cut into windows, not fed whole.
+        # verbose=False: a text longer than the model's context is cut into sequences first.
         return list(tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
 
     def render(messages: list[dict[str, Any]]) -> str:

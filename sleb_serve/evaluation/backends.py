@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Judge(Protocol):
     """A model that perplexities and tasks are asked of."""
 
-    def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
-        """Of windows [L]: exp of the mean of each's mean loss over its L-1 predicted tokens."""
+    def perplexity(self, sequences: Sequence[Sequence[int]]) -> float:
+        """Of sequences [L]: exp of the mean of each's mean loss over its L-1 predicted tokens."""
 
     def tasks(
         self, names: Sequence[str], limit: int | None, num_fewshot: int | None
@@ -81,10 +81,10 @@ class _TransformersJudge:
     def __init__(self, model: Any, path: str, batch_size: str) -> None:
         self._model, self._path, self._batch_size = model, path, batch_size
 
-    def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
+    def perplexity(self, sequences: Sequence[Sequence[int]]) -> float:
         from sleb_serve.evaluation.perplexity import perplexity
 
-        return float(perplexity(self._model, windows))
+        return float(perplexity(self._model, sequences))
 
     def tasks(
         self, names: Sequence[str], limit: int | None, num_fewshot: int | None
@@ -134,7 +134,7 @@ def vllm_judges(work: Evaluation) -> Iterator[JudgeOf]:
             "pretrained": str(checkpoint.path),
             "dtype": config.dtype,
             "batch_size": "auto",
-            # One token is generated behind each window; it is never fed.
+            # One token is generated behind each sequence; it is never fed.
             "max_model_len": max(
                 work.length + 1, context_length(checkpoint) if config.tasks else 0
             ),
@@ -155,8 +155,8 @@ class _VllmJudge:
     def __init__(self, pool: ProcessPoolExecutor, arguments: dict[str, Any], log: Path) -> None:
         self._pool, self._arguments, self._log = pool, arguments, log
 
-    def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
-        found: float = self._ask(_vllm_perplexity, windows)
+    def perplexity(self, sequences: Sequence[Sequence[int]]) -> float:
+        found: float = self._ask(_vllm_perplexity, sequences)
         return found
 
     def tasks(
@@ -187,7 +187,7 @@ def _vllm_lm(arguments: dict[str, Any], log: str) -> Any:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        # The windows are as long as the model's context, and one token is generated behind them.
+        # The sequences are as long as the model's context, and one token is generated behind them.
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         # So that what goes wrong in the engine is what is raised here.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -198,19 +198,19 @@ def _vllm_lm(arguments: dict[str, Any], log: str) -> Any:
 
 
 def _vllm_perplexity(
-    arguments: dict[str, Any], log: str, windows: Sequence[Sequence[int]]
+    arguments: dict[str, Any], log: str, sequences: Sequence[Sequence[int]]
 ) -> float:
     from vllm import SamplingParams
 
     outputs = _vllm_lm(arguments, log).model.generate(
-        [{"prompt_token_ids": list(window)} for window in windows],
+        [{"prompt_token_ids": list(sequence)} for sequence in sequences],
         SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
         use_tqdm=False,
     )
     losses = []
-    for window, output in zip(windows, outputs, strict=True):
+    for sequence, output in zip(sequences, outputs, strict=True):
         entries = output.prompt_logprobs[1:]
-        nats = [-e[t].logprob for t, e in zip(window[1:], entries, strict=True)]
+        nats = [-e[t].logprob for t, e in zip(sequence[1:], entries, strict=True)]
         losses.append(math.fsum(nats) / len(nats))
     return math.exp(math.fsum(losses) / len(losses))
 

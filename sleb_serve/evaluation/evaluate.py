@@ -20,7 +20,7 @@ from sleb_serve import __version__
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.cut.servable import check_servable
-from sleb_serve.data.calibration import judged_windows
+from sleb_serve.data.calibration import judged_sequences
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.evaluation.backends import Judge, transformers_judges, vllm_judges
@@ -47,7 +47,7 @@ class EvalConfig:
         perplexity: texts: ``wikitext2``, ``c4``, ``python-docs``, or files.
         tasks: lm-eval's tasks by name.
         sequence_length: tokens a sequence; None for 2,048, or the model's context if shorter.
-        windows: only so many sequences of each text.
+        sequences: only so many sequences of each text.
         limit: only so many rows of each task.
         num_fewshot: examples in a task's prompt.
         backend: ``hf`` for Transformers, ``vllm`` for the engine that will serve.
@@ -61,7 +61,7 @@ class EvalConfig:
     perplexity: tuple[str, ...] = ("wikitext2",)
     tasks: tuple[str, ...] = ()
     sequence_length: int | None = None
-    windows: int | None = None
+    sequences: int | None = None
     limit: int | None = None
     num_fewshot: int | None = None
     backend: Literal["hf", "vllm"] = "hf"
@@ -145,7 +145,7 @@ def evaluate(
     work = _prepared(str(model), manifest, config or EvalConfig(), output)
     tokenizer = load_tokenizer(work.checkpoint)
     texts = {
-        text: judged_windows(text, tokenizer, work.length, work.config.windows)
+        text: judged_sequences(text, tokenizer, work.length, work.config.sequences)
         for text in work.config.perplexity
     }
     report = _start(work, texts, resume)
@@ -198,12 +198,12 @@ def _fill(
 ) -> None:
     """Measure what a report's entry lacks, and write the report after each result."""
     blocks, config = entry["blocks"], work.config
-    for text, windows in texts.items():
+    for text, sequences in texts.items():
         if text in entry["perplexity"]:
             progress.known(blocks, text)
             continue
         progress.begins(blocks, text)
-        value = judge().perplexity(windows)
+        value = judge().perplexity(sequences)
         if not math.isfinite(value):
             raise SlebError(
                 f"the perplexity on {text} with {blocks} blocks removed is {value}; the weights "
@@ -263,7 +263,7 @@ def _empty(work: Evaluation, texts: Mapping[str, Sequence[Sequence[int]]]) -> di
             "backend": config.backend,
             "dtype": config.dtype,
             "sequence_length": work.length,
-            "windows": {text: len(windows) for text, windows in texts.items()},
+            "sequences": {text: len(sequences) for text, sequences in texts.items()},
             "tasks": list(config.tasks),
             "limit": config.limit,
             "num_fewshot": config.num_fewshot,

@@ -45,7 +45,8 @@ def describe(manifest: Manifest) -> str:
         mended = manifest.repair
         loss = "" if mended.loss is None else f", loss {mended.loss:.4f} on them"
         lines.append(
-            f"repair       {mended.kind}, fitted on {mended.sequences} windows{loss}: {mended.file}"
+            f"repair       {mended.kind}, fitted on {mended.sequences} sequences{loss}: "
+            f"{mended.file}"
         )
     if manifest.created_by:
         made = ", ".join(f"{name} {number}" for name, number in manifest.created_by.items())

@@ -62,9 +62,9 @@ class Removal:
 class Calibration:
     """The text that the losses were measured on.
 
-    ``sequences`` windows of ``sequence_length`` tokens; ``rows`` counts the data-set rows they were
+    There are ``sequences`` of ``sequence_length`` tokens; ``rows`` counts the rows that they were
     cut from (None for a file). ``tokens_sha256`` is the digest of the token ids as little-endian
-    int64, window after window.
+    int64, sequence after sequence.
     """
 
     source: str
@@ -96,7 +96,7 @@ class Selection:
 class Repair:
     """How the gaps are repaired: the kind, the sidecar's name beside the manifest, its digest.
 
-    Fitted on ``sequences`` windows of the calibration text; ``loss`` is that on them, repaired.
+    Fitted on ``sequences`` sequences of the calibration text; ``loss`` is that on them, repaired.
     """
 
     kind: str

@@ -21,7 +21,7 @@ def blocks_deleted(
 ) -> Iterator[None]:
     """While this is open, `model` has only its other blocks, renumbered, and is repaired.
 
-    Layers keep the attention type and window they were built with, a KV cache has one entry for
+    Layers keep the attention type and sequence they were built with, a KV cache has one entry for
     each that is left, and its config is that of the shorter model.
 
     Args:

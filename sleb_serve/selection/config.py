@@ -12,7 +12,7 @@ from sleb_serve.manifest.pruning import REPAIRS
 from sleb_serve.manifest.schema import OBJECTIVES
 
 if TYPE_CHECKING:
-    from sleb_serve.data.calibration import Windows
+    from sleb_serve.data.calibration import Sequences
     from sleb_serve.selection.repair import Gap
     from sleb_serve.selection.search import Step
 
@@ -96,7 +96,7 @@ class SelectConfig:
 class Progress(Protocol):
     """Told how a selection goes."""
 
-    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
+    def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there; these steps need not be computed again."""
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
@@ -115,7 +115,7 @@ class Progress(Protocol):
 class Silent:
     """A progress that nobody looks at."""
 
-    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
+    def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
         """Nothing."""
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:

@@ -28,7 +28,7 @@ from sleb_serve.selection.racing import Drop, rivals
 from sleb_serve.selection.search import Scores
 from sleb_serve.selection.states import (
     BASE,
-    Window,
+    SequenceStates,
     Work,
     from_snapshot,
     key_of,
@@ -43,15 +43,15 @@ _ROUNDING = 1e-6
 
 
 class LayerSweep:
-    """Losses of a causal LM with blocks skipped, over windows of tokens.
+    """Losses of a causal LM with blocks skipped, over sequences of tokens.
 
     Args:
         model: the model, in pieces.
-        windows: token ids, all windows of the same length; this process's share of them.
+        sequences: token ids, all sequences of the same length; this process's share of them.
         budget: bytes; see `sleb_serve.selection.memory`. None for no limit but one state a chunk.
         weights: bytes of the weights that are held, out of the budget.
         streamed: whether the layers' weights come from disk.
-        gather: what each window of this process gave -> what each window of all processes gave.
+        gather: what each sequence of this process gave -> what each sequence of all processes gave.
         objective: ``nll``, the loss on the text; or ``kl``, the Kullback-Leibler divergence of the
             dense model's predictions from the pruned one's, in nats per predicted token.
     """
@@ -59,7 +59,7 @@ class LayerSweep:
     def __init__(
         self,
         model: CausalLM,
-        windows: Sequence[Sequence[int]],
+        sequences: Sequence[Sequence[int]],
         *,
         budget: int | None = None,
         weights: int = 0,
@@ -70,25 +70,26 @@ class LayerSweep:
         self.model = model
         self._against_dense = objective == "kl"
         self._gather = gather
-        if max(max(window) for window in windows) >= model.vocabulary:
+        if max(max(sequence) for sequence in sequences) >= model.vocabulary:
             raise SlebError(
                 "the tokenizer makes token ids beyond the model's vocabulary; the tokenizer files "
                 "are not this model's"
             )
-        state, calls = model.begin(windows[0])
-        self._windows = [
-            Window(torch.tensor(window, device=model.device), calls) for window in windows
+        state, calls = model.begin(sequences[0])
+        self._sequences = [
+            SequenceStates(torch.tensor(sequence, device=model.device), calls)
+            for sequence in sequences
         ]
-        for window in self._windows[1:]:
-            own = model.begin(window.tokens.tolist())[1]
+        for sequence in self._sequences[1:]:
+            own = model.begin(sequence.tokens.tolist())[1]
             if not same(own, calls):
-                window.calls = own
+                sequence.calls = own
         self.plan = self._make_plan(state, budget, weights, streamed)
         self._losses: dict[int, float] = {}
         self._keeps_bases = False
-        # Processes may have one window more or less each; all take part in all rounds.
-        most = max(self._gather([len(self._windows)]))
-        self._rounds = -(-most // self.plan.windows)
+        # Processes may have one sequence more or less each; all take part in all rounds.
+        most = max(self._gather([len(self._sequences)]))
+        self._rounds = -(-most // self.plan.sequences)
 
     def score(
         self,
@@ -102,14 +103,14 @@ class LayerSweep:
     ) -> Scores:
         """Mean nats per predicted token with `removed` and each of `candidates` in turn skipped.
 
-        The official score is the sum over windows of the mean cross-entropy of the L-1 predicted
-        tokens, times L (sleb.py of the official code); this is that sum over all windows' tokens.
+        The official score is the sum over sequences of the mean cross-entropy of the L-1 predicted
+        tokens, times L (sleb.py of the official code); this is that sum over all sequences' tokens.
 
         Args:
             removed: blocks that are gone.
             candidates: blocks to try, ascending, none of them in `removed`.
-            on_layer: called for each window and alive block, `layer_count` times.
-            drop: which candidates to give up, asked after each group of windows.
+            on_layer: called for each sequence and alive block, `layer_count` times.
+            drop: which candidates to give up, asked after each group of sequences.
             slack: losses that are higher than the least by no more than this are exact, too.
             least: how many of the least are exact at any rate.
 
@@ -118,18 +119,18 @@ class LayerSweep:
             candidates get an extrapolated estimate.
         """
         self._meet_dense(removed)
-        base = not self._windows[0].parts
+        base = not self._sequences[0].parts
         known, active = self._losses, list(candidates)
         segments: dict[int, list[float]] = {block: [] for block in candidates}
         for number in range(self._rounds):
-            first = number * self.plan.windows
-            group = self._windows[first : first + self.plan.windows]
+            first = number * self.plan.sequences
+            group = self._sequences[first : first + self.plan.sequences]
             keep, self._keeps_bases = snapshot_positions(
-                self._windows, self.plan, len(self.model.layers), removed, active, known
+                self._sequences, self.plan, len(self.model.layers), removed, active, known
             )
             self._sweep(group, removed, active, base, keep, on_layer)
             for block in active:
-                own = [window.tallies[block].segments() for window in group]
+                own = [sequence.tallies[block].segments() for sequence in group]
                 segments[block] += [loss for part in self._gather(own) for loss in part]
             share = (number + 1) / self._rounds
             gone = drop({block: segments[block] for block in active}, share)
@@ -143,8 +144,8 @@ class LayerSweep:
             ahead = _lead(segments[best], segments[block])
             bounds[block], exact[block] = bounds[best] + max(ahead, _ROUNDING), False
         self._losses |= bounds
-        for window in self._windows:
-            window.tallies = {}
+        for sequence in self._sequences:
+            sequence.tallies = {}
         return Scores(
             tuple(bounds[c] for c in candidates),
             tuple(exact[c] for c in candidates),
@@ -176,36 +177,36 @@ class LayerSweep:
     def loss(self, removed: Sequence[int]) -> float:
         """Mean nats per predicted token with `removed` skipped."""
         self._meet_dense(removed)
-        for window in self._windows:
-            self._sweep([window], removed, (), True, frozenset(), lambda: None)
+        for sequence in self._sequences:
+            self._sweep([sequence], removed, (), True, frozenset(), lambda: None)
         result = self._mean(BASE)
-        for window in self._windows:
-            window.tallies = {}
+        for sequence in self._sequences:
+            sequence.tallies = {}
         return result
 
     def layer_count(self, removed: Sequence[int]) -> int:
         """How often `score` calls `on_layer`."""
-        return len(self._windows) * (len(self.model.layers) - len(removed))
+        return len(self._sequences) * (len(self.model.layers) - len(removed))
 
     def _meet_dense(self, removed: Sequence[int]) -> None:
         """Where losses are taken against the dense model, it comes first."""
-        if self._against_dense and removed and self._windows[0].dense is None:
+        if self._against_dense and removed and self._sequences[0].dense is None:
             self.loss(())
 
     @property
     def _parts(self) -> int:
-        return len(self._windows[0].parts)
+        return len(self._sequences[0].parts)
 
     def _mean(self, fork: int) -> float:
-        """The mean over all windows of all processes; a little less while it is a bound."""
-        own = [window.tallies[fork] for window in self._windows]
+        """The mean over all sequences of all processes; a little less while it is a bound."""
+        own = [sequence.tallies[fork] for sequence in self._sequences]
         values = self._gather([tally.mean for tally in own])
         mean = math.fsum(values) / len(values)
         return mean if own[0].parts == self._parts else mean - _ROUNDING * abs(mean)
 
     def _sweep(
         self,
-        group: Sequence[Window],
+        group: Sequence[SequenceStates],
         removed: Sequence[int],
         candidates: Sequence[int],
         base: bool,
@@ -215,32 +216,32 @@ class LayerSweep:
         """Bring each candidate's state, and the base's if wanted, behind the last layer."""
         gone, forks = frozenset(removed), frozenset(candidates)
         last = max(candidates, default=BASE)
-        works = [self._start(window, gone, forks) for window in group]
+        works = [self._start(sequence, gone, forks) for sequence in group]
         for index in range(len(self.model.layers)):
             if index in gone:
                 continue
-            for window, work in zip(group, works, strict=True):
-                self._enter(window, work, index, gone, forks, keep)
+            for sequence, work in zip(group, works, strict=True):
+                self._enter(sequence, work, index, gone, forks, keep)
                 if index >= last and not base:
                     work.states.pop(BASE, None)  # it was carried for the forks alone
             if any(work.states.keys() - {index} for work in works):
                 with self.model.loaded(index) as layer:
-                    for window, work in zip(group, works, strict=True):
+                    for sequence, work in zip(group, works, strict=True):
                         moving = [fork for fork in work.states if fork != index]
                         for at in range(0, len(moving), self.plan.chunk):
                             part = moving[at : at + self.plan.chunk]
                             states = [work.states[fork] for fork in part]
-                            moved = self.model.run(layer, states, window.calls[index])
+                            moved = self.model.run(layer, states, sequence.calls[index])
                             work.states.update(zip(part, moved, strict=True))
             for _ in group:
                 on_layer()
-        for window, work in zip(group, works, strict=True):
+        for sequence, work in zip(group, works, strict=True):
             # Where nothing is left behind a removed block, what entered it is the end.
-            self._finish(window, work.states or work.there)
+            self._finish(sequence, work.states or work.there)
 
     def _enter(
         self,
-        window: Window,
+        sequence: SequenceStates,
         work: Work,
         index: int,
         gone: frozenset[int],
@@ -253,96 +254,98 @@ class LayerSweep:
         key = key_of(index, gone)
         if index < work.first:
             if index in work.late:
-                work.states[index] = window.bases[key]
+                work.states[index] = sequence.bases[key]
             return
         if BASE in work.states:
             if index in keep:
-                window.snapshots[key] = dict(work.states)
+                sequence.snapshots[key] = dict(work.states)
             if self._keeps_bases:
-                window.bases[key] = work.states[BASE]
+                sequence.bases[key] = work.states[BASE]
             if index in forks:
                 work.states[index] = work.states[BASE]
 
-    def _finish(self, window: Window, states: dict[int, Tensor]) -> None:
+    def _finish(self, sequence: SequenceStates, states: dict[int, Tensor]) -> None:
         """Take states from behind the last layer to the first part of the vocabulary."""
         while states:
             # The base comes first: it tells which rows of the head are likely.
             fork = min(states)
             normed = self.model.normed(states.pop(fork))[:-1]
-            if fork == BASE and not window.parts:
+            if fork == BASE and not sequence.parts:
                 # A bound of the divergence would take the whole vocabulary, too.
                 everything = [torch.arange(self.model.vocabulary, device=normed.device)]
-                window.parts = (
-                    everything if self._against_dense else self._head.parts(normed, window.targets)
+                sequence.parts = (
+                    everything
+                    if self._against_dense
+                    else self._head.parts(normed, sequence.targets)
                 )
-                window.dense = self._head.dense(normed) if self._against_dense else None
+                sequence.dense = self._head.dense(normed) if self._against_dense else None
             tally = Tally(normed)
-            window.tallies[fork] = tally
-            self._add(window, tally)
-            while fork == BASE and tally.parts < len(window.parts):
-                self._add(window, tally)
+            sequence.tallies[fork] = tally
+            self._add(sequence, tally)
+            while fork == BASE and tally.parts < len(sequence.parts):
+                self._add(sequence, tally)
 
-    def _add(self, window: Window, tally: Tally) -> None:
-        self._head.add(tally, window.parts, window.targets, window.dense)
+    def _add(self, sequence: SequenceStates, tally: Tally) -> None:
+        self._head.add(tally, sequence.parts, sequence.targets, sequence.dense)
 
-    def _start(self, window: Window, gone: frozenset[int], forks: frozenset[int]) -> Work:
-        found = from_snapshot(window, gone, forks, len(self.model.layers))
-        return found or Work(0, {BASE: self.model.begin(window.tokens.tolist())[0]}, frozenset())
+    def _start(self, sequence: SequenceStates, gone: frozenset[int], forks: frozenset[int]) -> Work:
+        found = from_snapshot(sequence, gone, forks, len(self.model.layers))
+        return found or Work(0, {BASE: self.model.begin(sequence.tokens.tolist())[0]}, frozenset())
 
     def _drop_finals(self, candidates: Sequence[int]) -> dict[int, float]:
         """Keep what is needed to score on for the best candidates only; the bounds so far."""
-        done = [window for window in self._windows if window.tallies]
-        sums = {c: math.fsum(window.tallies[c].mean for window in done) for c in candidates}
+        done = [sequence for sequence in self._sequences if sequence.tallies]
+        sums = {c: math.fsum(sequence.tallies[c].mean for sequence in done) for c in candidates}
         for block in sorted(candidates, key=lambda c: sums[c])[self.plan.finals :]:
-            for window in done:
-                window.tallies[block].normed = None
-        for window in done:
-            if BASE in window.tallies:
-                window.tallies[BASE].normed = None
+            for sequence in done:
+                sequence.tallies[block].normed = None
+        for sequence in done:
+            if BASE in sequence.tallies:
+                sequence.tallies[BASE].normed = None
         return sums
 
     def _refine(self, removed: Sequence[int], block: int) -> bool:
         """Score a candidate on the next part of the vocabulary; tell whether that was the last."""
-        for window in self._windows:
-            tally = window.tallies[block]
+        for sequence in self._sequences:
+            tally = sequence.tallies[block]
             if tally.normed is None:
-                before = window.tallies
-                window.tallies = {}
-                self._sweep([window], removed, (block,), False, frozenset(), lambda: None)
-                tally.normed = window.tallies[block].normed
-                window.tallies = before
-            self._add(window, tally)
-        return self._windows[0].tallies[block].parts == self._parts
+                before = sequence.tallies
+                sequence.tallies = {}
+                self._sweep([sequence], removed, (block,), False, frozenset(), lambda: None)
+                tally.normed = sequence.tallies[block].normed
+                sequence.tallies = before
+            self._add(sequence, tally)
+        return self._sequences[0].tallies[block].parts == self._parts
 
     def _make_plan(self, state: Tensor, budget: int | None, weights: int, streamed: bool) -> Plan:
-        """Measure the work on the first window's state, and divide the budget."""
-        window = self._windows[0]
+        """Measure the work on the first sequence's state, and divide the budget."""
+        sequence = self._sequences[0]
         layers = len(self.model.layers)
         self._head = Vocabulary(self.model)
         if budget is None:
-            return Plan(1, 1, len(self._windows) * layers * layers, layers)
+            return Plan(1, 1, len(self._sequences) * layers * layers, layers)
         self._head = Vocabulary(self.model, min(LOGITS_BYTES, budget // 32))
 
         def one_layer() -> None:
             with self.model.loaded(0) as layer:
-                self.model.run(layer, [state], window.calls[0])
+                self.model.run(layer, [state], sequence.calls[0])
 
         def one_head() -> None:
             normed = self.model.normed(state)[:-1]
             rows = torch.arange(self._head.rows_at_once(len(normed)), device=normed.device)
             dense = Dense(normed, normed.float().sum(1)) if self._against_dense else None
-            self._head.add(Tally(normed), [rows], window.targets, dense)
+            self._head.add(Tally(normed), [rows], sequence.targets, dense)
 
         needs = Needs(weights, state.nbytes, peak_bytes(one_layer), peak_bytes(one_head))
         on_cpu = self.model.device.type == "cpu"
         return make_plan(
             budget,
             needs,
-            windows=len(self._windows),
+            sequences=len(self._sequences),
             forks=layers,
             best_chunk=1 if on_cpu else max(1, _GPU_TOKENS // state.shape[1]),
             streamed=streamed,
-            extra=len(self._windows) if self._against_dense else 0,
+            extra=len(self._sequences) if self._against_dense else 0,
         )
 
 

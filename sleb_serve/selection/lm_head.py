@@ -20,7 +20,7 @@ before it."""
 
 @dataclass(frozen=True)
 class Dense:
-    """What the dense model predicts on one window.
+    """What the dense model predicts on one sequence.
 
     Attributes:
         normed: what enters its head, [T, h].
@@ -33,7 +33,7 @@ class Dense:
 
 @dataclass
 class Tally:
-    """The loss of one state on one window, over the rows seen so far: at most the loss.
+    """The loss of one state on one sequence, over the rows seen so far: at most the loss.
 
     Attributes:
         normed: what enters the head, [T, h]; None once memory was short.
@@ -83,7 +83,7 @@ class Vocabulary:
         return max(64, min(self._bytes // (4 * tokens), self.model.vocabulary))
 
     def parts(self, normed: Tensor, targets: Tensor) -> list[Tensor]:
-        """All rows in parts, the likely ones first, by what the dense model makes of a window.
+        """All rows in parts, the likely ones first, by what the dense model makes of a sequence.
 
         Args:
             normed: what enters the dense model's head, [T, h].

@@ -34,13 +34,13 @@ class Plan:
     """How a sweep is cut into pieces.
 
     Attributes:
-        windows: windows whose states are held at once.
+        sequences: sequences whose states are held at once.
         chunk: states that go through a layer at once.
-        snapshots: states that may be kept from step to step, over all windows.
+        snapshots: states that may be kept from step to step, over all sequences.
         finals: candidates whose states behind the last layer are kept until the step is decided.
     """
 
-    windows: int
+    sequences: int
     chunk: int
     snapshots: int
     finals: int
@@ -84,7 +84,7 @@ def make_plan(
     budget: int,
     needs: Needs,
     *,
-    windows: int,
+    sequences: int,
     forks: int,
     best_chunk: int,
     streamed: bool,
@@ -93,14 +93,14 @@ def make_plan(
     """Divide a budget.
 
     What must fit is one sequence's states, the base's and one for each fork, and the work on one of
-    them. Then come: the states of all windows, if weights are streamed, so that each is read once
+    them. Then come: the states of all sequences, if weights are streamed, so that each is read once
     a step; larger chunks; two finalists; snapshots.
 
     Args:
         budget: bytes for everything in `needs`.
         needs: bytes of the weights that are held, of one state, and of the work of a layer and of
             the head on one state, beyond the state itself.
-        windows: how many there are.
+        sequences: how many there are.
         forks: candidates of the first step.
         best_chunk: states a chunk beyond which nothing is gained.
         streamed: whether layers' weights come from disk.
@@ -111,7 +111,7 @@ def make_plan(
     """
     usable = int(USED_SHARE * budget) - _LIBRARIES
     group = (forks + 2) * needs.state
-    finals = (2 * windows + extra) * needs.state
+    finals = (2 * sequences + extra) * needs.state
     least = needs.weights + group + max(needs.layer, needs.head) + finals
     if least > usable:
         raise BudgetError(
@@ -123,12 +123,12 @@ def make_plan(
     rest = usable - least
     at_once = 1
     if streamed:
-        at_once = min(windows, 1 + rest // group)
+        at_once = min(sequences, 1 + rest // group)
         rest -= (at_once - 1) * group
     chunk = min(best_chunk, 1 + rest // max(1, 2 * needs.layer))
     rest -= (chunk - 1) * needs.layer
-    more = min(forks - 2, rest // 4 // (windows * needs.state)) if forks > 2 else 0
-    rest -= more * windows * needs.state
+    more = min(forks - 2, rest // 4 // (sequences * needs.state)) if forks > 2 else 0
+    rest -= more * sequences * needs.state
     return Plan(at_once, chunk, rest // needs.state, 2 + more)
 
 

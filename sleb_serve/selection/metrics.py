@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sleb_serve.data.calibration import Windows
+from sleb_serve.data.calibration import Sequences
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.selection.search import Step
 
@@ -66,12 +66,12 @@ class SearchMetrics:
         self._server.server_close()
         self._thread.join()
 
-    def loaded(self, windows: Windows, resumed: Sequence[Step], how: str) -> None:
+    def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there."""
-        self._length = windows.calibration.sequence_length
+        self._length = sequences.calibration.sequence_length
         for step in resumed:
             self._note(step)
-        self._shown.loaded(windows, resumed, how)
+        self._shown.loaded(sequences, resumed, how)
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
         """A step begins."""

@@ -13,7 +13,7 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.cut.servable import check_servable
 from sleb_serve.cut.whole import removable
-from sleb_serve.data.calibration import Windows, make_windows
+from sleb_serve.data.calibration import Sequences, make_sequences
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class _Texts:
     """The samples that are searched on, and the text that a repair is fitted on."""
 
-    samples: tuple[Windows, ...]
-    repair: Windows
+    samples: tuple[Sequences, ...]
+    repair: Sequences
 
 
 def select(
@@ -139,7 +139,7 @@ def _texts(checkpoint: Checkpoint, config: SelectConfig) -> _Texts:
     context = context_length(checkpoint)
     length = config.sequence_length or min(OFFICIAL_SEQUENCE_LENGTH, context)
     cut = partial(
-        make_windows,
+        make_sequences,
         str(config.calibration),
         load_tokenizer(checkpoint),
         sequence_length=length,

@@ -2,7 +2,7 @@
 
 Two rules, each with half of the error that a step is allowed:
 
-- *Racing.* After each group of windows, every candidate's losses are taken in pairs with the
+- *Racing.* After each group of sequences, every candidate's losses are taken in pairs with the
   leader's over segments of text. What is known gives a probability that it would yet end below the
   leader on all of the text: one side of Student's t, narrowed for the share of the text that was
   seen. The least probable go, as long as the probabilities of all that went sum up to no more than
@@ -10,7 +10,7 @@ Two rules, each with half of the error that a step is allowed:
 - *Laziness.* How much a block's absence costs changes little from one step to the next, and by how
   much it was seen to change gives a probability, too, that a block costs less now than the best.
 
-The candidates that are left are scored on all windows, so the loss of the winner is exact. Where a
+The candidates that are left are scored on all sequences, so the winner's loss is exact. Where a
 second scorer is given, a copy of the model in a cheaper dtype, the race is run on that, and only
 those that come in close behind its winner are scored in the dtype that was asked for.
 """
@@ -27,7 +27,7 @@ from sleb_serve.selection.search import Scores
 Segments = Mapping[int, Sequence[float]]
 """By candidate: its loss on each segment of the text so far, the same segments for all."""
 Drop = Callable[[Segments, float], frozenset[int]]
-"""drop(segments, share): the candidates to go, after `share` of the windows."""
+"""drop(segments, share): the candidates to go, after `share` of the sequences."""
 
 SEGMENT_TOKENS = 32
 _FEWEST = 10

@@ -8,7 +8,7 @@ missing. It is put into that weight, so serving costs nothing (as in ReplaceMe, 
 which folds a map of the projection's output).
 
 Only the block before a gap is refitted. Refitting those behind it as well was tried: it learns the
-text, not the model. Fitted on 48 windows of 512 tokens of WikiText-2, SmolLM2 without 6 blocks then
+text, not the model. Fitted on 48 sequences of 512 tokens of WikiText-2, SmolLM2 minus 6 blocks then
 has perplexity 29.6 on its test split and 24.5 on Python's help topics, against 30.3 and 22.8.
 
 Tokens count by the inverse of their squared norm. What comes after normalises each token, so errors
@@ -33,7 +33,7 @@ from sleb_serve.selection.lm_head import Vocabulary
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Strengths that are tried, in units of the inputs' mean square."""
 _HELD_OUT = 4
-"""One window in so many judges the strengths."""
+"""One sequence in so many judges the strengths."""
 _PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.dense_4h_to_h")
 """The last projection of a block, by its name there; `_is_last` checks that it is."""
 
@@ -48,7 +48,7 @@ class Gap:
         name: of the weight in the checkpoint that is replaced.
         weight: the new weight [d, inputs].
         ridge: the strength that was chosen.
-        missing: the share of the missing part's (weighted) square that held-out windows still miss.
+        missing: the share of the missing part's (weighted) square that is missed on held-out text.
     """
 
     first: int
@@ -62,7 +62,7 @@ class Gap:
 @torch.inference_mode()
 def fit(
     model: CausalLM,
-    windows: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int]],
     removed: Sequence[int],
     dtype: torch.dtype | None = None,
     prefix: str | None = None,
@@ -71,18 +71,18 @@ def fit(
 
     Args:
         model: the dense model.
-        windows: token ids; at least four windows, of which every fourth chooses the strength.
+        sequences: token ids; at least four sequences, of which every fourth chooses the strength.
         removed: the blocks that are gone.
         dtype: of the checkpoint's weights, which a fold's must have; None for the model's.
         prefix: what comes before the layer numbers in the checkpoint's names; None for the model's.
 
     Returns:
-        The repairs, and the loss on the same windows with them, in nats per predicted token.
+        The repairs, and the loss on the same sequences with them, in nats per predicted token.
 
     Raises:
         SlebError: there is too little text, or the model's blocks do not end as a fold needs.
     """
-    if len(windows) < _HELD_OUT:
+    if len(sequences) < _HELD_OUT:
         raise SlebError(
             f"`repair` needs at least {_HELD_OUT} sequences, one of them to choose the strength of "
             f"the regression; ask for more `sequences`"
@@ -95,7 +95,7 @@ def fit(
             "repair=fold changes the block before each gap, and block 0 is removed; keep it "
             "(early_barrier=1)"
         )
-    begun = [model.begin(window) for window in windows]
+    begun = [model.begin(sequence) for sequence in sequences]
     dense, calls = [state for state, _ in begun], [calls for _, calls in begun]
     pruned = list(dense)
     folded = _Folded("", torch.empty(0), [])
@@ -115,15 +115,15 @@ def fit(
             found.append(gap)
     vocabulary = Vocabulary(model)
     losses = []
-    for state, window in zip(pruned, windows, strict=True):
+    for state, sequence in zip(pruned, sequences, strict=True):
         normed = model.normed(state)[:-1]
-        losses.append(vocabulary.loss(normed, torch.tensor(window[1:], device=normed.device)))
+        losses.append(vocabulary.loss(normed, torch.tensor(sequence[1:], device=normed.device)))
     return found, sum(losses) / len(losses)
 
 
 @dataclass(frozen=True)
 class _Folded:
-    """The last projection of the block before a gap, and what went into it, [L, p] a window."""
+    """The last projection of the block before a gap, and what went into it, [L, p] a sequence."""
 
     name: str
     weight: Tensor
@@ -143,7 +143,7 @@ def _mend(
     """Fit one gap's repair, whose weight has the given dtype, and the states behind it."""
 
     def piece(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one window: what is given [L, p], what is missing [L, d], how tokens count [L, 1]."""
+        """Of a sequence: what is given [L, p], what is missing [L, d], how tokens count [L, 1]."""
         state, goal = pruned[number][0].double(), dense[number][0].double()
         weight = goal.square().sum(1, keepdim=True).clamp(min=1e-12).reciprocal()
         return folded.inputs[number].double(), goal - state, weight
@@ -160,10 +160,10 @@ def _mend(
 
 
 def _ridge(piece: Piece, count: int) -> tuple[Tensor, float, float]:
-    """The weighted ridge regression from what is given to what is missing, over all windows.
+    """The weighted ridge regression from what is given to what is missing, over all sequences.
 
     Returns:
-        The map [p, d]; the strength that did best on the held-out windows; what it left there.
+        The map [p, d]; the strength that did best on the held-out sequences; what it left there.
     """
     squares: list[Tensor | float] = [0.0, 0.0]
     products: list[Tensor | float] = [0.0, 0.0]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.data.calibration import Windows
+from sleb_serve.data.calibration import Sequences
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.schema import ModelBinding, Selection
 from sleb_serve.selection.config import Progress, SelectConfig
@@ -42,11 +42,11 @@ class Task:
     ranks: Ranks
     resume: bool
 
-    def subject(self, windows: Windows, selection: Selection) -> dict[str, object]:
+    def subject(self, sequences: Sequences, selection: Selection) -> dict[str, object]:
         """What determines a search's numbers: its log is of no other."""
         return {
             "model": {**asdict(self.binding), "id": None, "block_sha256": None},
-            "calibration": asdict(windows.calibration),
+            "calibration": asdict(sequences.calibration),
             "selection": {k: v for k, v in asdict(selection).items() if k != "samples"},
         }
 
@@ -56,7 +56,7 @@ class Search:
 
     Args:
         task: what is searched.
-        windows: the sample.
+        sequences: the sample.
         log: where the steps are recorded; None to keep no record.
         progress: told how it goes.
 
@@ -67,12 +67,14 @@ class Search:
         selection: for the manifest.
     """
 
-    def __init__(self, task: Task, windows: Windows, log: Path | None, progress: Progress) -> None:
+    def __init__(
+        self, task: Task, sequences: Sequences, log: Path | None, progress: Progress
+    ) -> None:
         config = task.config
         self._progress = progress
         self.scorer = Scorer(
             task.checkpoint,
-            windows,
+            sequences,
             task.ranks,
             dtype=config.dtype,
             budget=config.memory_budget,
@@ -88,12 +90,12 @@ class Search:
             objective=task.objective,
         )
         writes = task.ranks.index == 0
-        self._log = SearchLog(log, task.subject(windows, self.selection), writes=writes)
+        self._log = SearchLog(log, task.subject(sequences, self.selection), writes=writes)
         if task.resume:
             self._log.resume()
         else:
             self._log.start()
-        progress.loaded(windows, self._log.steps, self.scorer.how)
+        progress.loaded(sequences, self._log.steps, self.scorer.how)
         self.dense_loss = self._log.dense_loss
         self._known = {frozenset((*s.removed, s.block)): s.loss for s in self._log.steps}
         if self._log.steps:

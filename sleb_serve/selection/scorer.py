@@ -12,7 +12,7 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.decoder import count_of
 from sleb_serve.cut.config import shared_sources
 from sleb_serve.cut.likeness import decoder_of
-from sleb_serve.data.calibration import Windows
+from sleb_serve.data.calibration import Sequences
 from sleb_serve.errors import SlebError
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
@@ -41,7 +41,7 @@ class Scorer:
 
     Args:
         checkpoint: the model.
-        windows: the calibration text, all processes' windows.
+        sequences: the calibration text, all processes' sequences.
         ranks: the processes that share them.
         dtype: what to compute in; see `load_model`. With ``auto``, a 16-bit model is computed in
             float32 on a CPU that has no instructions for its dtype, if it fits so.
@@ -63,7 +63,7 @@ class Scorer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        windows: Windows,
+        sequences: Sequences,
         ranks: Ranks,
         *,
         dtype: str,
@@ -72,7 +72,7 @@ class Scorer:
         fast: bool,
         objective: str = "nll",
     ) -> None:
-        own = ranks.share(windows.tokens)
+        own = ranks.share(sequences.tokens)
         length = len(own[0])
         budget = _own_budget(budget)
         dtype = _affordable(checkpoint, ranks, dtype, length, budget)
@@ -137,16 +137,16 @@ class Scorer:
         return self.sweep.score(removed, candidates, on_layer=on_layer)
 
     def repair(
-        self, windows: Sequence[Sequence[int]], removed: Sequence[int]
+        self, sequences: Sequence[Sequence[int]], removed: Sequence[int]
     ) -> tuple[list[Gap], float]:
-        """Fit a repair on all processes' windows: see `sleb_serve.selection.repair.fit`."""
+        """Fit a repair on all processes' sequences: see `sleb_serve.selection.repair.fit`."""
         if isinstance(self.sweep, WholeModel):
             raise SlebError(
                 "repair=fold: this model's layers use what other layers computed, so no block "
                 "can be fitted alone; select without `repair`"
             )
         result: tuple[list[Gap], float] = fit(
-            self.sweep.model, windows, removed, self._weights_dtype, self._prefix
+            self.sweep.model, sequences, removed, self._weights_dtype, self._prefix
         )
         return result
 

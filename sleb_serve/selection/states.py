@@ -19,8 +19,8 @@ _SNAPSHOTS = 10
 
 
 @dataclass
-class Window:
-    """One window: token ids [L], its layers' calls, its rows of the head, its snapshots.
+class SequenceStates:
+    """One sequence: token ids [L], its layers' calls, its rows of the head, its snapshots.
 
     Attributes:
         parts: rows of the head, [R] each; the first holds every token to predict.
@@ -45,7 +45,7 @@ class Window:
 
 @dataclass
 class Work:
-    """A window's states on their way through the layers.
+    """A sequence's states on their way through the layers.
 
     Attributes:
         first: the block from which on all go together.
@@ -66,15 +66,15 @@ def key_of(index: int, gone: frozenset[int]) -> tuple[int, frozenset[int]]:
 
 
 def from_snapshot(
-    window: Window, gone: frozenset[int], forks: frozenset[int], layers: int
+    sequence: SequenceStates, gone: frozenset[int], forks: frozenset[int], layers: int
 ) -> Work | None:
-    """The states to go on from, where the window has a snapshot; None to start at the embedding."""
-    for index, below in sorted(window.snapshots, key=lambda key: -key[0]):
+    """The states to go on from, where there is a snapshot; None to start at the embedding."""
+    for index, below in sorted(sequence.snapshots, key=lambda key: -key[0]):
         if below != key_of(index, gone)[1]:
             continue
-        states = window.snapshots[index, below]
+        states = sequence.snapshots[index, below]
         late = {f for f in forks if f < index} - states.keys()
-        if all(key_of(fork, gone) in window.bases for fork in late):
+        if all(key_of(fork, gone) in sequence.bases for fork in late):
             wanted = {BASE, *forks}
             there = {fork: states[fork] for fork in states if fork in wanted}
             alive = (i for i in range(index, layers) if i not in gone)
@@ -83,7 +83,7 @@ def from_snapshot(
 
 
 def snapshot_positions(
-    windows: Sequence[Window],
+    sequences: Sequence[SequenceStates],
     plan: Plan,
     layers: int,
     removed: Sequence[int],
@@ -98,8 +98,8 @@ def snapshot_positions(
         The candidates, and whether there is room for the base's state at every block, too.
     """
     gone = frozenset(removed)
-    costs = {c: len(windows) * (i + 1) for i, c in enumerate(candidates)}
-    bases = len(windows) * layers
+    costs = {c: len(sequences) * (i + 1) for i, c in enumerate(candidates)}
+    bases = len(sequences) * layers
     keeps_bases = plan.snapshots >= 2 * bases
     capacity = plan.snapshots - (bases if keeps_bases else 0)
     kept: set[int] = set()
@@ -114,11 +114,11 @@ def snapshot_positions(
         # Nothing is known yet: as many as there is room for, evenly spread.
         strides = (set(candidates[::-stride]) for stride in range(1, len(candidates) + 1))
         kept = next((c for c in strides if sum(costs[b] for b in c) <= capacity), set())
-    for window in windows:
-        window.snapshots = {
+    for sequence in sequences:
+        sequence.snapshots = {
             key: states
-            for key, states in window.snapshots.items()
+            for key, states in sequence.snapshots.items()
             if key == key_of(key[0], gone) and (key[0] in kept or key[0] in gone)
         }
-        window.bases = {k: v for k, v in window.bases.items() if k == key_of(k[0], gone)}
+        sequence.bases = {k: v for k, v in sequence.bases.items() if k == key_of(k[0], gone)}
     return frozenset(kept), keeps_bases

@@ -26,8 +26,8 @@ class WholeModel:
 
     Args:
         model: a Transformers model, in memory.
-        windows: token ids; this process's share of them.
-        gather: what each window of this process gave -> what each window of all processes gave.
+        sequences: token ids; this process's share of them.
+        gather: what each sequence of this process gave -> what each sequence of all processes gave.
         objective: ``nll`` or ``kl``, see `LayerSweep`; or ``embedding``: one minus the cosine of
             the last hidden states with the dense model's, the mean over the tokens.
     """
@@ -35,7 +35,7 @@ class WholeModel:
     def __init__(
         self,
         model: nn.Module,
-        windows: Sequence[Sequence[int]],
+        sequences: Sequence[Sequence[int]],
         *,
         gather: Callable[[list[Any]], list[Any]] = lambda values: values,
         objective: str = "nll",
@@ -45,7 +45,9 @@ class WholeModel:
         self._gather, self._objective = gather, objective
         weight = next(model.parameters())
         self.dtype = weight.dtype
-        self._windows = [torch.tensor([list(window)], device=weight.device) for window in windows]
+        self._sequences = [
+            torch.tensor([list(sequence)], device=weight.device) for sequence in sequences
+        ]
         self._dense: list[Tensor] = []
 
     def score(
@@ -61,14 +63,14 @@ class WholeModel:
         losses = []
         for block in candidates:
             losses.append(self.loss([*removed, block]))
-            for _window in self._windows:
+            for _window in self._sequences:
                 on_layer()
         return Scores(tuple(losses), (True,) * len(losses), base)
 
     def loss(self, removed: Sequence[int]) -> float:
-        """The mean over all processes' windows with `removed` deleted."""
+        """The mean over all processes' sequences with `removed` deleted."""
         if self._objective != "nll" and not self._dense:
-            self._dense = [self._answer(window) for window in self._windows]
+            self._dense = [self._answer(sequence) for sequence in self._sequences]
         if not removed:
             return self._mean()
         with blocks_deleted(self.whole, removed, {}):
@@ -76,28 +78,28 @@ class WholeModel:
 
     def layer_count(self, removed: Sequence[int]) -> int:
         """How often `score` calls `on_layer`, where all blocks are candidates."""
-        return len(self._windows) * (len(self.layers) - len(removed))
+        return len(self._sequences) * (len(self.layers) - len(removed))
 
     def _mean(self) -> float:
-        own = [self._loss(number) for number in range(len(self._windows))]
+        own = [self._loss(number) for number in range(len(self._sequences))]
         every = self._gather(own)
         return float(sum(every) / len(every))
 
     @torch.inference_mode()
-    def _answer(self, window: Tensor) -> Tensor:
+    def _answer(self, sequence: Tensor) -> Tensor:
         """What is compared: log-probabilities [L - 1, V], or hidden states [L, d]."""
         if self._objective == EMBEDDING:
             base: Any = getattr(self.whole, "base_model", self.whole)
-            states: Tensor = base(input_ids=window).last_hidden_state[0].float()
+            states: Tensor = base(input_ids=sequence).last_hidden_state[0].float()
             return states
-        logits = self.whole(input_ids=window, use_cache=False).logits[0, :-1].float()
+        logits = self.whole(input_ids=sequence, use_cache=False).logits[0, :-1].float()
         return logits.log_softmax(-1)
 
     @torch.inference_mode()
     def _loss(self, number: int) -> float:
-        window, answer = self._windows[number], self._answer(self._windows[number])
+        sequence, answer = self._sequences[number], self._answer(self._sequences[number])
         if self._objective == "nll":
-            loss = nn.functional.nll_loss(answer, window[0, 1:].to(answer.device))
+            loss = nn.functional.nll_loss(answer, sequence[0, 1:].to(answer.device))
         elif self._objective == EMBEDDING:
             loss = (1 - nn.functional.cosine_similarity(self._dense[number], answer, dim=-1)).mean()
         else:
