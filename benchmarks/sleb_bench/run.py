@@ -147,7 +147,9 @@ def _measure(run: _Run, variants: Sequence[Variant]) -> None:
         for entry in serve_and_load(
             options.serving, run.checkpoint, variants, options.output, run.say
         ):
-            records.add(entry.pop("record"), entry)
+            # The generator goes on with the entry.
+            values = {key: value for key, value in entry.items() if key != "record"}
+            records.add(entry["record"], values)
             records.save()
 
 
