@@ -72,7 +72,8 @@ def watched(
     folder, path = tmp_path_factory.mktemp("board"), models("llama")
     manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
     manifest.write(folder / "m.json")
-    common = ["--enforce-eager", "--max-model-len", "512", "--host", "127.0.0.1", "--port"]
+    common = ["--enforce-eager", "--max-model-len", "512", "--dtype", "float32"]
+    common += ["--host", "127.0.0.1", "--port"]
     with ExitStack() as stack:
         servers = []
         for name in ("dense", "pruned"):
