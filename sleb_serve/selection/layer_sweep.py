@@ -24,7 +24,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.models.layerwise import CausalLM, same
 from sleb_serve.selection.lm_head import LOGITS_BYTES, Dense, Tally, Vocabulary
 from sleb_serve.selection.memory import Needs, Plan, make_plan, peak_bytes
-from sleb_serve.selection.racing import Drop, rivals
+from sleb_serve.selection.racing import Drop, lead, rivals
 from sleb_serve.selection.search import Scores
 from sleb_serve.selection.states import (
     BASE,
@@ -123,8 +123,7 @@ class LayerSweep:
         known, active = self._losses, list(candidates)
         segments: dict[int, list[float]] = {block: [] for block in candidates}
         for number in range(self._rounds):
-            first = number * self.plan.sequences
-            group = self._sequences[first : first + self.plan.sequences]
+            group = self._sequences[number * self.plan.sequences :][: self.plan.sequences]
             keep, self._keeps_bases = snapshot_positions(
                 self._sequences, self.plan, len(self.model.layers), removed, active, known
             )
@@ -141,7 +140,7 @@ class LayerSweep:
         best = min((c for c in active if exact[c]), key=lambda c: bounds[c], default=BASE)
         close = () if best == BASE else rivals({c: segments[c] for c in active}, best)
         for block in set(candidates).difference(active):
-            ahead = _lead(segments[best], segments[block])
+            ahead = lead(segments[best], segments[block])
             bounds[block], exact[block] = bounds[best] + max(ahead, _ROUNDING), False
         self._losses |= bounds
         for sequence in self._sequences:
@@ -347,8 +346,3 @@ class LayerSweep:
             streamed=streamed,
             extra=len(self._sequences) if self._against_dense else 0,
         )
-
-
-def _lead(best: Sequence[float], other: Sequence[float]) -> float:
-    """By how much one is better than another on the text that the other was scored on."""
-    return math.fsum(a - b for a, b in zip(other, best, strict=False)) / len(other)

@@ -230,3 +230,8 @@ def _tail(t: float, degrees: int) -> float:
     """P(Student's t > t), by Wallace's approximation (1959, doi 10.1214/aoms/1177705809)."""
     z = math.sqrt(degrees * math.log1p(t * t / degrees)) * (8 * degrees + 1) / (8 * degrees + 3)
     return 1 - NormalDist().cdf(math.copysign(z, t))
+
+
+def lead(best: Sequence[float], other: Sequence[float]) -> float:
+    """By how much one is better than another on the text that the other was scored on."""
+    return math.fsum(a - b for a, b in zip(other, best, strict=False)) / len(other)
