@@ -23,6 +23,8 @@ COMMANDS = (
     *convert.COMMANDS,
     *bench.COMMANDS,
 )
+_LONGEST = 300
+"""A word of an error message with more letters than this is cut short."""
 _LM_EVAL = "lm-eval's own command line, with --model sleb, which takes manifest=M.json"
 
 
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with extras_named(next(iter(arguments), "sleb-serve")):
             return _run(parser, serve_parser, arguments)
     except SlebError as error:
-        print(f"sleb-serve: error: {as_options(str(error), parser)}", file=sys.stderr)
+        print(f"sleb-serve: error: {one_line(as_options(str(error), parser))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # Whoever read the output has seen enough; Python must not complain at exit, either.
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         # Disks fill and folders vanish under other libraries' hands, too.
-        print(f"sleb-serve: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"sleb-serve: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sleb-serve: interrupted", file=sys.stderr)
@@ -62,6 +64,7 @@ def _run(
     serve_parser: argparse.ArgumentParser,
     arguments: Sequence[str],
 ) -> int:
+    _check(arguments)
     if arguments[:1] == ["serve"]:
         return serve.run_serve(serve_parser, arguments[1:])
     if arguments[:1] == ["lm-eval"]:
@@ -101,6 +104,24 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     serve.add_serve(serve_parser)
     commands.add_parser("lm-eval", help=_LM_EVAL, add_help=False)
     return parser, serve_parser
+
+
+def one_line(message: str) -> str:
+    """A message for a terminal: one line, unprintable characters escaped, long words cut short.
+
+    Messages repeat arguments, which may be anything.
+    """
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    return re.sub(rf"\S{{{_LONGEST},}}", lambda word: f"{word[0][:60]}…", shown)
+
+
+def _check(arguments: Sequence[str]) -> None:
+    """Refuse arguments that argparse or the file system would end in a traceback for."""
+    for argument in arguments:
+        if re.fullmatch(r"-[^=]*=--", argument, re.DOTALL):
+            raise SlebError(f"{argument}: give a value behind the =")
+        if any("\ud800" <= c <= "\udfff" or c == "\x00" for c in argument):
+            raise SlebError(f"{argument} is not UTF-8 text; correct it")
 
 
 def as_options(message: str, parser: argparse.ArgumentParser) -> str:
