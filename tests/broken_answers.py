@@ -165,7 +165,12 @@ BAD_ADDRESSES = [
     *("http://localhost:8000:8000", "http://localhost:8e3", "http://localhost:\u0663"),
     *("http://[::1", "http://::1]", "http://[::1]:x", "http://[::g]", "http://[localhost]"),
     *("http://local host", "http://localhost /", " http://localhost", "http://localhost\n"),
-    *("http://localhost\x00", "http://localhost/\x1b[2J", "http://\u00a0localhost"),
+    *(
+        "http://localhost\x00",
+        "http://me:hunter2@localhost\x00",
+        "http://localhost/\x1b[2J",
+        "http://\u00a0localhost",
+    ),
     *("http://me:hunter2@localhost", "http://me:hunter2@", "me:hunter2@localhost:8000"),
     *("http://me:hunter2@[::1", "http://hunter2/@localhost:8000", "http://me:hunter2@a:b@c:9"),
     *("https://me:hun#hunter2@localhost", "http://me:hunter2/8@localhost:99999"),

@@ -69,14 +69,7 @@ PARTS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "mlp.experts.3
 def quantised(cut: Cut) -> Names:
     modules = {f"model.layers.{i}.{part}" for i in range(cut.num_blocks) for part in PARTS}
     modules |= {"lm_head", "visual.layers.1.mlp.down_proj"}
-    return Names(
-        modules=frozenset(modules),
-        rename=lambda name: cut.name(name, "model.layers."),
-        place=cut.place,
-        prefix="model.layers.",
-        num_blocks=cut.num_blocks,
-        others=TOWERS,
-    )
+    return Names(frozenset(modules), cut, "model.layers.")
 
 
 @st.composite

@@ -12,9 +12,9 @@ from vllm.transformers_utils.config import HFConfigParser, get_config_parser, re
 from sleb_serve.checkpoint.decoder import at, decoder_path
 from sleb_serve.checkpoint.hub import download_weights, fetch_index, open_checkpoint
 from sleb_serve.checkpoint.quantisation import QUANTISATION_KEYS
-from sleb_serve.compat.architectures import check_known, check_supported
+from sleb_serve.compat.architectures import check_supported
 from sleb_serve.compat.vllm_versions import check_version, vllm_version
-from sleb_serve.cut.likeness import apply, check_likeness, decoder_of
+from sleb_serve.cut.likeness import apply, compared, decoder_of
 from sleb_serve.cut.written import with_quantisation
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import check_config_binding
@@ -55,8 +55,7 @@ class SlebConfigParser(HFConfigParser):
             check_sidecar(pruning.repair)
         dense = copy.deepcopy(config)
         shorten(config, pruning)
-        if not check_likeness(dense, config, pruning.architecture, pruning.cut):
-            check_known(pruning.architecture)
+        if not compared(dense, config, pruning.architecture, pruning.cut):
             logger.warning(
                 "Transformers has no %s, so the layers that stay were not compared with the dense "
                 "model's before the start",

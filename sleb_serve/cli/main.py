@@ -120,8 +120,10 @@ def _check(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if re.fullmatch(r"-[^=]*=--", argument, re.DOTALL):
             raise SlebError(f"{argument}: give a value behind the =")
-        if any("\ud800" <= c <= "\udfff" or c == "\x00" for c in argument):
-            raise SlebError(f"{argument} is not UTF-8 text; correct it")
+        for c in argument:
+            if "\ud800" <= c <= "\udfff" or c == "\x00":
+                # The argument itself is not repeated: an address may hold a password.
+                raise SlebError(f"an argument holds {c}, which is no text; correct it")
 
 
 def as_options(message: str, parser: argparse.ArgumentParser) -> str:

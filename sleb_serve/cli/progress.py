@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NoReturn
 from tqdm import tqdm
 
 from sleb_serve.data.calibration import Sequences
+from sleb_serve.evaluation.evaluate import Progress as EvalProgress
+from sleb_serve.selection.config import Progress as SearchProgress
 from sleb_serve.selection.distributed import is_first
 from sleb_serve.selection.search import Step
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from sleb_serve.selection.repair import Gap
 
 
-class SearchBars:
+class SearchBars(SearchProgress):
     """Progress of a search on standard error, of the first process only."""
 
     def __init__(self) -> None:
@@ -77,7 +79,7 @@ class SearchBars:
             say(text)
 
 
-class EvalLines:
+class EvalLines(EvalProgress):
     """What is being judged, a line each."""
 
     def begins(self, blocks: int, what: str) -> None:

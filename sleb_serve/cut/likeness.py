@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_serve.checkpoint.decoder import COUNT_KEYS, count_of, decoder_path
+from sleb_serve.compat.architectures import check_known
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.errors import INSTEAD
 from sleb_serve.cut.fed import check_entries, cut_entries
@@ -55,6 +56,24 @@ def not_compared() -> str:
     if lacks is None:
         return "Transformers does not know the model, so they were not compared with the dense"
     return f"not compared with the dense model's without {lacks}: {install_hint(lacks)}"
+
+
+def compared(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
+    """As `check_likeness`; where nothing can be compared, the architecture must be a listed one.
+
+    Args:
+        dense: the dense model's Transformers config; None where there is none.
+        short: the shorter model's.
+        architecture: the model's class.
+        cut: which layers go.
+
+    Raises:
+        SlebError: see `check_likeness` and `check_known`.
+    """
+    found = dense is not None and check_likeness(dense, short, architecture, cut)
+    if not found:
+        check_known(architecture)
+    return found
 
 
 def decoder_of(config: Any) -> Any:

@@ -17,6 +17,8 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+from sleb_serve.checkpoint.decoder import TOWERS
+from sleb_serve.cut.config import Cut
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.strict_json import short
 
@@ -38,19 +40,17 @@ class Names:
 
     Attributes:
         modules: names of all modules that have weights.
-        rename: a module's new name, None if it is removed.
-        place: a layer's new number, None if it is removed.
+        cut: the layers that go.
         prefix: what comes before the decoder's layer numbers in them, as ``model.layers.``.
-        num_blocks: how many layers the dense decoder has.
-        others: parts of names that lead out of the decoder.
     """
 
     modules: frozenset[str]
-    rename: Callable[[str], str | None]
-    place: Callable[[int], int | None]
+    cut: Cut
     prefix: str
-    num_blocks: int
-    others: frozenset[str]
+
+    def rename(self, name: str) -> str | None:
+        """A module's new name, None if it is removed."""
+        return self.cut.name(name, self.prefix)
 
     @property
     def list_name(self) -> str:
@@ -119,7 +119,7 @@ def _new_names(text: str, names: Names, *, is_key: bool) -> list[str]:
     layer = _layer_part(body, names)
     if layer is not None:
         parts = body.split(".")
-        place = names.place(int(parts[layer]))
+        place = names.cut.place(int(parts[layer]))
         return (
             [] if place is None else [".".join([*parts[:layer], str(place), *parts[layer + 1 :]])]
         )
@@ -134,7 +134,7 @@ def _layer_part(name: str, names: Names) -> int | None:
     parts = name.split(".")
     for place in range(1, len(parts)):
         if parts[place].isdecimal() and parts[place - 1] == names.list_name:
-            return None if names.others.intersection(parts[:place]) else place
+            return None if TOWERS.intersection(parts[:place]) else place
     return None
 
 
@@ -158,7 +158,7 @@ def _names_layers(text: str, names: Names) -> bool:
     """Whether some of the layers are named, and not all of them alike."""
     plain = _ANY_NUMBER.sub("", text)
     numbers = re.findall(rf"(?<![^\W_]){re.escape(names.list_name)}\W*(\d+)", plain)
-    return any(int(number) < names.num_blocks for number in numbers)
+    return any(int(number) < names.cut.num_blocks for number in numbers)
 
 
 def _held_by(name: str) -> list[str]:

@@ -19,7 +19,7 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.decoder import COUNT_KEYS, decoder_path
 from sleb_serve.compat.architectures import check_known, config_says_all
 from sleb_serve.cut.config import Cut
-from sleb_serve.cut.likeness import apply, check_likeness, not_compared, transformers_config
+from sleb_serve.cut.likeness import apply, compared, not_compared, transformers_config
 from sleb_serve.cut.whole import cut_config
 from sleb_serve.cut.written import written_config
 from sleb_serve.errors import SlebError
@@ -41,10 +41,10 @@ be told."""
 
 def check_servable(checkpoint: Checkpoint, cut: Cut) -> bool:
     """As `compare_layers`; where nothing was compared, a warning in the log says so."""
-    compared = compare_layers(checkpoint, cut)
-    if not compared:
+    found = compare_layers(checkpoint, cut)
+    if not found:
         _warn()
-    return compared
+    return found
 
 
 def compare_layers(checkpoint: Checkpoint, cut: Cut) -> bool:
@@ -58,19 +58,15 @@ def compare_layers(checkpoint: Checkpoint, cut: Cut) -> bool:
         SlebError: naming the config's key, or the layer's attribute.
     """
     config = transformers_config(checkpoint.path)
-    compared = False
+    dense = copy.deepcopy(config)
     try:
         if config is None:
             cut.values(checkpoint.decoder_config)
         else:
-            dense = copy.deepcopy(config)
             apply(config, cut)
-            compared = check_likeness(dense, config, checkpoint.architecture, cut)
-        if not compared:
-            check_known(checkpoint.architecture)
+        return compared(dense, config, checkpoint.architecture, cut)
     except SlebError as error:
         raise SlebError(f"{checkpoint.path} cannot be pruned so: {error}") from None
-    return compared
 
 
 def exported_config(checkpoint: Checkpoint, cut: Cut, *, for_vllm: bool = True) -> dict[str, Any]:
@@ -134,8 +130,7 @@ def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping
             f"{list(cut.removed)}; serve it with sleb-serve serve instead"
         )
     try:
-        if not check_likeness(dense, short, checkpoint.architecture, cut):
-            check_known(checkpoint.architecture)
+        if not compared(dense, short, checkpoint.architecture, cut):
             _warn()
     except SlebError as error:
         raise SlebError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.checkpoint.decoder import TOWERS, at, decoder_path
+from sleb_serve.checkpoint.decoder import at, decoder_path
 from sleb_serve.checkpoint.quantisation import QUANTISATION_FILES, QUANTISATION_KEYS
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.quantisation import Names, renumbered
@@ -18,15 +18,8 @@ _KEY = QUANTISATION_KEYS[0]
 
 def module_names(checkpoint: Checkpoint, cut: Cut) -> Names:
     """The modules that have weights, and their names once `cut`."""
-    prefix = checkpoint.layer_prefix
-    return Names(
-        modules=frozenset(name.rpartition(".")[0] for name in checkpoint.tensor_names),
-        rename=lambda name: cut.name(name, prefix),
-        place=cut.place,
-        prefix=prefix,
-        num_blocks=cut.num_blocks,
-        others=TOWERS,
-    )
+    modules = frozenset(name.rpartition(".")[0] for name in checkpoint.tensor_names)
+    return Names(modules, cut, checkpoint.layer_prefix)
 
 
 def written_config(

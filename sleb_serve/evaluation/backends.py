@@ -118,7 +118,6 @@ def run_tasks(
 @contextmanager
 def vllm_judges(work: Evaluation) -> Iterator[JudgeOf]:
     """vLLM: an engine for each number of blocks, in a process of its own that ends with it."""
-    from sleb_serve.manifest.binding import check_model
     from sleb_serve.serving.command import check_plugin, engine_arguments
 
     check_plugin()
@@ -143,7 +142,6 @@ def vllm_judges(work: Evaluation) -> Iterator[JudgeOf]:
         }
         if manifest is not None:
             pruning = manifest.pruning()
-            check_model(str(checkpoint.path), pruning)
             arguments = engine_arguments(pruning, checkpoint, arguments)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             yield lambda: _VllmJudge(pool, arguments, log)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from sleb_serve import __version__
 from sleb_serve.checkpoint.checkpoint import Checkpoint
@@ -98,22 +98,14 @@ class Evaluation:
         return None if not blocks or self.manifest is None else self.manifest.prefix(blocks)
 
 
-class Progress(Protocol):
-    """Told how the evaluation goes."""
+class Progress:
+    """Told how the evaluation goes; this one does nothing with it."""
 
     def begins(self, blocks: int, what: str) -> None:
         """A perplexity or the tasks of a model with so many blocks removed come next."""
 
     def known(self, blocks: int, what: str) -> None:
         """That is there already."""
-
-
-class _Silent:
-    def begins(self, blocks: int, what: str) -> None:
-        """Nothing."""
-
-    def known(self, blocks: int, what: str) -> None:
-        """Nothing."""
 
 
 def evaluate(
@@ -153,7 +145,7 @@ def evaluate(
     with judges(work) as judge_of:
         for entry in report["results"]:
             with judge_of(work.manifest_of(entry["blocks"])) as judge:
-                _fill(work, report, entry, texts, judge, progress or _Silent())
+                _fill(work, report, entry, texts, judge, progress or Progress())
     return report
 
 
@@ -165,15 +157,16 @@ def _prepared(
         _check_tasks(config.tasks)
     if output is not None:
         check_writable(output)
-    revision = config.revision
-    if manifest is not None:
-        revision = revision_of(model, manifest, revision)
-    download_weights(model, revision)
-    checkpoint = open_checkpoint(model, revision)
-    checkpoint.check_layers()
-    if manifest is not None:
-        check_model(model, manifest.pruning(), revision, servable=config.backend == "vllm")
-        check_servable(checkpoint, manifest.pruning().cut)
+    if manifest is None:
+        download_weights(model, config.revision)
+        checkpoint = open_checkpoint(model, config.revision)
+        checkpoint.check_layers()
+    else:
+        revision = revision_of(model, manifest, config.revision)
+        pruning, servable = manifest.pruning(), config.backend == "vllm"
+        checkpoint = check_model(model, pruning, revision, servable=servable, fetch=True)
+        checkpoint.check_layers()
+        check_servable(checkpoint, pruning.cut)
     length = config.sequence_length or min(OFFICIAL_SEQUENCE_LENGTH, context_length(checkpoint))
     if length < 2:
         raise SlebError(f"sequence_length={length}: a sequence needs at least 2 tokens")

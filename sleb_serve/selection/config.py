@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.pruning import REPAIRS
@@ -93,8 +93,8 @@ class SelectConfig:
         return "sleb" if self.search == "greedy" else f"sleb-{self.search}"
 
 
-class Progress(Protocol):
-    """Told how a selection goes."""
+class Progress:
+    """Told how a selection goes; this one does nothing with it."""
 
     def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there; these steps need not be computed again."""
@@ -110,22 +110,3 @@ class Progress(Protocol):
 
     def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
         """The gaps were repaired, and this is the calibration loss with that."""
-
-
-class Silent:
-    """A progress that nobody looks at."""
-
-    def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
-        """Nothing."""
-
-    def step_begins(self, number: int, candidates: int, layers: int) -> None:
-        """Nothing."""
-
-    def advance(self) -> None:
-        """Nothing."""
-
-    def step_ended(self, number: int, step: Step) -> None:
-        """Nothing."""
-
-    def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
-        """Nothing."""

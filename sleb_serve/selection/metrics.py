@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from sleb_serve.data.calibration import Sequences
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.selection.config import Progress
 from sleb_serve.selection.search import Step
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge
 
-    from sleb_serve.selection.config import Progress
     from sleb_serve.selection.repair import Gap
 
 
-class SearchMetrics:
+class SearchMetrics(Progress):
     """Passes a search's progress on, and serves it at ``/metrics``.
 
     Args:

@@ -19,7 +19,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.repair_file import sidecar_path, write_sidecar
 from sleb_serve.manifest.schema import Manifest, Removal, Repair
-from sleb_serve.selection.config import Progress, SelectConfig, Silent
+from sleb_serve.selection.config import Progress, SelectConfig
 from sleb_serve.selection.distributed import launched
 from sleb_serve.selection.log import log_path
 from sleb_serve.selection.search import blocks_to_remove, candidates
@@ -64,7 +64,7 @@ def select(
     output = None if output is None else Path(output)
     task = _task(str(model), config, output, resume)
     texts = _texts(task.checkpoint, config)
-    progress = progress or Silent()
+    progress = progress or Progress()
 
     def search(sample: int) -> Search:
         log = None if output is None else log_path(Path(output), sample)
