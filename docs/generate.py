@@ -136,14 +136,18 @@ def _sentence(text: str) -> str:
 def manifest_keys() -> str:
     """The keys of a manifest, object by object, from its JSON Schema."""
     schema = json.loads((DOCS / "reference" / "manifest.schema.json").read_text(encoding="utf-8"))
-    lines = [*_table(schema, schema)]
+    return "\n".join([*_table(schema, schema), *_objects(schema, schema)])
+
+
+def _objects(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[str]:
+    """A section for each object in an object."""
     for key, value in schema["properties"].items():
         inner = value.get("items", value)
         if "properties" in inner:
             kind = "each entry" if inner is not value else "an object"
-            lines += ["", f"### {key}", "", f"{value['description']} Its keys ({kind}):", ""]
-            lines += _table(inner, schema)
-    return "\n".join(lines)
+            yield from ("", f"### {key}", "", f"{value['description']} Its keys ({kind}):", "")
+            yield from _table(inner, root)
+            yield from _objects(inner, root)
 
 
 def _table(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[str]:
@@ -259,6 +263,7 @@ def touched() -> str:
 _OTHER = {
     "benchmarks/draft": "the pruned model as draft of its dense self",
     "benchmarks/equal": "plugin against export; how often the intervals of equals hold 1",
+    "benchmarks/healing": "what healing brings back of a pruned model's quality",
     "benchmarks/load": "load time and resident memory, dense and pruned",
     "benchmarks/records": "what was measured, raw",
     "benchmarks/repair": "what a repair costs to serve",

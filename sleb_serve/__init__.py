@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from sleb_serve.convert.export import export
     from sleb_serve.errors import SlebError
     from sleb_serve.evaluation.evaluate import EvalConfig, evaluate
+    from sleb_serve.healing.config import HealConfig
+    from sleb_serve.healing.pipeline import heal
     from sleb_serve.manifest.reader import read_manifest
     from sleb_serve.manifest.schema import Manifest
     from sleb_serve.selection.config import SelectConfig
@@ -25,11 +27,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EvalConfig",
+    "HealConfig",
     "Manifest",
     "SelectConfig",
     "SlebError",
     "evaluate",
     "export",
+    "heal",
     "read_manifest",
     "select",
     "serve_command",
@@ -37,11 +41,13 @@ __all__ = [
 
 _HOMES = {
     "EvalConfig": "sleb_serve.evaluation.evaluate",
+    "HealConfig": "sleb_serve.healing.config",
     "Manifest": "sleb_serve.manifest.schema",
     "SelectConfig": "sleb_serve.selection.config",
     "SlebError": "sleb_serve.errors",
     "evaluate": "sleb_serve.evaluation.evaluate",
     "export": "sleb_serve.convert.export",
+    "heal": "sleb_serve.healing.pipeline",
     "read_manifest": "sleb_serve.manifest.reader",
     "select": "sleb_serve.selection.pipeline",
     "serve_command": "sleb_serve.serving.command",

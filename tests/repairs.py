@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 import oracle
 from engines import Case, check_size, differences, greedy_equal
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.reader import read_manifest
-from sleb_serve.manifest.repair_file import read_sidecar, sidecar_path, write_sidecar
+from sleb_serve.manifest.repair_file import sidecar_path, write_sidecar
 from sleb_serve.manifest.schema import Manifest, Removal, Repair
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
@@ -45,7 +46,7 @@ def manifest_of(path: Path, removed: Sequence[int], output: Path, **text: int) -
     manifest = Manifest(
         bind(str(path), open_checkpoint(str(path))),
         tuple(Removal(block) for block in removed),
-        repair=Repair("fold", sidecar_path(output).name, digest, 12),
+        repairs=(Repair("fold", sidecar_path(output).name, digest, len(removed), 12),),
     )
     manifest.write(output)
     return read_manifest(output)
@@ -68,7 +69,11 @@ def check_repaired(
     result: dict[str, Any], path: Path, removed: tuple[int, ...], manifest: Path
 ) -> None:
     """Hold an engine against Transformers with the repair's weights."""
-    model = repaired(path, removed, read_sidecar(read_manifest(manifest).pruning()))
+    check_answers(result, repaired(path, removed, load_file(sidecar_path(manifest))), path, removed)
+
+
+def check_answers(result: dict[str, Any], model: Any, path: Path, removed: tuple[int, ...]) -> None:
+    """Hold an engine against a model of Transformers that is repaired."""
     assert max(differences(result, model)) < 1e-3
     assert greedy_equal(result, model)
     check_size(result, path, Case(path.name, removed))

@@ -295,7 +295,7 @@ def test_a_table_of_an_unknown_kind_is_refused_by_its_row(tmp_path: Path) -> Non
 def test_only_the_needed_chats_of_a_long_file_are_rendered(tmp_path: Path) -> None:
     rendered = []
 
-    def render(messages: list[dict[str, Any]]) -> str:
+    def render(messages: list[dict[str, Any]], answer_next: bool) -> str:
         rendered.append(messages)
         return TEXT
 

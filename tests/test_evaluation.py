@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import oracle
 from commands import refused
@@ -26,7 +27,7 @@ from sleb_serve.cli.main import main
 from sleb_serve.data.calibration import judged_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.manifest.reader import read_manifest
-from sleb_serve.manifest.repair_file import read_sidecar
+from sleb_serve.manifest.repair_file import read_sidecar, sidecar_path
 from sleb_serve.models.loading import load_model
 from sleb_serve.models.pruned import blocks_deleted
 
@@ -63,6 +64,18 @@ def perplexity_of(model: Any, path: Path, text: Path, length: int) -> float:
     return math.exp(oracle.loss(model, sequences))
 
 
+def agreement_of(dense: Any, model: Any, path: Path, text: Path, length: int) -> float:
+    """How often the likeliest next token is the dense model's."""
+    ids = load_tokenizer(open_checkpoint(str(path)))(text.read_text())
+    equal = []
+    for start in range(0, len(ids) - length + 1, length):
+        part = torch.tensor([ids[start : start + length]])
+        with torch.no_grad():
+            one, two = (m(part, use_cache=False).logits[0, :-1].argmax(-1) for m in (dense, model))
+        equal += (one == two).tolist()
+    return sum(equal) / len(equal)
+
+
 def evaluated(path: Path, output: Path, *options: str) -> dict[str, Any]:
     assert main(["eval", str(path), "-o", str(output), "--dtype", "float32", *options]) == 0
     report: dict[str, Any] = json.loads(output.read_text())
@@ -83,6 +96,10 @@ def test_a_frontiers_perplexities_are_those_of_models_with_the_blocks_deleted(
         model = oracle.pruned(path, removed[: entry["blocks"]])
         expected = perplexity_of(model, path, text, 50)
         assert entry["perplexity"][str(text)] == pytest.approx(expected, rel=1e-5)
+        agreement = agreement_of(oracle.load(path), model, path, text, 50)
+        # A tie between two tokens may fall either way.
+        assert entry["agreement"].get(str(text), 1.0) == pytest.approx(agreement, abs=0.01)
+        assert (str(text) in entry["agreement"]) == (entry["blocks"] > 0)
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr()
     assert f"{report['results'][2]['perplexity'][str(text)]:.2f}" in shown.out
@@ -94,11 +111,11 @@ def test_repaired_models_are_judged_repaired_and_the_model_is_left_as_it_was(
 ) -> None:
     path, removed = models("llama"), (2, 3, 6)
     manifest = manifest_of(path, removed, tmp_path / "m.json")
-    tensors = read_sidecar(manifest.pruning())
+    tensors = load_file(sidecar_path(tmp_path / "m.json"))
     model: Any = load_model(open_checkpoint(str(path)), "float32")
     ids = torch.tensor([PROMPTS[0]])
     before = model(ids).logits
-    with blocks_deleted(model, removed, tensors):
+    with blocks_deleted(model, removed, read_sidecar(manifest.pruning())):
         found = model(ids).logits
         generated = model.generate(ids, max_new_tokens=5, do_sample=False)
     expected = repaired(path, removed, tensors)
@@ -277,7 +294,7 @@ def test_lm_evals_own_command_takes_what_serve_prints(
     ours = [sys.executable, "-m", "sleb_serve.cli", "lm-eval", "--model", "sleb"]
     theirs = [sys.executable, "-m", "lm_eval", "--model", "vllm"]
     for command, more in (
-        (theirs, {"hf_overrides": overrides}),
+        (theirs, {"hf_overrides": overrides, "config_format": "sleb", "load_format": "sleb"}),
         (ours, {"manifest": str(file), "blocks": 3}),
     ):
         folder = tmp_path / command[-1]

@@ -59,6 +59,16 @@ RECORDS = [
 ]
 
 
+TRAINING = {
+    "texts": {"wikitext2": 1.0, "chats.jsonl": 2.0},
+    "tokens": 2_000_000,
+    "rank": 32,
+    "seed": 0,
+    "perplexity": {"dense": 20.5, "pruned": 41.0, "healed": 25.0},
+    "agreement": {"pruned": 0.5, "healed": 0.8},
+}
+
+
 def full() -> dict[str, Any]:
     """A manifest with every key that there is."""
     value = example()
@@ -67,20 +77,23 @@ def full() -> dict[str, Any]:
         removal["block"] = block
     value["calibration"]["rows"] = 128
     value["selection"] |= {"objective": "nll", "samples": [[3, 4], [3, 1]]}
-    value["repair"] = {
+    fold = {
         "kind": "fold",
         "file": "m.json.repair.safetensors",
         "sha256": SHA,
+        "blocks": 3,
         "sequences": 8,
         "loss": 3.1,
     }
+    healed = {"kind": "heal", "blocks": 2, "training": TRAINING}
+    value["repairs"] = [fold, {name: fold[name] for name in fold if name != "loss"} | healed]
     value["golden"] = {"tokens": [1, 2, 3], "logprobs": [-1.0, -2.5]}
     return value
 
 
 def test_the_schema_is_one_and_knows_what_the_reader_knows() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    assert tuple(SCHEMA["properties"]["repair"]["properties"]["kind"]["enum"]) == REPAIRS
+    assert tuple(SCHEMA["properties"]["repairs"]["items"]["properties"]["kind"]["enum"]) == REPAIRS
     objective = SCHEMA["properties"]["selection"]["properties"]["objective"]
     assert tuple(objective["enum"]) == OBJECTIVES
 
@@ -131,10 +144,16 @@ def test_manifests_of_the_tests_validate() -> None:
         ("selection.objective", "best"),
         ("selection.samples", [[]]),
         ("selection.samples", [[3, 3]]),
-        ("repair.kind", "map"),
-        ("repair.file", "../elsewhere"),
-        ("repair.file", ".."),
-        ("repair.loss", None),
+        ("repairs", {}),
+        ("repairs.0", None),
+        ("repairs.0.kind", "map"),
+        ("repairs.0.file", "../elsewhere"),
+        ("repairs.0.file", ".."),
+        ("repairs.0.loss", None),
+        ("repairs.1.blocks", 0),
+        ("repairs.1.training", []),
+        ("repairs.1.training.texts", {"a": "1"}),
+        ("repairs.1.training.rank", 0),
         ("golden", None),
         ("golden.tokens", [1]),
         ("golden.logprobs", []),

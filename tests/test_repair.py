@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import oracle
 from conftest import Models, save_model
@@ -19,7 +20,7 @@ from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.blocks import gaps
 from sleb_serve.manifest.reader import read_manifest
-from sleb_serve.manifest.repair_file import read_sidecar, sidecar_path
+from sleb_serve.manifest.repair_file import sidecar_path
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
 from sleb_serve.selection.repair import fit
@@ -108,11 +109,11 @@ def test_select_writes_the_sidecar_and_a_resumed_search_the_same_bytes(
 ) -> None:
     assert main(select_repaired("m.json")) == 0
     shown = capsys.readouterr().out
-    assert "repair       fold, fitted on 4 sequences" in shown
+    assert "repair       fold of 2 removals, fitted on 4 sequences" in shown
     manifest = read_manifest(tmp_path / "m.json")
     assert manifest.repair is not None
     assert manifest.repair.loss is not None
-    tensors = read_sidecar(manifest.pruning())
+    tensors = load_file(sidecar_path(tmp_path / "m.json"))
     assert set(tensors) == {
         f"model.layers.{first - 1}.mlp.down_proj.weight" for first, _ in gaps(manifest.blocks)
     }
@@ -137,7 +138,7 @@ def test_a_folded_weight_has_the_checkpoints_dtype_whatever_was_computed_in(
     arguments = ["select", str(path), "-o", str(tmp_path / "m.json"), "--remove", "2"]
     arguments += ["--calibration", "python-docs", "--sequences", "4", "--sequence-length", "48"]
     assert main([*arguments, "--repair", "fold", "--dtype", "float32"]) == 0
-    tensors = read_sidecar(read_manifest(tmp_path / "m.json").pruning())
+    tensors = load_file(sidecar_path(tmp_path / "m.json"))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert (
         main(["export", str(path), "-m", str(tmp_path / "m.json"), "-o", str(tmp_path / "out")])

@@ -8,7 +8,8 @@ import pytest
 
 from conftest import Models
 from engines import run_jobs
-from repairs import check_repaired, repaired_job
+from healing import healed, healed_job, oracle_of
+from repairs import check_answers, check_repaired, repaired_job
 
 pytest.importorskip("vllm")
 
@@ -22,8 +23,12 @@ def test_vllm_serves_repaired_models_as_transformers_computes_them(
         repaired_job(models(name), removed, tmp_path / f"{name}.json")
         for name, removed in SERVED.items()
     ]
-    for result, (name, removed) in zip(run_jobs(jobs, tmp_path), SERVED.items(), strict=True):
-        check_repaired(result, models(name), removed, tmp_path / f"{name}.json")
+    path, removed, output = models("llama"), (2, 3, 6), tmp_path / "healed.json"
+    healed(path, removed, output)
+    *results, last = run_jobs([*jobs, healed_job(path, removed, output)], tmp_path)
+    for result, (name, blocks) in zip(results, SERVED.items(), strict=True):
+        check_repaired(result, models(name), blocks, tmp_path / f"{name}.json")
+    check_answers(last, oracle_of(path, removed, output), path, removed)
 
 
 @pytest.mark.slow
@@ -33,9 +38,13 @@ def test_repaired_models_on_two_ranks(models: Models, tmp_path: Path) -> None:
         repaired_job(models(name), removed, tmp_path / f"{name}.json", tensor_parallel_size=2)
         for name, removed in served.items()
     ]
-    results = run_jobs(jobs, tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    path, blocks, output = models("llama"), (2, 3, 6), tmp_path / "healed.json"
+    healed(path, blocks, output)
+    jobs.append(healed_job(path, blocks, output, tensor_parallel_size=2))
+    *results, last = run_jobs(jobs, tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")
     for result, (name, removed) in zip(results, served.items(), strict=True):
         check_repaired(result, models(name), removed, tmp_path / f"{name}.json")
+    check_answers(last, oracle_of(path, blocks, output), path, blocks)
 
 
 @pytest.mark.slow

@@ -65,6 +65,20 @@ def test_greedy_is_the_plain_greedy(
     assert len(choices) == remove
 
 
+@given(num_blocks=st.integers(4, 9), limit=st.floats(0, 12), seed=st.integers(0, 1000))
+def test_a_limit_ends_the_search_before_the_first_loss_beyond_it(
+    num_blocks: int, limit: float, seed: int
+) -> None:
+    def score(removed: Sequence[int], eligible: Sequence[int]) -> Scores:
+        return exactly(table_loss([*removed, block], num_blocks, seed) for block in eligible)
+
+    whole = greedy(score, num_blocks=num_blocks, remove=num_blocks - 2)
+    found = greedy(
+        score, num_blocks=num_blocks, remove=num_blocks - 2, allowed=lambda loss: loss < limit
+    )
+    assert found == tuple(itertools.takewhile(lambda choice: choice.loss < limit, whole))
+
+
 def exact_least(least: int, score: Score) -> Score:
     """As a scorer that is asked for so many exact losses may answer: the others are bounds."""
 

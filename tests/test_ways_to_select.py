@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,35 @@ def test_other_samples_of_the_text_say_how_stable_the_list_is(
     assert "(resumed)" in capsys.readouterr().err
     assert resumed == manifest
     assert (tmp_path / "m.json").read_bytes() == again
+
+
+def test_blocks_go_until_the_perplexity_is_too_high(
+    smollm2: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """As many as a search without the limit takes to go beyond it; resumed, the same bytes."""
+    text = ("--sequence-length", "256")
+    path, whole, part = smollm2, tmp_path / "whole.json", tmp_path / "part.json"
+    assert main(select_arguments(path, whole, "--remove", "3", *text)) == 0
+    manifest = read_manifest(whole)
+    assert manifest.dense_loss is not None
+    ratios = [math.exp((r.loss or 0.0) - manifest.dense_loss) for r in manifest.removed]
+    assert ratios[0] < ratios[1] < ratios[2]
+    assert ratios[1] > 1
+    limit = (ratios[1] + ratios[2]) / 2
+    arguments = select_arguments(path, part, "--until", f"perplexity<{limit:.6f}x", *text)
+    at = arguments.index("--remove")
+    del arguments[at : at + 2]
+    assert main(arguments) == 0
+    found = read_manifest(part)
+    assert found.removed == manifest.removed[:2]
+    before = part.read_bytes()
+    part.unlink()
+    assert main([*arguments, "--resume"]) == 0
+    assert part.read_bytes() == before
+    capsys.readouterr()
+    for wrong in ("1.15", "perplexity<x", "loss<1.1x", "perplexity<1x"):
+        line = refused(select_arguments(path, tmp_path / "n.json", "--until", wrong), capsys)
+        assert "--until" in line
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def main() -> None:
 def asked(checkpoint: Checkpoint, model: str, kind: str, folder: Path) -> dict[str, Any]:
     """What asks vLLM for the pruned model with this repair."""
     output = folder / f"{kind}.json"
-    repair = None
+    repairs: tuple[Repair, ...] = ()
     if kind != "none":
         sequences = make_sequences(
             EMBEDDED, load_tokenizer(checkpoint), sequences=8, sequence_length=256
@@ -86,8 +86,8 @@ def asked(checkpoint: Checkpoint, model: str, kind: str, folder: Path) -> dict[s
         )
         sidecar = sidecar_path(output)
         digest = write_sidecar(sidecar, {gap.name: gap.weight for gap in found}, {})
-        repair = Repair(kind, sidecar.name, digest, len(sequences), loss)
-    Manifest(bind(model, checkpoint), tuple(map(Removal, REMOVED)), repair=repair).write(output)
+        repairs = (Repair(kind, sidecar.name, digest, len(REMOVED), len(sequences), loss),)
+    Manifest(bind(model, checkpoint), tuple(map(Removal, REMOVED)), repairs=repairs).write(output)
     return engine_arguments(read_manifest(output).pruning(), checkpoint)
 
 

@@ -28,13 +28,14 @@ from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.data.calibration import Sequences, held_out_sequences, make_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.evaluation.perplexity import perplexity
+from sleb_serve.manifest.repair_file import WeightChanges
 from sleb_serve.models.layerwise import CausalLM
-from sleb_serve.models.loading import load_model
+from sleb_serve.models.loading import has_fast, load_model
 from sleb_serve.models.pruned import blocks_deleted
-from sleb_serve.selection.distributed import Ranks
 from sleb_serve.selection.repair import Gap, fit
-from sleb_serve.selection.scorer import Scorer, has_fast
+from sleb_serve.selection.scorer import Scorer
 from sleb_serve.selection.search import Scores, greedy
+from sleb_serve.utils.distributed import Ranks
 
 COUNTS = (3, 6, 9)
 SEARCH = {"sequences": 16, "sequence_length": 512}
@@ -239,7 +240,7 @@ class Study:
         removed = choose()
         gaps = self.repair(kind, removed) if kind else []
         model = load_model(self.checkpoint, self.dtype)
-        with blocks_deleted(model, removed, {gap.name: gap.weight for gap in gaps}):
+        with blocks_deleted(model, removed, WeightChanges({gap.name: gap.weight for gap in gaps})):
             entry: dict[str, Any] = {
                 "model": name,
                 "removed_count": count,

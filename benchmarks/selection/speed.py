@@ -32,9 +32,9 @@ from sleb_serve.data.calibration import Sequences, make_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
-from sleb_serve.selection.distributed import Ranks
 from sleb_serve.selection.scorer import Scorer
 from sleb_serve.selection.search import Scores, greedy
+from sleb_serve.utils.distributed import Ranks
 
 REMOVE, LENGTH = 6, 512
 

@@ -71,7 +71,7 @@ def _demo(folder: Path, model: str | None) -> None:
 
 def _dtype() -> str:
     """Float32 on a CPU that would emulate bfloat16 at a tenth of the speed; else the model's."""
-    from sleb_serve.selection.scorer import has_fast
+    from sleb_serve.models.loading import has_fast
 
     return "auto" if has_fast("bfloat16") else "float32"
 

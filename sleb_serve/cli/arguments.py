@@ -75,13 +75,13 @@ def add_counts(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--blocks", metavar="K,K…", type=numbers, help=text)
 
 
-def add_sequence_length(parser: argparse._ActionsContainer) -> None:
+def add_sequence_length(parser: argparse._ActionsContainer, default: int = 2048) -> None:
     """--sequence-length."""
     parser.add_argument(
         "--sequence-length",
         metavar="L",
         type=int,
-        help="tokens a sequence (default: 2048, or the model's context if that is shorter)",
+        help=f"tokens a sequence (default: {default}, or the model's context if that is shorter)",
     )
 
 

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from sleb_serve import __version__
-from sleb_serve.cli import bench, convert, evaluate, inspect, select, serve, watch
+from sleb_serve.cli import bench, convert, evaluate, heal, inspect, select, serve, watch
 from sleb_serve.cli.arguments import Parser
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.extras import extras_named
 
 COMMANDS = (
     *select.COMMANDS,
+    *heal.COMMANDS,
     *inspect.COMMANDS,
     *evaluate.COMMANDS,
     *watch.COMMANDS,

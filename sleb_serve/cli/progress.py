@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -10,9 +11,13 @@ from tqdm import tqdm
 
 from sleb_serve.data.calibration import Sequences
 from sleb_serve.evaluation.evaluate import Progress as EvalProgress
+from sleb_serve.healing.config import Judgement
+from sleb_serve.healing.config import Progress as HealProgress
+from sleb_serve.manifest.schema import Training, perplexity_of
 from sleb_serve.selection.config import Progress as SearchProgress
-from sleb_serve.selection.distributed import is_first
 from sleb_serve.selection.search import Step
+from sleb_serve.utils.distributed import is_first
+from sleb_serve.utils.sizes import format_size
 
 if TYPE_CHECKING:
     from sleb_serve.selection.repair import Gap
@@ -89,6 +94,61 @@ class EvalLines(EvalProgress):
     def known(self, blocks: int, what: str) -> None:
         """That is there already."""
         say(f"{_removed(blocks)}: {what} (resumed)")
+
+
+class HealBars(HealProgress):
+    """Progress of a healing on standard error, of the first process only."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[NoReturn] | None = None
+        self._silent = not is_first()
+        self._perplexity = ""
+
+    def __enter__(self) -> HealBars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begins(self, blocks: int, trained: int, size: int) -> None:
+        """A line, and a bar."""
+        if not self._silent:
+            about = f"{trained:,} numbers to train, a sidecar of {format_size(size)}"
+            say(f"{_removed(blocks)}: {about}")
+        self._bar = tqdm(
+            total=1000,
+            desc="healing",
+            disable=self._silent,
+            leave=False,
+            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+        )
+
+    def stepped(self, done: float, loss: float, tokens: int) -> None:
+        """The bar moves on."""
+        assert self._bar is not None
+        self._bar.set_postfix_str(f"{tokens:,} tokens, loss {loss:.3f}{self._perplexity}", False)
+        self._bar.update(round(1000 * done) - self._bar.n)
+
+    def judged(self, done: float, judgement: Judgement) -> None:
+        """A line for each judgement."""
+        perplexity, dense = (
+            perplexity_of(loss) or math.inf for loss in (judgement.loss, judgement.dense_loss)
+        )
+        self._perplexity = f", held-out perplexity {perplexity:.2f} (dense {dense:.2f})"
+        if not self._silent:
+            tqdm.write(
+                f"{done:4.0%}: perplexity {perplexity:.2f} (dense {dense:.2f}), divergence "
+                f"{judgement.kl:.4f}, same token {judgement.agreement:.1%}",
+                file=sys.stderr,
+            )
+
+    def ended(self, blocks: int, training: Training, early: bool) -> None:
+        """The bar goes."""
+        assert self._bar is not None
+        self._bar.close()
+        if early and not self._silent:
+            say("it no longer got better; the best that was judged is kept")
 
 
 class ShardBar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from contextlib import ExitStack
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -12,13 +13,12 @@ from sleb_serve.cli.progress import SearchBars, say
 from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
-from sleb_serve.manifest.pruning import REPAIRS
 from sleb_serve.manifest.schema import OBJECTIVES
 from sleb_serve.selection.config import DTYPES, SEARCHES, Progress, SelectConfig
-from sleb_serve.selection.distributed import is_first
 from sleb_serve.selection.log import log_path
 from sleb_serve.selection.metrics import SearchMetrics
 from sleb_serve.selection.pipeline import select
+from sleb_serve.utils.distributed import is_first
 from sleb_serve.utils.sizes import parse_size
 
 _EXAMPLES = """\
@@ -28,6 +28,7 @@ examples:
   sleb-serve select ./my-model -o m.json --remove 6 --calibration chats.jsonl \\
       --sequences 16 --sequence-length 1024
   sleb-serve select ./my-model -o m.json --remove 6 --repair fold --repair-sequences 64
+  sleb-serve select ./my-model -o m.json --until 'perplexity<1.15x'
   sleb-serve select ./my-model -o m.json --remove 6 --search fast --seeds 3
   sleb-serve select ./huge-model -o m.json --remove 0.2 --memory-budget 16GiB
   accelerate launch --num_processes 2 -m sleb_serve.cli select ./my-model -o m.json --remove 6
@@ -40,6 +41,7 @@ writes: {"text": …}, {"messages": [{"role": …, "content": …}]}, {"conversa
 Beside M.json, M.json.search.jsonl records every candidate of every step, and a repair's weights are
 in M.json.repair.safetensors, which must lie beside M.json wherever it is served.
 """
+_LIMIT = re.compile(r"\s*perplexity\s*<\s*(\d{1,6}(?:\.\d{1,6})?)\s*x\s*")
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +51,14 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "--remove",
         metavar="N|SHARE",
         type=amount,
-        required=True,
         help="how many blocks to remove (6), or a share of them, rounded up (0.2)",
+    )
+    parser.add_argument(
+        "--until",
+        metavar="'perplexity<1.15x'",
+        type=limit,
+        help="remove blocks while the perplexity on the calibration text is less than so many "
+        "times the dense model's (and at most --remove, if given)",
     )
     _add_text(parser.add_argument_group("calibration text"))
     _add_search(parser.add_argument_group("search"))
@@ -136,7 +144,7 @@ def _add_search(parser: argparse._ArgumentGroup) -> None:
 def _add_repair(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--repair",
-        choices=("none", *REPAIRS),
+        choices=("none", "fold"),
         default="none",
         help="fold: fit, in closed form, the weights before each gap to the missing blocks; costs "
         "nothing to serve (default: none)",
@@ -164,6 +172,18 @@ def amount(text: str) -> int | float:
         ) from None
     whole = number.is_finite() and abs(number) < 1 << 31 and number == int(number)
     return int(number) if whole else float(number)
+
+
+def limit(text: str) -> float:
+    """How many times the dense model's a perplexity may be: ``perplexity<1.15x``.
+
+    Raises:
+        SlebError: it is something else.
+    """
+    match = _LIMIT.fullmatch(text)
+    if match is None:
+        raise SlebError(f"--until {text}: give a limit as perplexity<1.15x")
+    return float(match[1])
 
 
 def _run(options: argparse.Namespace) -> int:

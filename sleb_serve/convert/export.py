@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +29,7 @@ from sleb_serve.cut.written import written_quantisation
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.pruning import Pruning
-from sleb_serve.manifest.repair_file import check_sidecar
+from sleb_serve.manifest.repair_file import WeightChanges, read_sidecar
 from sleb_serve.manifest.schema import Manifest
 
 MANIFEST_NAME = "sleb_manifest.json"
@@ -67,7 +68,7 @@ class _Piece:
     """One tensor on its way: its new name, what the header says of it, where its bytes are.
 
     ``pieces`` is None for all bytes from start to end, or else tells which of them are copied: of
-    each run of that many bytes, the pieces (start, end).
+    each run of that many bytes, the pieces (start, end). ``changed`` gives other bytes, as many.
     """
 
     name: str
@@ -77,6 +78,7 @@ class _Piece:
     start: int
     end: int
     pieces: tuple[int, tuple[tuple[int, int], ...]] | None = None
+    changed: Callable[[], bytes] | None = None
 
     @property
     def size(self) -> int:
@@ -106,7 +108,7 @@ def export(
 
     Args:
         model: checkpoint folder or hub id of the dense model.
-        manifest: what is removed; a folded repair is put in place.
+        manifest: what is removed; its repair is merged.
         folder: must not be there, or be empty.
         revision: of a hub model; None for the manifest's.
         for_vllm: refuse what stock vLLM would run otherwise than Transformers.
@@ -121,13 +123,7 @@ def export(
     revision = revision_of(str(model), manifest, revision)
     checkpoint = check_model(str(model), pruning, revision, servable=False, fetch=True)
     config = exported_config(checkpoint, pruning.cut, for_vllm=for_vllm)
-    replaced = _folded(pruning)
-    shards = _shards(checkpoint, pruning, replaced)
-    if replaced:
-        raise SlebError(
-            f"the repair holds {', '.join(sorted(replaced))}, which the checkpoint does not; "
-            f"select with `repair` again"
-        )
+    shards = _shards(checkpoint, pruning, read_sidecar(pruning))
     sizes = checkpoint.tensor_bytes(frozenset(pruning.removed))
     with _whole_folder(folder) as temporary:
         names = [
@@ -166,25 +162,11 @@ def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[_
     _write_json(folder / f"{_SINGLE}.index.json", index)
 
 
-def _folded(pruning: Pruning) -> dict[str, _Piece]:
-    """The tensors of a folded repair, by the checkpoint's names."""
-    if pruning.repair is None:
-        return {}
-    check_sidecar(pruning.repair)
-    file = Path(pruning.repair.path)
-    return {
-        name: _Piece(name, dtype, shape, file, start, end)
-        for name, (dtype, shape, start, end) in tensors_of(file).items()
-    }
-
-
-def _shards(
-    checkpoint: Checkpoint, pruning: Pruning, replaced: dict[str, _Piece]
-) -> list[list[_Piece]]:
-    """What each shard will hold, as the source's are cut; what was put in place leaves `replaced`.
+def _shards(checkpoint: Checkpoint, pruning: Pruning, changes: WeightChanges) -> list[list[_Piece]]:
+    """What each shard will hold, as the source's are cut.
 
     Raises:
-        SlebError: the weights are not safetensors.
+        SlebError: the weights are not safetensors, or the repair is for others.
     """
     cut, prefix = pruning.cut, checkpoint.layer_prefix
     files = checkpoint.weight_files(frozenset(pruning.removed))
@@ -193,7 +175,7 @@ def _shards(
             f"{checkpoint.path} holds PyTorch's own format; save it as safetensors first "
             f"(model.save_pretrained)"
         )
-    shards = []
+    shards, left = [], set(changes.names)
     for file in files:
         pieces = []
         for name, (dtype, shape, start, end) in tensors_of(file).items():
@@ -201,18 +183,35 @@ def _shards(
             if new_name is None:
                 continue
             piece = _Piece(new_name, dtype, shape, file, start, end)
-            if name in replaced:
-                new = replaced.pop(name)
-                if (new.dtype, new.shape) != (dtype, shape):
-                    raise SlebError(
-                        f"the repair of {name} is {new.dtype} {new.shape}, the checkpoint's is "
-                        f"{dtype} {shape}; select with `repair` in the checkpoint's dtype"
-                    )
-                piece = replace(new, name=new_name)
+            if name in left:
+                left.remove(name)
+                piece = replace(piece, changed=partial(_changed, file, name, changes))
             pieces.append(_sliced(piece, name, cut))
         if pieces:
             shards.append(pieces)
+    if left:
+        raise SlebError(
+            f"the repair holds {', '.join(sorted(left))}, which the checkpoint does not; make the "
+            f"repair again"
+        )
     return shards
+
+
+def _changed(file: Path, name: str, changes: WeightChanges) -> bytes:
+    """The bytes of a weight that a repair changes."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as source:
+        old = source.get_tensor(name)
+    new = changes(name, old)
+    if (new.dtype, new.shape) != (old.dtype, old.shape):
+        raise SlebError(
+            f"the repair of {name} is {new.dtype} {list(new.shape)}, the checkpoint's is "
+            f"{old.dtype} {list(old.shape)}; make the repair in the checkpoint's dtype"
+        )
+    data: bytes = new.contiguous().view(torch.uint8).numpy().tobytes()
+    return data
 
 
 def _sliced(piece: _Piece, name: str, cut: Cut) -> _Piece:
@@ -247,6 +246,9 @@ def _write_shard(path: Path, pieces: Sequence[_Piece]) -> None:
         sources: dict[Path, BinaryIO] = {}
         try:
             for piece in pieces:
+                if piece.changed is not None:
+                    target.write(piece.changed())
+                    continue
                 if piece.file not in sources:
                     sources[piece.file] = piece.file.open("rb")
                 for start, stop in piece.ranges():

@@ -113,6 +113,17 @@ def _cut(
     return tuple(tuple(ids[i * length : (i + 1) * length]) for i in range(first, last))
 
 
+def source_tokens(source: str, tokenizer: Tokenizer, wanted: int, seed: int) -> Sequence[int]:
+    """The first `wanted` tokens of a text, fewer if it has fewer; rows as in `make_sequences`.
+
+    Raises:
+        SlebError: the source is unknown, unreadable or empty.
+    """
+    if source in HUB_TEXTS:
+        return _hub_tokens(source, tokenizer, 1, wanted, seed, None)[0][:wanted]
+    return _tokens(tokenizer, source, wanted)[:wanted]
+
+
 def judged_sequences(
     source: str, tokenizer: Tokenizer, length: int, count: int | None = None
 ) -> tuple[tuple[int, ...], ...]:

@@ -52,10 +52,15 @@ class BadRowError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file as text, and whether a chat template wrote it."""
+    """One row of a file as text, and the messages of the chat that it is, if it is one."""
 
     text: str
-    is_chat: bool = False
+    messages: list[dict[str, Any]] | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template wrote the text."""
+        return self.messages is not None
 
 
 def read_rows(source: str, chats: Chats | None) -> Iterator[Row]:
@@ -146,7 +151,7 @@ def _row(entry: object, chats: Chats | None) -> Row:
                 "text, or put chat_template.jinja beside the tokenizer"
             )
         try:
-            row = Row(chats.render(messages), is_chat=True)
+            row = Row(chats.render(messages, False), messages)
         except Exception as error:
             raise BadRowError(
                 f"is refused by the chat template: {first_line(error)}; change or remove the row"
@@ -156,6 +161,18 @@ def _row(entry: object, chats: Chats | None) -> Row:
     except UnicodeEncodeError as error:
         raise BadRowError("has a lone surrogate, which is no text; remove the row") from error
     return row
+
+
+def is_chats(source: str, chats: Chats | None) -> bool:
+    """Whether a text begins with a chat.
+
+    Raises:
+        SlebError: it cannot be read.
+    """
+    if source in HUB_TEXTS:
+        return False
+    first = next(read_rows(source, chats), None)
+    return first is not None and first.is_chat
 
 
 def _messages(entry: Mapping[str, Any]) -> list[dict[str, Any]] | None:

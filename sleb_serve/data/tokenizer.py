@@ -18,11 +18,12 @@ class Chats:
     """How a model reads chats.
 
     Attributes:
-        render: a chat's messages as one text, as the model's chat template writes it.
+        render: a chat's messages as one text, as the model's chat template writes it; behind it,
+            if asked for, what an answer begins with.
         encode: such a text to token ids, with no special tokens but those that it spells out.
     """
 
-    render: Callable[[list[dict[str, Any]]], str]
+    render: Callable[[list[dict[str, Any]], bool], str]
     encode: Tokenize
 
 
@@ -67,8 +68,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         # verbose=False: a text longer than the model's context is cut into sequences first.
         return list(tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
 
-    def render(messages: list[dict[str, Any]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    def render(messages: list[dict[str, Any]], answer_next: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_next
+            )
+        )
 
     # A template writes the special tokens itself; a second BOS is not what the model is served.
     chats = Chats(render, partial(encode, special=False))

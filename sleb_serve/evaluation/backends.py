@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 class Judge(Protocol):
     """A model that perplexities and tasks are asked of."""
 
-    def perplexity(self, sequences: Sequence[Sequence[int]]) -> float:
-        """Of sequences [L]: exp of the mean of each's mean loss over its L-1 predicted tokens."""
+    def perplexity(self, text: str) -> tuple[float, float | None]:
+        """Of a text's sequences [L]: exp of the mean of each's mean loss over its L-1 tokens.
+
+        And the share of these places where it finds the same token the likeliest as the dense model
+        does; None where that is not known.
+        """
 
     def tasks(
         self, names: Sequence[str], limit: int | None, num_fewshot: int | None
@@ -39,11 +43,13 @@ JudgeOf = Callable[[Manifest | None], Any]
 @contextmanager
 def transformers_judges(work: Evaluation) -> Iterator[JudgeOf]:
     """Transformers: the model is loaded once, when it is first asked."""
+    from sleb_serve.evaluation.perplexity import judged
     from sleb_serve.manifest.repair_file import read_sidecar
     from sleb_serve.models.loading import load_model
     from sleb_serve.models.pruned import blocks_deleted
 
     loaded: list[Any] = []
+    likeliest: dict[str, Any] = {}
 
     @contextmanager
     def judge_of(manifest: Manifest | None) -> Iterator[Callable[[], Judge]]:
@@ -53,11 +59,12 @@ def transformers_judges(work: Evaluation) -> Iterator[JudgeOf]:
                 if not loaded:
                     loaded.append(load_model(work.checkpoint, work.config.dtype))
                 if manifest is not None:
+                    for text, sequences in work.texts.items():
+                        if text not in likeliest:
+                            likeliest[text] = judged(loaded[0], sequences)[1]
                     pruning = manifest.pruning()
                     enter(blocks_deleted(loaded[0], pruning.removed, read_sidecar(pruning)))
-                return _TransformersJudge(
-                    loaded[0], str(work.checkpoint.path), work.config.batch_size
-                )
+                return _TransformersJudge(loaded[0], work, likeliest)
 
             yield judge
 
@@ -78,13 +85,16 @@ def _lazily() -> Iterator[Callable[[Any], None]]:
 
 
 class _TransformersJudge:
-    def __init__(self, model: Any, path: str, batch_size: str) -> None:
-        self._model, self._path, self._batch_size = model, path, batch_size
+    def __init__(self, model: Any, work: Evaluation, likeliest: dict[str, Any]) -> None:
+        self._model, self._work, self._likeliest = model, work, likeliest
 
-    def perplexity(self, sequences: Sequence[Sequence[int]]) -> float:
-        from sleb_serve.evaluation.perplexity import perplexity
+    def perplexity(self, text: str) -> tuple[float, float | None]:
+        from sleb_serve.evaluation.perplexity import judged
 
-        return float(perplexity(self._model, sequences))
+        value, found = judged(self._model, self._work.texts[text])
+        # The dense model is asked first, and agrees with itself.
+        dense = self._likeliest.setdefault(text, found)
+        return value, float((found == dense).double().mean())
 
     def tasks(
         self, names: Sequence[str], limit: int | None, num_fewshot: int | None
@@ -94,8 +104,8 @@ class _TransformersJudge:
 
         lm = HFLM(
             pretrained=self._model,
-            tokenizer=AutoTokenizer.from_pretrained(self._path),
-            batch_size=self._batch_size,
+            tokenizer=AutoTokenizer.from_pretrained(str(self._work.checkpoint.path)),
+            batch_size=self._work.config.batch_size,
         )
         return run_tasks(lm, names, limit, num_fewshot)
 
@@ -144,18 +154,19 @@ def vllm_judges(work: Evaluation) -> Iterator[JudgeOf]:
             pruning = manifest.pruning()
             arguments = engine_arguments(pruning, checkpoint, arguments)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield lambda: _VllmJudge(pool, arguments, log)
+            yield lambda: _VllmJudge(pool, arguments, log, work)
 
     yield judge_of
 
 
 class _VllmJudge:
-    def __init__(self, pool: ProcessPoolExecutor, arguments: dict[str, Any], log: Path) -> None:
-        self._pool, self._arguments, self._log = pool, arguments, log
+    def __init__(
+        self, pool: ProcessPoolExecutor, arguments: dict[str, Any], log: Path, work: Evaluation
+    ) -> None:
+        self._pool, self._arguments, self._log, self._work = pool, arguments, log, work
 
-    def perplexity(self, sequences: Sequence[Sequence[int]]) -> float:
-        found: float = self._ask(_vllm_perplexity, sequences)
-        return found
+    def perplexity(self, text: str) -> tuple[float, float | None]:
+        return self._ask(_vllm_perplexity, self._work.texts[text]), None
 
     def tasks(
         self, names: Sequence[str], limit: int | None, num_fewshot: int | None

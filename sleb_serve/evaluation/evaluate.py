@@ -81,6 +81,7 @@ class Evaluation:
         manifest: None where only the dense model is evaluated.
         config: what was asked for.
         blocks: the numbers of blocks.
+        texts: those that perplexities are measured on, in sequences of token ids.
         length: tokens a sequence.
         output: where the report goes; None for nowhere.
     """
@@ -92,6 +93,7 @@ class Evaluation:
     blocks: tuple[int, ...]
     length: int
     output: Path | None
+    texts: Mapping[str, Sequence[Sequence[int]]]
 
     def manifest_of(self, blocks: int) -> Manifest | None:
         """The manifest of so many removals; None for the dense model."""
@@ -135,17 +137,12 @@ def evaluate(
     """
     output = None if output is None else Path(output)
     work = _prepared(str(model), manifest, config or EvalConfig(), output)
-    tokenizer = load_tokenizer(work.checkpoint)
-    texts = {
-        text: judged_sequences(text, tokenizer, work.length, work.config.sequences)
-        for text in work.config.perplexity
-    }
-    report = _start(work, texts, resume)
+    report = _start(work, resume)
     judges = transformers_judges if work.config.backend == "hf" else vllm_judges
     with judges(work) as judge_of:
         for entry in report["results"]:
             with judge_of(work.manifest_of(entry["blocks"])) as judge:
-                _fill(work, report, entry, texts, judge, progress or Progress())
+                _fill(work, report, entry, judge, progress or Progress())
     return report
 
 
@@ -178,31 +175,37 @@ def _prepared(
             raise SlebError(f"blocks={count}: which blocks? give a manifest")
         if count and manifest is not None:
             manifest.prefix(count)
-    return Evaluation(model, checkpoint, manifest, config, blocks, length, output)
+    tokenizer = load_tokenizer(checkpoint)
+    texts = {
+        text: judged_sequences(text, tokenizer, length, config.sequences)
+        for text in config.perplexity
+    }
+    return Evaluation(model, checkpoint, manifest, config, blocks, length, output, texts)
 
 
 def _fill(
     work: Evaluation,
     report: Mapping[str, Any],
     entry: dict[str, Any],
-    texts: Mapping[str, Sequence[Sequence[int]]],
     judge: Callable[[], Judge],
     progress: Progress,
 ) -> None:
     """Measure what a report's entry lacks, and write the report after each result."""
     blocks, config = entry["blocks"], work.config
-    for text, sequences in texts.items():
+    for text in work.texts:
         if text in entry["perplexity"]:
             progress.known(blocks, text)
             continue
         progress.begins(blocks, text)
-        value = judge().perplexity(sequences)
+        value, agreement = judge().perplexity(text)
         if not math.isfinite(value):
             raise SlebError(
                 f"the perplexity on {text} with {blocks} blocks removed is {value}; the weights "
                 f"hold NaN or overflow: try dtype=float32"
             )
         entry["perplexity"][text] = value
+        if blocks and agreement is not None:
+            entry["agreement"][text] = agreement
         _write(work.output, report)
     if config.tasks and entry["tasks"]:
         progress.known(blocks, ", ".join(config.tasks))
@@ -221,11 +224,9 @@ def with_evaluation(manifest: Manifest, report: Mapping[str, Any]) -> Manifest:
     return replace(manifest, evaluation=MappingProxyType(evaluation))
 
 
-def _start(
-    work: Evaluation, texts: Mapping[str, Sequence[Sequence[int]]], resume: bool
-) -> dict[str, Any]:
+def _start(work: Evaluation, resume: bool) -> dict[str, Any]:
     """A report without results, or what an interrupted evaluation left of the same one."""
-    report = _empty(work, texts)
+    report = _empty(work)
     if not resume or work.output is None or not work.output.exists():
         return report
     before = strict_json.any_object(_read(work.output), str(work.output))
@@ -237,11 +238,11 @@ def _start(
     done = {(e["blocks"], e["pruning"]): e for e in before["results"]}
     for entry in report["results"]:
         earlier = done.get((entry["blocks"], entry["pruning"]), entry)
-        entry |= {key: earlier[key] for key in ("perplexity", "tasks")}
+        entry |= {key: earlier.get(key, {}) for key in ("perplexity", "agreement", "tasks")}
     return report
 
 
-def _empty(work: Evaluation, texts: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+def _empty(work: Evaluation) -> dict[str, Any]:
     config, checkpoint, manifest = work.config, work.checkpoint, work.manifest
     share = head_share(checkpoint) or 0.0
     removed = [] if manifest is None else list(manifest.blocks)
@@ -256,7 +257,7 @@ def _empty(work: Evaluation, texts: Mapping[str, Sequence[Sequence[int]]]) -> di
             "backend": config.backend,
             "dtype": config.dtype,
             "sequence_length": work.length,
-            "sequences": {text: len(sequences) for text, sequences in texts.items()},
+            "sequences": {text: len(sequences) for text, sequences in work.texts.items()},
             "tasks": list(config.tasks),
             "limit": config.limit,
             "num_fewshot": config.num_fewshot,
@@ -270,6 +271,7 @@ def _empty(work: Evaluation, texts: Mapping[str, Sequence[Sequence[int]]]) -> di
                 "pruning": _digest(manifest, blocks),
                 "ideal_speedup": ideal_ratio(checkpoint.num_blocks, blocks, share),
                 "perplexity": {},
+                "agreement": {},
                 "tasks": {},
             }
             for blocks in work.blocks

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from sleb_serve.evaluation.picture import accuracy
-from sleb_serve.manifest.schema import Manifest
+from sleb_serve.manifest.schema import Manifest, Repair
 
 _BAR = 40
 
@@ -41,13 +41,7 @@ def describe(manifest: Manifest) -> str:
             f"kept, {how.dtype}{against}"
         )
         lines += _stability(manifest, how.samples)
-    if manifest.repair is not None:
-        mended = manifest.repair
-        loss = "" if mended.loss is None else f", loss {mended.loss:.4f} on them"
-        lines.append(
-            f"repair       {mended.kind}, fitted on {mended.sequences} sequences{loss}: "
-            f"{mended.file}"
-        )
+    lines += [_repaired(repair) for repair in manifest.repairs]
     if manifest.created_by:
         made = ", ".join(f"{name} {number}" for name, number in manifest.created_by.items())
         lines.append(f"created by   {made}")
@@ -58,11 +52,15 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     """An evaluation's report as a table: a row for each number of blocks removed."""
     texts = list(report["results"][0]["perplexity"])
     tasks = list(report["results"][0]["tasks"])
-    head = ["blocks", "ideal", *(f"ppl {Path(text).name}" for text in texts), *tasks]
+    agreeing = [text for text in texts if any(text in e["agreement"] for e in report["results"])]
+    head = ["blocks", "ideal", *(f"ppl {Path(text).name}" for text in texts)]
+    head += [*(f"same {Path(text).name}" for text in agreeing), *tasks]
     rows = [head + (["mean"] if len(tasks) > 1 else [])]
     for entry in report["results"]:
         row = [str(entry["blocks"]), f"{entry['ideal_speedup']:.2f}x"]
         row += [f"{entry['perplexity'][text]:.2f}" for text in texts]
+        shares = [entry["agreement"].get(text) for text in agreeing]
+        row += ["" if share is None else f"{share:.1%}" for share in shares]
         pairs = [accuracy(entry["tasks"][task]) for task in tasks]
         row += [f"{value:.3f} ±{error:.3f}" for value, error in pairs]
         row += [f"{fmean(value for value, _ in pairs):.3f}"] if len(tasks) > 1 else []
@@ -72,6 +70,22 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def _repaired(repair: Repair) -> str:
+    """What a repair is, in a line."""
+    about = f"{repair.kind} of {repair.blocks} removals"
+    if repair.training is not None:
+        trained = repair.training
+        judged = ", ".join(f"{value:.2f} {which}" for which, value in trained.perplexity.items())
+        about += (
+            f", rank {trained.rank}, {trained.tokens:,} tokens of {', '.join(trained.texts)}; "
+            f"held-out perplexity {judged}"
+        )
+    else:
+        about += f", fitted on {repair.sequences} sequences"
+        about += "" if repair.loss is None else f", loss {repair.loss:.4f} on them"
+    return f"repair       {about}: {repair.file}"
 
 
 def _stability(manifest: Manifest, samples: Sequence[Sequence[int]]) -> list[str]:

@@ -14,8 +14,8 @@ from sleb_serve.manifest.blocks import block_count, check_blocks, gaps
 from sleb_serve.protocol import CONFIG_KEY
 from sleb_serve.utils import strict_json
 
-REPAIRS = ("fold",)
-"""What can be done at the gaps that removed blocks leave; see `sleb_serve.selection.repair`."""
+REPAIRS = ("fold", "heal")
+"""How a pruned model is mended: see `sleb_serve.selection.repair` and `sleb_serve.healing`."""
 
 _FORMER_REPAIRS = ("map", "scale")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from sleb_serve.manifest.schema import (
     Removal,
     Repair,
     Selection,
+    Training,
     perplexity_of,
 )
 from sleb_serve.utils import strict_json
@@ -63,7 +64,7 @@ def parse_manifest(data: bytes) -> Manifest:
         "manifest",
         required=("schema_version", "model", "removed"),
         optional=(
-            *("dense", "calibration", "selection", "repair", "golden", "evaluation"),
+            *("dense", "calibration", "selection", "repairs", "golden", "evaluation"),
             "created_by",
         ),
     )
@@ -84,11 +85,10 @@ def parse_manifest(data: bytes) -> Manifest:
     selection = fields.get("selection")
     evaluation = strict_json.any_object(fields.get("evaluation", {}), "evaluation")
     created_by = strict_json.any_object(fields.get("created_by", {}), "created_by")
-    repair = fields.get("repair")
     return Manifest(
         model=model,
         removed=removed,
-        repair=None if repair is None else _parse_repair(repair),
+        repairs=_parse_repairs(fields.get("repairs", []), len(removed)),
         golden=_parse_golden(fields["golden"]) if "golden" in fields else None,
         dense_loss=None if dense is None else _parse_loss(dense, "dense"),
         calibration=None if calibration is None else _parse_calibration(calibration),
@@ -211,22 +211,63 @@ def _parse_sample(value: object, where: str, num_blocks: int) -> tuple[int, ...]
     return blocks
 
 
-def _parse_repair(value: object) -> Repair:
-    fields = strict_json.object_(
-        value, "repair", required=("kind", "file", "sha256", "sequences"), optional=("loss",)
+def _parse_repairs(value: object, num_removed: int) -> tuple[Repair, ...]:
+    repairs = tuple(
+        _parse_repair(entry, f"repairs[{i}]", num_removed)
+        for i, entry in enumerate(strict_json.list_(value, "repairs"))
     )
-    name = strict_json.line(fields["file"], "repair.file")
+    if len({repair.blocks for repair in repairs}) < len(repairs):
+        raise SlebError("repairs: two are for the same number of blocks; make the repair again")
+    return repairs
+
+
+def _parse_repair(value: object, where: str, num_removed: int) -> Repair:
+    fields = strict_json.object_(
+        value,
+        where,
+        required=("kind", "file", "sha256", "blocks", "sequences"),
+        optional=("loss", "training"),
+    )
+    name = strict_json.line(fields["file"], f"{where}.file")
     if Path(name).name != name or name in (".", ".."):
         raise SlebError(
-            f"repair.file must be a file's name beside the manifest, found "
+            f"{where}.file must be a file's name beside the manifest, found "
             f"{strict_json.short(name)}"
         )
+    training = fields.get("training")
     return Repair(
-        kind=repair_kind(fields["kind"], "repair.kind"),
+        kind=repair_kind(fields["kind"], f"{where}.kind"),
         file=name,
-        sha256=strict_json.sha256(fields["sha256"], "repair.sha256"),
-        sequences=strict_json.integer(fields["sequences"], "repair.sequences", 1, 1 << 31),
-        loss=strict_json.number(fields["loss"], "repair.loss") if "loss" in fields else None,
+        sha256=strict_json.sha256(fields["sha256"], f"{where}.sha256"),
+        blocks=strict_json.integer(fields["blocks"], f"{where}.blocks", 1, num_removed),
+        sequences=strict_json.integer(fields["sequences"], f"{where}.sequences", 1, 1 << 31),
+        loss=strict_json.number(fields["loss"], f"{where}.loss") if "loss" in fields else None,
+        training=None if training is None else _parse_training(training, f"{where}.training"),
+    )
+
+
+def _parse_training(value: object, where: str) -> Training:
+    keys = ("texts", "tokens", "rank", "seed", "perplexity", "agreement")
+    fields = strict_json.object_(value, where, required=keys)
+
+    def numbers(key: str) -> Mapping[str, float]:
+        entries = strict_json.any_object(fields[key], f"{where}.{key}")
+        return MappingProxyType(
+            {
+                strict_json.line(name, f"{where}.{key}"): strict_json.number(
+                    entry, f"{where}.{key}.{name}"
+                )
+                for name, entry in entries.items()
+            }
+        )
+
+    return Training(
+        texts=numbers("texts"),
+        tokens=strict_json.integer(fields["tokens"], f"{where}.tokens", 1, 1 << 62),
+        rank=strict_json.integer(fields["rank"], f"{where}.rank", 1, 1 << 31),
+        seed=strict_json.integer(fields["seed"], f"{where}.seed", 0, 1 << 62),
+        perplexity=numbers("perplexity"),
+        agreement=numbers("agreement"),
     )
 
 

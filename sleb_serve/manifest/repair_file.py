@@ -1,7 +1,8 @@
-"""The sidecar of a repaired manifest: a safetensors file with the weights that repair its gaps.
+"""The sidecar of a repaired manifest: a safetensors file with what repairs the pruned model.
 
-Its tensors have the names and shapes of the checkpoint's, in whose place they are loaded. The
-manifest names the file and its SHA-256, and lies beside it.
+A tensor with the name of one of the checkpoint's takes its place. ``NAME.lora_A`` [r, inputs] and
+``NAME.lora_B`` [outputs, r] are added to the checkpoint's NAME: W + B A, computed in float32 and
+rounded to W's dtype. The manifest names the file and its SHA-256, and lies beside it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,63 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.pruning import Pruning, RepairFile
 from sleb_serve.utils.atomic_io import whole_file
 
+LORA_A, LORA_B = ".lora_A", ".lora_B"
+"""What follows a weight's name in those of the two factors of its change."""
 _CHUNK = 1 << 24
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def sidecar_path(output: Path) -> Path:
-    """Where the sidecar of the manifest `output` lies."""
-    return output.with_name(f"{output.name}.repair.safetensors")
+class WeightChanges:
+    """What a sidecar changes.
+
+    Args:
+        tensors: the sidecar's.
+        where: its path, for messages.
+
+    Raises:
+        SlebError: one of a weight's two factors is missing.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], where: str = "") -> None:
+        self._tensors, self._where = tensors, where
+        self.names = frozenset(name.removesuffix(LORA_A).removesuffix(LORA_B) for name in tensors)
+        """Of the weights that change, as in the checkpoint."""
+        for name in self.names - tensors.keys():
+            if not {name + LORA_A, name + LORA_B} <= tensors.keys():
+                raise SlebError(f"the repair {where} has one factor of {name} alone; make it again")
+
+    def __call__(self, name: str, weight: Any) -> Any:
+        """A weight as the repair has it; itself where the repair does not change it.
+
+        Args:
+            name: as in the checkpoint.
+            weight: a torch tensor, whole: not a rank's share of it.
+
+        Raises:
+            SlebError: the repair is for a weight of another shape, or the weight is quantised.
+        """
+        if name in self._tensors:
+            return self._tensors[name]
+        if name not in self.names:
+            return weight
+        a, b = (self._tensors[name + end].to(weight.device).float() for end in (LORA_A, LORA_B))
+        if (len(b), a.shape[1]) != tuple(weight.shape) or b.shape[1] != len(a):
+            raise SlebError(
+                f"the repair {self._where} changes {name} as [{len(b)}, {a.shape[1]}], the "
+                f"checkpoint has {list(weight.shape)}; heal again"
+            )
+        if str(weight.dtype).removeprefix("torch.") not in _DTYPES:
+            raise SlebError(
+                f"the repair {self._where} changes {name}, which is quantised to {weight.dtype}; "
+                f"serve the checkpoint that it was made for"
+            )
+        return (weight.float() + b @ a).to(weight.dtype)
+
+
+def sidecar_path(output: Path, blocks: int | None = None) -> Path:
+    """Where the sidecar of the manifest `output` lies; of its first `blocks` removals, if given."""
+    part = "" if blocks is None else f"-{blocks}"
+    return output.with_name(f"{output.name}.repair{part}.safetensors")
 
 
 def write_sidecar(path: Path, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -71,19 +123,18 @@ def check_sidecar(repair: RepairFile) -> None:
         )
 
 
-def read_sidecar(pruning: Pruning) -> dict[str, Any]:
-    """The tensors that repair a pruning, on the CPU; none if it is not repaired.
+def read_sidecar(pruning: Pruning) -> WeightChanges:
+    """What repairs a pruning, on the CPU; no changes if it is not repaired.
 
     Raises:
         SlebError: as `check_sidecar`.
     """
     if pruning.repair is None:
-        return {}
+        return WeightChanges({})
     from safetensors.torch import load_file
 
     check_sidecar(pruning.repair)
-    tensors: dict[str, Any] = load_file(pruning.repair.path)
-    return tensors
+    return WeightChanges(load_file(pruning.repair.path), pruning.repair.path)
 
 
 def _sha256(path: Path) -> str:

@@ -93,17 +93,38 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Repair:
-    """How the gaps are repaired: the kind, the sidecar's name beside the manifest, its digest.
+class Training:
+    """How a model was healed.
 
-    Fitted on ``sequences`` sequences of the calibration text; ``loss`` is that on them, repaired.
+    ``texts`` are the sources with their weights, ``tokens`` those that it was trained on. On text
+    that was held out, ``perplexity`` is that of the dense, pruned and healed models, and
+    ``agreement`` the share of positions where the pruned and the healed one find the same next
+    token the likeliest as the dense one does.
+    """
+
+    texts: Mapping[str, float]
+    tokens: int
+    rank: int
+    seed: int
+    perplexity: Mapping[str, float]
+    agreement: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How the first ``blocks`` removals are repaired: the kind, the sidecar's name and digest.
+
+    Fitted on ``sequences`` sequences of text. Of a fold, ``loss`` is the calibration loss on them,
+    repaired.
     """
 
     kind: str
     file: str
     sha256: str
+    blocks: int
     sequences: int
     loss: float | None = None
+    training: Training | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +152,7 @@ class Manifest:
     selection: Selection | None = None
     evaluation: Mapping[str, Any] = field(default_factory=_nothing)
     created_by: Mapping[str, str] = field(default_factory=_nothing)
-    repair: Repair | None = None
+    repairs: tuple[Repair, ...] = ()
     golden: Golden | None = None
     folder: Path | None = field(default=None, compare=False)
     """Where the manifest was read from, and its sidecar lies; not part of the file."""
@@ -141,11 +162,20 @@ class Manifest:
         """The removed blocks, in order of removal."""
         return tuple(removal.block for removal in self.removed)
 
+    @property
+    def repair(self) -> Repair | None:
+        """How the model without all of the removed blocks is repaired; None if it is not."""
+        return self._repair(len(self.removed))
+
+    def _repair(self, blocks: int) -> Repair | None:
+        return next((repair for repair in self.repairs if repair.blocks == blocks), None)
+
     def prefix(self, blocks: int | None) -> Manifest:
         """The manifest with only its first ``blocks`` removals (all of them for None).
 
         Raises:
-            SlebError: ``blocks`` is not between 1 and the number of removals.
+            SlebError: ``blocks`` is not between 1 and the number of removals, or the manifest is
+                repaired, but not for so many.
         """
         if blocks is None:
             return self
@@ -154,16 +184,23 @@ class Manifest:
                 f"blocks={blocks}: this manifest removes {len(self.removed)} blocks, so K must "
                 f"be between 1 and {len(self.removed)}; for more, select with a larger `remove`"
             )
-        if self.repair is not None and blocks < len(self.removed):
-            raise SlebError(
-                f"blocks={blocks}: this manifest is repaired for {len(self.removed)} blocks, and "
-                f"fewer need another repair; select with remove={blocks} "
-                f"repair={self.repair.kind} for a manifest of its own"
-            )
         if blocks == len(self.removed):
             return self
+        repair = self._repair(blocks)
+        if self.repairs and repair is None:
+            known = ", ".join(str(repair.blocks) for repair in self.repairs)
+            instead = (
+                f"heal with also={blocks}"
+                if self.repairs[0].kind == "heal"
+                else f"select with remove={blocks} repair=fold for a manifest of its own"
+            )
+            raise SlebError(
+                f"blocks={blocks}: this manifest is repaired for {known} blocks, and another "
+                f"number needs another repair; {instead}"
+            )
         # Golden log-probabilities are those of all removals.
-        return replace(self, removed=self.removed[:blocks], golden=None)
+        repairs = () if repair is None else (repair,)
+        return replace(self, removed=self.removed[:blocks], repairs=repairs, golden=None)
 
     def pruning(self) -> Pruning:
         """What a server needs of this manifest."""
@@ -213,8 +250,15 @@ class Manifest:
             value["selection"] = {
                 name: _thaw(entry) for name, entry in vars(self.selection).items() if entry != ()
             }
-        if self.repair is not None:
-            value["repair"] = {k: v for k, v in vars(self.repair).items() if v is not None}
+        if self.repairs:
+            value["repairs"] = [
+                {
+                    name: _thaw(vars(entry) if isinstance(entry, Training) else entry)
+                    for name, entry in vars(repair).items()
+                    if entry is not None
+                }
+                for repair in self.repairs
+            ]
         if self.golden is not None:
             value["golden"] = {name: _thaw(entry) for name, entry in vars(self.golden).items()}
         value["evaluation"] = _thaw(self.evaluation)

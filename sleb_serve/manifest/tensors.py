@@ -30,7 +30,7 @@ class ShorterTensors:
 
     def __init__(self, checkpoint: Checkpoint, pruning: Pruning) -> None:
         self._checkpoint, self._cut = checkpoint, pruning.cut
-        self._repair = read_sidecar(pruning)
+        self._changes = read_sidecar(pruning)
         self._repair_path = "" if pruning.repair is None else pruning.repair.path
         self._seen: set[int] = set()
 
@@ -40,7 +40,7 @@ class ShorterTensors:
         Raises:
             SlebError: a repaired weight is not in the checkpoint in that shape and dtype.
         """
-        left = dict(self._repair)
+        left = set(self._changes.names)
         for name, tensor in tensors:
             new_name = self._cut.name(name, self._checkpoint.layer_prefix)
             if new_name is None:
@@ -49,12 +49,12 @@ class ShorterTensors:
             block = self._checkpoint.block_of(name)
             if block is not None:
                 self._seen.add(block)
-            tensor = self._repaired(name, tensor, left.pop(name, None))
-            yield new_name, kept_parts(name, tensor, self._cut)
+            left.discard(name)
+            yield new_name, kept_parts(name, self._repaired(name, tensor), self._cut)
         if left:
             raise SlebError(
                 f"the repair {self._repair_path} has weights that the checkpoint did not give: "
-                f"{', '.join(sorted(left))}; select with `repair` again"
+                f"{', '.join(sorted(left))}; make the repair again"
             )
 
     def check(self) -> None:
@@ -70,14 +70,13 @@ class ShorterTensors:
                 f"{self._checkpoint.path}?"
             )
 
-    def _repaired(self, name: str, tensor: Any, repaired: Any) -> Any:
-        if repaired is None:
-            return tensor
+    def _repaired(self, name: str, tensor: Any) -> Any:
+        repaired = self._changes(name, tensor)
         if (repaired.shape, repaired.dtype) != (tensor.shape, tensor.dtype):
             raise SlebError(
                 f"the repair {self._repair_path} has {name} as {repaired.dtype} "
                 f"{list(repaired.shape)}, the checkpoint as {tensor.dtype} {list(tensor.shape)}; "
-                f"select with `repair` again"
+                f"make the repair again"
             )
         return repaired
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from sleb_serve.manifest.repair_file import WeightChanges
 from sleb_serve.manifest.schema import Golden
 from sleb_serve.models.pruned import blocks_deleted
 
@@ -16,7 +16,7 @@ GOLDEN_TOKENS = 64
 
 @torch.inference_mode()
 def golden(
-    model: Any, tokens: Sequence[int], removed: Sequence[int], repair: Mapping[str, Tensor]
+    model: Any, tokens: Sequence[int], removed: Sequence[int], repair: WeightChanges
 ) -> Golden | None:
     """What the pruned model makes of the first tokens of a text, to know a server by.
 
@@ -31,7 +31,7 @@ def golden(
     """
     if model.get_output_embeddings() is None:
         return None
-    if repair and any(parameter.is_meta for parameter in model.parameters()):
+    if repair.names and any(parameter.is_meta for parameter in model.parameters()):
         return None
     prompt = list(tokens[:GOLDEN_TOKENS])
     ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sleb_serve.checkpoint.decoder import COUNT_KEYS
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.likeness import apply, decoder_layers, decoder_of
 from sleb_serve.errors import SlebError
+from sleb_serve.manifest.repair_file import WeightChanges
 from sleb_serve.manifest.tensors import kept_parts
 
 
 @contextmanager
 def blocks_deleted(
-    model: Any, removed: Sequence[int], repair: Mapping[str, Tensor]
+    model: Any, removed: Sequence[int], repair: WeightChanges | None = None
 ) -> Iterator[None]:
     """While this is open, `model` has only its other blocks, renumbered, and is repaired.
 
@@ -27,7 +28,7 @@ def blocks_deleted(
     Args:
         model: a Transformers model with a decoder; the dense model again afterwards.
         removed: the blocks to leave out.
-        repair: weights by name, in the places of the model's own.
+        repair: what it changes in the weights of blocks that stay.
 
     Raises:
         SlebError: the model cannot lose these blocks, or the repair is for weights that it does
@@ -36,7 +37,8 @@ def blocks_deleted(
     layers = decoder_layers(model)
     whole, cut = list(layers), Cut(len(layers), tuple(sorted(removed)))
     with ExitStack() as stack:
-        _mend(whole, repair, stack)
+        if repair is not None:
+            _mend(whole, repair, stack)
         for name, parameter in model.named_parameters():
             weight = parameter.data
             kept = kept_parts(name, weight, cut)
@@ -65,16 +67,17 @@ def _set(target: Any, name: str, value: Any, stack: ExitStack) -> None:
     setattr(target, name, value)
 
 
-def _mend(layers: Sequence[nn.Module], repair: Mapping[str, Tensor], stack: ExitStack) -> None:
-    for name, tensor in repair.items():
+def _mend(layers: Sequence[nn.Module], repair: WeightChanges, stack: ExitStack) -> None:
+    for name in repair.names:
         # The checkpoint's name, which may begin otherwise than Transformers'.
         parts = name.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
         index = int(parts[at]) if at else len(layers)
         own = dict(layers[index].named_parameters()) if index < len(layers) else {}
         parameter = own.get(".".join(parts[at + 1 :]))
-        if parameter is None or parameter.shape != tensor.shape:
+        changed = None if parameter is None else repair(name, parameter.data)
+        if parameter is None or changed is None or changed.shape != parameter.shape:
             raise SlebError(f"the repair is for {name}, which this model does not have as it is")
         weight = parameter.data
         stack.callback(weight.copy_, weight.clone())
-        weight.copy_(tensor)
+        weight.copy_(changed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.pruning import REPAIRS
 from sleb_serve.manifest.schema import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ class SelectConfig:
     """How `sleb_serve.select` chooses the blocks to remove.
 
     Attributes:
-        remove: how many blocks (an int), or what share of them (a float below 1, rounded up).
+        remove: how many blocks (an int), or what share of them (a float below 1, rounded up); at
+            most so many, with `until`. None for as many as `until` allows.
+        until: remove blocks while the perplexity on the calibration text is less than so many times
+            that of the dense model.
         calibration: ``wikitext2``, ``c4``, ``python-docs``, or a file of texts or chats (.txt,
             .jsonl, .jsonl.gz, .parquet).
         sequences: how many sequences of text; None for all that the rows give, and 8 of a file.
@@ -51,7 +54,7 @@ class SelectConfig:
         revision: branch, tag or commit of a hub model.
     """
 
-    remove: int | float
+    remove: int | float | None = None
     calibration: str | Path = "wikitext2"
     sequences: int | None = None
     sequence_length: int | None = None
@@ -65,6 +68,7 @@ class SelectConfig:
     seeds: int = 1
     repair: Literal["none", "fold"] = "none"
     repair_sequences: int | None = None
+    until: float | None = None
     memory_budget: int | None = None
     revision: str | None = None
 
@@ -78,12 +82,18 @@ class SelectConfig:
             ("dtype", DTYPES),
             ("search", SEARCHES),
             ("objective", (None, *OBJECTIVES)),
-            ("repair", ("none", *REPAIRS)),
+            ("repair", ("none", "fold")),
         ):
             value = getattr(self, name)
             if value not in known:
                 there = ", ".join(str(entry) for entry in known if entry is not None)
                 raise SlebError(f"{name}={value}: choose one of {there}")
+        if self.remove is None and self.until is None:
+            raise SlebError("how many blocks? give `remove` or `until`")
+        if self.until is not None and not 1 < self.until < math.inf:
+            raise SlebError(f"until={self.until}: give a number above 1")
+        if self.until is not None and self.objective not in (None, "nll"):
+            raise SlebError(f"`until` is a perplexity, objective={self.objective} measures none")
         if self.seeds < 1:
             raise SlebError(f"seeds={self.seeds}: at least one sample of the text is needed")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sleb_serve import __version__
 from sleb_serve.checkpoint.checkpoint import Checkpoint
@@ -17,13 +17,13 @@ from sleb_serve.data.calibration import Sequences, make_sequences
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.repair_file import sidecar_path, write_sidecar
+from sleb_serve.manifest.repair_file import WeightChanges, sidecar_path, write_sidecar
 from sleb_serve.manifest.schema import Manifest, Removal, Repair
 from sleb_serve.selection.config import Progress, SelectConfig
-from sleb_serve.selection.distributed import launched
 from sleb_serve.selection.log import log_path
 from sleb_serve.selection.search import blocks_to_remove, candidates
 from sleb_serve.utils.atomic_io import check_writable
+from sleb_serve.utils.distributed import launched
 
 if TYPE_CHECKING:
     from sleb_serve.selection.run import Search, Task
@@ -95,11 +95,15 @@ def _task(model: str, config: SelectConfig, output: Path | None, resume: bool) -
         raise SlebError("a repair, and going on with a search, need a file: give `output`")
     checkpoint = open_checkpoint(model, config.revision)
     objective = _objective(checkpoint, config)
+    if config.until is not None and objective != "nll":
+        raise SlebError(f"`until` is a perplexity, which {checkpoint.architecture} does not have")
     dense = transformers_config(checkpoint.path)
     among = removable(checkpoint.config if dense is None else dense.to_dict())
     early, late = config.early_barrier, config.late_barrier
-    count = blocks_to_remove(config.remove, checkpoint.num_blocks, early, late)
     most = len(candidates(checkpoint.num_blocks, (), early, late, among))
+    count = most
+    if config.remove is not None:
+        count = blocks_to_remove(config.remove, checkpoint.num_blocks, early, late)
     if count > most:
         raise SlebError(
             f"remove={config.remove}: {most} of the blocks between the barriers can go, the "
@@ -168,7 +172,8 @@ def _manifest(
     from sleb_serve.models.golden import golden
 
     removed = [choice.block for choice in found.choices]
-    repair, tensors = None, {}
+    repairs: tuple[Repair, ...] = ()
+    tensors: dict[str, Any] = {}
     if task.config.repair != "none" and output is not None and task.ranks.index == 0:
         gaps, loss = found.scorer.repair(texts.repair.tokens, removed)
         progress.repaired(gaps, loss)
@@ -177,15 +182,17 @@ def _manifest(
         sidecar = sidecar_path(output)
         digest = write_sidecar(sidecar, tensors, about)
         sequences = texts.repair.calibration.sequences
-        repair = Repair(task.config.repair, sidecar.name, digest, sequences, loss)
+        repairs = (Repair(task.config.repair, sidecar.name, digest, len(removed), sequences, loss),)
     return Manifest(
         model=task.binding,
         removed=tuple(Removal(choice.block, choice.loss) for choice in found.choices),
         dense_loss=found.dense_loss,
         calibration=texts.samples[0].calibration,
         selection=found.selection,
-        repair=repair,
-        golden=golden(found.scorer.model, texts.samples[0].tokens[0], removed, tensors),
+        repairs=repairs,
+        golden=golden(
+            found.scorer.model, texts.samples[0].tokens[0], removed, WeightChanges(tensors)
+        ),
         created_by={
             "sleb_serve": __version__,
             "torch": version("torch"),

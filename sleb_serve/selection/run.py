@@ -12,10 +12,10 @@ from sleb_serve.data.calibration import Sequences
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.schema import ModelBinding, Selection
 from sleb_serve.selection.config import Progress, SelectConfig
-from sleb_serve.selection.distributed import Ranks
 from sleb_serve.selection.log import SearchLog
 from sleb_serve.selection.scorer import Scorer
 from sleb_serve.selection.search import Choices, Scores, Step, greedy, recorded
+from sleb_serve.utils.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Search:
         self, task: Task, sequences: Sequences, log: Path | None, progress: Progress
     ) -> None:
         config = task.config
-        self._progress = progress
+        self._progress, self._until = progress, config.until
         self.scorer = Scorer(
             task.checkpoint,
             sequences,
@@ -108,7 +108,17 @@ class Search:
             early_barrier=config.early_barrier,
             late_barrier=config.late_barrier,
             among=task.among,
+            allowed=self._allowed,
         )
+        if not self.choices:
+            raise SlebError(
+                f"until={config.until}: the first block that goes already makes the perplexity as "
+                f"many times that of the dense model, or more; allow more"
+            )
+
+    def _allowed(self, loss: float) -> bool:
+        until = self._until
+        return until is None or loss - (self.dense_loss or 0.0) < math.log(until)
 
     def _score(self, removed: Sequence[int], candidates: Sequence[int]) -> Scores:
         number = len(self._log.steps) + 1

@@ -15,25 +15,20 @@ from sleb_serve.cut.likeness import decoder_of
 from sleb_serve.data.calibration import Sequences
 from sleb_serve.errors import SlebError
 from sleb_serve.models.layerwise import CausalLM
-from sleb_serve.models.loading import load_model
-from sleb_serve.selection.distributed import Ranks, processes_here
+from sleb_serve.models.loading import EMULATED, has_fast, load_model
 from sleb_serve.selection.layer_sweep import LayerSweep
 from sleb_serve.selection.memory import USED_SHARE, BudgetError, default_budget, give_back_freed
 from sleb_serve.selection.racing import FastSearch
 from sleb_serve.selection.repair import Gap, fit
 from sleb_serve.selection.search import Scores
 from sleb_serve.selection.whole_model import EMBEDDING, WholeModel
+from sleb_serve.utils.distributed import Ranks, processes_here
 from sleb_serve.utils.sizes import format_size
 
 FAST_ERROR = 0.05
 """Probability that ``--search fast`` goes another way than the exact search, in any step."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Without instructions for them, a CPU multiplies in these at a tenth of float32's speed.
-_EMULATED = {
-    "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-    "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-}
 
 
 class Scorer:
@@ -163,7 +158,7 @@ def _own_budget(given: int | None) -> int:
 
 def _affordable(checkpoint: Checkpoint, ranks: Ranks, dtype: str, length: int, budget: int) -> str:
     """``float32`` in place of ``auto`` where 16 bits are emulated and memory allows it."""
-    if dtype == "auto" and checkpoint.dtype in _EMULATED and not has_fast(checkpoint.dtype):
+    if dtype == "auto" and checkpoint.dtype in EMULATED and not has_fast(checkpoint.dtype):
         wide = _weights(checkpoint, "float32")[0] + _states_bytes(checkpoint, length, "float32")
         # Never in one process alone: all must compute the same.
         if all(ranks.gather([wide <= USED_SHARE * budget])):
@@ -225,10 +220,3 @@ def _states_bytes(checkpoint: Checkpoint, length: int, dtype: str) -> int:
     )
     state = length * hidden * _ITEM_BYTES.get(dtype, 2) if isinstance(hidden, int) else 0
     return (checkpoint.num_blocks + 4) * state
-
-
-def has_fast(dtype: str) -> bool:
-    """Whether matrices are multiplied faster in bfloat16 or float16 than in float32 here."""
-    if dtype == "bfloat16" and torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.accelerator.is_available() or bool(_EMULATED[dtype]())

@@ -165,6 +165,7 @@ def greedy(
     early_barrier: int = 1,
     late_barrier: int = 1,
     among: Sequence[int] | None = None,
+    allowed: Callable[[float], bool] = lambda loss: True,
 ) -> Choices:
     """Remove blocks one by one, each time the one whose absence raises the loss least.
 
@@ -175,6 +176,8 @@ def greedy(
         early_barrier: alive blocks at the start that stay.
         late_barrier: alive blocks at the end that stay.
         among: the only blocks that may go.
+        allowed: whether a loss is still one to accept; the first that is not ends the search, and
+            its block stays.
     """
     path: Choices = ()
     while len(path) < remove:
@@ -182,6 +185,8 @@ def greedy(
         eligible = candidates(num_blocks, removed, early_barrier, late_barrier, among)
         losses = score(removed, eligible).losses
         best = losses.index(min(losses))
+        if not allowed(losses[best]):
+            break
         path += (Choice(eligible[best], losses[best]),)
     return path
 

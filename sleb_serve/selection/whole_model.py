@@ -73,7 +73,7 @@ class WholeModel:
             self._dense = [self._answer(sequence) for sequence in self._sequences]
         if not removed:
             return self._mean()
-        with blocks_deleted(self.whole, removed, {}):
+        with blocks_deleted(self.whole, removed):
             return self._mean()
 
     def layer_count(self, removed: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "lm_eval": ("eval",),
         "matplotlib": ("bench", "eval"),
         "openai": ("bench",),
+        "peft": ("heal",),
         "prometheus_client": ("select", "bench"),
         "psutil": ("select", "bench"),
         "pyarrow": ("select",),

@@ -1,4 +1,4 @@
-"""Several processes that share a selection, started by ``accelerate launch`` or ``torchrun``."""
+"""Several processes that share the work, started by ``accelerate launch`` or ``torchrun``."""
 
 from __future__ import annotations
 

@@ -1,0 +1,193 @@
+"""``sleb-serve heal``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from sleb_serve.cli.arguments import (
+    Command,
+    add_manifest,
+    add_model,
+    add_sequence_length,
+)
+from sleb_serve.cli.progress import HealBars
+from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
+from sleb_serve.errors import SlebError
+from sleb_serve.evaluation.report import describe
+from sleb_serve.healing.config import DEFAULT_LENGTH, DEFAULT_TOKENS, HealConfig
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.selection.config import DTYPES
+from sleb_serve.utils.distributed import is_first
+from sleb_serve.utils.extras import require
+from sleb_serve.utils.lists import numbers, words
+
+_EXAMPLES = """\
+examples:
+  sleb-serve heal meta-llama/Llama-2-7b-hf -m m.json -o healed.json --text c4 --tokens 2M
+  sleb-serve heal ./my-model -m m.json -o healed.json --text wikitext2:1,chats.jsonl:2
+  sleb-serve heal ./my-model -m m.json -o healed.json --text chats.jsonl --minutes 90 --rank 64
+  sleb-serve heal ./my-model -m m.json -o healed.json --text c4 --also 2,4    # for --blocks, too
+  accelerate launch --num_processes 8 -m sleb_serve.cli heal ./my-model -m m.json -o healed.json
+  sleb-serve heal ./my-model -m m.json -o healed.json --text c4 --resume
+
+The dense model teaches the pruned one: both are the same weights in memory, with the removed blocks
+and without. Only low-rank changes of the weights that stay are trained. They are written to
+healed.json.repair.safetensors, which must lie beside healed.json wherever it is served; the server
+adds them to the weights while it loads them, so serving costs nothing.
+"""
+_COUNT = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)([KMB]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_manifest(parser)
+    parser.add_argument("-o", "--output", metavar="HEALED.json", type=Path, required=True)
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--text",
+        dest="texts",
+        metavar="TEXT[:WEIGHT],…",
+        type=weighted,
+        default={"wikitext2": 1.0},
+        help=f"{', '.join(HUB_TEXTS)}, {EMBEDDED}, or .txt, .jsonl, .jsonl.gz or .parquet files of "
+        "texts or chats, each with its share; of chats, answers alone are learned (default: "
+        "wikitext2)",
+    )
+    add_sequence_length(text, DEFAULT_LENGTH)
+    text.add_argument(
+        "--held-out",
+        metavar="N",
+        type=int,
+        default=HealConfig.held_out,
+        help="sequences kept from training, to judge the model on (default: %(default)s)",
+    )
+    text.add_argument("--seed", metavar="S", type=int, default=0, help="shuffles the text")
+    _add_training(parser.add_argument_group("training"))
+    parser.add_argument(
+        "--also",
+        metavar="K,K…",
+        type=numbers,
+        default=(),
+        help="heal the manifest's first K removals, too, one after the other",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where a healing was interrupted"
+    )
+
+
+def _add_training(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        type=count,
+        help=f"tokens to train on, as 500K or 2M (default: {DEFAULT_TOKENS // 10**6}M, unless "
+        "--minutes is given)",
+    )
+    parser.add_argument("--minutes", metavar="M", type=float, help="how long to train at most")
+    parser.add_argument(
+        "--rank",
+        metavar="R",
+        type=int,
+        default=HealConfig.rank,
+        help="rank of each weight's change (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--projections",
+        metavar="NAME,…",
+        type=words,
+        help="only these weights change, as q_proj,v_proj (default: all linear ones)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        metavar="LR",
+        type=float,
+        default=HealConfig.learning_rate,
+        help="the highest; it rises first and falls to nothing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=int,
+        default=HealConfig.batch_size,
+        help="sequences a step, over all processes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sequences-at-once",
+        metavar="N",
+        type=int,
+        default=HealConfig.sequences_at_once,
+        help="of them, how many go through the model at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--patience",
+        metavar="N",
+        type=int,
+        default=HealConfig.patience,
+        help="end after N judgements, of 20, without a better one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-checkpointing",
+        dest="checkpointing",
+        action="store_false",
+        help="keep what happens inside the layers for the way back: faster, more memory",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to compute in")
+
+
+def weighted(text: str) -> dict[str, float]:
+    """Texts with their weights: ``wikitext2:1,chats.jsonl:2``; a weight that is missing is 1.
+
+    Raises:
+        SlebError: one is named twice, or has no name.
+    """
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, colon, weight = part.rpartition(":")
+        try:
+            value = float(weight) if colon else 1.0
+        except ValueError:
+            value, colon = 1.0, ""
+        name = name if colon else part
+        if not name or name in found:
+            raise SlebError(f"--text {text}: name each text once, as wikitext2:1,chats.jsonl:2")
+        found[name] = value
+    return found
+
+
+def count(text: str) -> int:
+    """A count, as 500K or 2M.
+
+    Raises:
+        SlebError: it is none.
+    """
+    match = _COUNT.fullmatch(text)
+    number = round(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if number < 1:
+        raise SlebError(f"--tokens {text}: give a count, as 500K or 2M")
+    return number
+
+
+def _run(options: argparse.Namespace) -> int:
+    require("heal", "peft", "torch", "transformers", "accelerate")
+    from sleb_serve.healing.pipeline import heal
+
+    names = HealConfig.__dataclass_fields__
+    config = HealConfig(**{name: getattr(options, name) for name in names})
+    manifest = read_manifest(options.manifest)
+    with HealBars() as bars:
+        healed = heal(
+            options.model, manifest, config, options.output, resume=options.resume, progress=bars
+        )
+    if is_first():
+        files = " and ".join(repair.file for repair in healed.repairs)
+        print(describe(healed))
+        print(f"\nwrote {options.output} and beside it {files}")
+    return 0
+
+
+COMMANDS = (
+    Command("heal", "train a pruned model to predict as the dense one does", _add, _run, _EXAMPLES),
+)

@@ -1,0 +1,164 @@
+"""Text to train on: several sources by weight, in sequences, and which of their tokens count.
+
+Of a chat, only what the assistant says counts: the rest is what a model is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sleb_serve.data.calibration import source_tokens
+from sleb_serve.data.rows import Row, is_chats, read_rows
+from sleb_serve.data.tokenizer import Chats, Tokenizer
+from sleb_serve.errors import SlebError
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A sequence of token ids, and of each whether the model is to learn to predict it."""
+
+    tokens: tuple[int, ...]
+    counts: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Passages of several sources, all of the same length.
+
+    Attributes:
+        sources: those of each source to train on.
+        weights: how often a passage is taken from it, relative to the others.
+        held_out: passages of all sources that are not trained on.
+        seed: shuffles the passages.
+    """
+
+    sources: tuple[tuple[Passage, ...], ...]
+    weights: tuple[float, ...]
+    held_out: tuple[Passage, ...]
+    seed: int = 0
+
+    def __iter__(self) -> Iterator[Passage]:
+        """Passages without end, each source's in a new order whenever it begins again."""
+        streams = [self._stream(number) for number in range(len(self.sources))]
+        taken = [0] * len(streams)
+        total = sum(self.weights)
+        while True:
+            # The source that is furthest behind its share is next.
+            behind = [
+                weight / total * (sum(taken) + 1) - count
+                for weight, count in zip(self.weights, taken, strict=True)
+            ]
+            number = behind.index(max(behind))
+            taken[number] += 1
+            yield next(streams[number])
+
+    def _stream(self, number: int) -> Iterator[Passage]:
+        shuffle = random.Random(f"{self.seed}/{number}").shuffle
+        order = list(self.sources[number])
+        while True:
+            shuffle(order)
+            yield from order
+
+
+def make_mixture(
+    texts: Mapping[str, float],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    most: int,
+    held_out: int,
+    seed: int = 0,
+) -> Mixture:
+    """Cut texts into passages.
+
+    Args:
+        texts: each source (see `sleb_serve.data.calibration.make_sequences`) with its weight.
+        tokenizer: the model's.
+        length: tokens a passage.
+        most: passages to train on, of all sources together; a source that has fewer is repeated.
+        held_out: passages to keep from training, of all sources together.
+        seed: shuffles rows and passages.
+
+    Raises:
+        SlebError: a source is unknown, unreadable, or too short.
+    """
+    total = sum(texts.values())
+    sources: list[tuple[Passage, ...]] = []
+    kept: list[Passage] = []
+    for source, weight in texts.items():
+        held = max(1, round(held_out * weight / total))
+        wanted = held + max(1, round(most * weight / total))
+        passages = _passages(source, tokenizer, length, wanted, seed)
+        if len(passages) <= held:
+            raise SlebError(
+                f"text {source} gives {len(passages)} sequences of {length} tokens that count, "
+                f"{held} of them are held out and at least one is trained on; give more text or "
+                f"a smaller `sequence_length` or `held_out`"
+            )
+        sources.append(passages[:-held])
+        kept += passages[-held:]
+    return Mixture(tuple(sources), tuple(texts.values()), tuple(kept), seed)
+
+
+def _passages(
+    source: str, tokenizer: Tokenizer, length: int, most: int, seed: int
+) -> tuple[Passage, ...]:
+    """Up to `most` consecutive passages; one in which no token counts is passed over."""
+    if is_chats(source, tokenizer.chats):
+        ids, counts = _chat_tokens(source, tokenizer, most * length)
+    else:
+        ids = source_tokens(source, tokenizer, most * length, seed)
+        counts = [True] * len(ids)
+    cut = (
+        Passage(tuple(ids[start : start + length]), tuple(counts[start : start + length]))
+        for start in range(0, len(ids) - length + 1, length)
+    )
+    # The first token of a passage is not predicted.
+    return tuple(passage for passage in cut if any(passage.counts[1:]))[:most]
+
+
+def _chat_tokens(
+    source: str, tokenizer: Tokenizer, wanted: int
+) -> tuple[Sequence[int], Sequence[bool]]:
+    """At least `wanted` tokens of a file's chats, if it has them, one chat after the other.
+
+    Prompt and answer are encoded apart, as a server gets the one and writes the other.
+    """
+    chats = tokenizer.chats
+    assert chats is not None
+    ids: list[int] = []
+    counts: list[bool] = []
+    for row in read_rows(source, chats):
+        if len(ids) >= wanted:
+            break
+        end = 0
+        for first, last in _answers(row, chats):
+            for text, is_answer in (row.text[end:first], False), (row.text[first:last], True):
+                part = chats.encode(text)
+                ids += part
+                counts += [is_answer] * len(part)
+            end = last
+        rest = chats.encode(row.text[end:])
+        ids += rest
+        counts += [not row.is_chat] * len(rest)
+    return ids, counts
+
+
+def _answers(row: Row, chats: Chats) -> Iterator[tuple[int, int]]:
+    """Where the template puts what the assistant says: behind what a server would be given.
+
+    Of a template that writes earlier turns otherwise once there are later ones, the last alone.
+    """
+    messages = row.messages or []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        # A template may refuse a chat that has not come to its end.
+        with contextlib.suppress(Exception):
+            before = chats.render(messages[:place], True)
+            after = chats.render(messages[: place + 1], False)
+            if row.text.startswith(before) and row.text.startswith(after):
+                yield len(before), len(after)

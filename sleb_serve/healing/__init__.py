@@ -1,0 +1,1 @@
+"""Healing: a pruned model learns from the dense model that it was cut from."""

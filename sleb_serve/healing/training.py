@@ -1,0 +1,219 @@
+"""The training loop: steps of Adam until the budget is used, judged on held-out text as it goes.
+
+What the loop has come to is written down at every judgement, so that a run that was killed goes on
+from there and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleb_serve.data.training import Mixture, Passage
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.healing.config import HealConfig, Judgement, Progress
+from sleb_serve.healing.distillation import judge, judgement, learn, predicted
+from sleb_serve.healing.twin import Twin
+from sleb_serve.utils.atomic_io import whole_file
+from sleb_serve.utils.distributed import Ranks
+
+_JUDGEMENTS = 20
+"""How often a run is judged, and its state written."""
+_WARM_UP = 0.05
+"""The share of the budget in which the learning rate rises."""
+_CLIP = 1.0
+"""The gradient's largest norm."""
+
+
+@dataclass
+class State:
+    """How far a training has come.
+
+    Attributes:
+        steps: that were made.
+        tokens: that were trained on.
+        seconds: that it took.
+        judgements: of the student, the first before any step.
+        best: the factors with the lowest divergence on held-out text.
+        ended: whether nothing is left to do.
+        early: whether that is because it no longer got better.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    judgements: list[Judgement] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    ended: bool = False
+    early: bool = False
+
+    @property
+    def best_judgement(self) -> Judgement:
+        """The one with the lowest divergence."""
+        return min(self.judgements, key=lambda entry: entry.kl)
+
+    def done(self, config: HealConfig) -> float:
+        """The share of the budget that is used; 1 or more at its end."""
+        shares = [0.0]
+        if config.budget is not None:
+            shares.append(self.tokens / config.budget)
+        if config.minutes is not None:
+            shares.append(self.seconds / (60 * config.minutes))
+        return max(shares)
+
+
+class Trainer:
+    """Trains one student.
+
+    Args:
+        twin: teacher and student.
+        mixture: the text.
+        config: how.
+        ranks: the processes that share each step.
+        path: where the state is kept; None for nowhere.
+        fingerprint: of all that the result depends on; a state of another is refused.
+        progress: told how it goes.
+    """
+
+    def __init__(
+        self,
+        twin: Twin,
+        mixture: Mixture,
+        config: HealConfig,
+        ranks: Ranks,
+        path: Path | None,
+        fingerprint: str,
+        progress: Progress,
+    ) -> None:
+        self._twin, self._mixture, self._config = twin, mixture, config
+        self._ranks, self._path, self._fingerprint = ranks, path, fingerprint
+        self._progress = progress
+        self._factors = list(twin.factors.values())
+        self._adam = torch.optim.AdamW(self._factors, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        self._state = State()
+
+    def run(self, resume: bool) -> State:
+        """Train until the budget is used or nothing gets better.
+
+        Raises:
+            SlebError: the loss is no number, or the state cannot be read or written.
+        """
+        if resume and self._path is not None and self._path.exists():
+            self._load(self._path)
+        state, config = self._state, self._config
+        if not state.judgements:
+            self._judge(0.0)
+        passages = iter(self._mixture)
+        for _ in islice(passages, state.steps * config.batch_size):
+            pass
+        begun = time.monotonic() - state.seconds
+        while not state.ended:
+            before = state.done(config)
+            loss = self._step(list(islice(passages, config.batch_size)), before)
+            state.steps += 1
+            state.tokens += config.batch_size * len(self._mixture.held_out[0].tokens)
+            # One process's clock for all: they must end together.
+            state.seconds = self._ranks.gather([time.monotonic() - begun])[0]
+            done = state.done(config)
+            self._progress.stepped(min(1.0, done), loss, state.tokens)
+            state.ended = done >= 1
+            if state.ended or int(done * _JUDGEMENTS) > int(before * _JUDGEMENTS):
+                self._judge(min(1.0, done))
+        return state
+
+    def _step(self, passages: Sequence[Passage], done: float) -> float:
+        """One step of Adam on the gradient of all processes' passages."""
+        total = predicted(passages)
+        rate = self._config.learning_rate * min(1.0, (done + 1e-9) / _WARM_UP) * (1 - done)
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._adam.zero_grad()
+        own = self._ranks.share(passages)
+        size = self._config.sequences_at_once
+        parts = [
+            learn(self._twin, own[start : start + size], total)
+            for start in range(0, len(own), size)
+        ]
+        loss = torch.stack(parts).sum()
+        if self._ranks.count > 1:
+            from accelerate.utils import reduce
+
+            loss = reduce(loss)
+            for factor in self._factors:
+                factor.grad = reduce(factor.grad)
+        value = float(loss)
+        if value != value or value in (float("inf"), float("-inf")):
+            raise SlebError(
+                f"the loss is {value} at step {self._state.steps + 1}: the training does not "
+                f"converge; give a lower `learning_rate` (now {self._config.learning_rate:g})"
+            )
+        torch.nn.utils.clip_grad_norm_(self._factors, _CLIP)
+        self._adam.step()
+        return value
+
+    def _judge(self, done: float) -> None:
+        """Judge the student, remember it if it is the best yet, and write the state."""
+        state, held_out = self._state, self._mixture.held_out
+        size = self._config.sequences_at_once
+        sums = sum(
+            judge(self._twin, held_out[start : start + size])
+            for start in range(0, len(held_out), size)
+        )
+        assert isinstance(sums, Tensor)
+        found = judgement(sums.tolist())
+        state.judgements.append(found)
+        if found is state.best_judgement:
+            state.best = {
+                name: factor.detach().to("cpu", copy=True)
+                for name, factor in self._twin.factors.items()
+            }
+        since = len(state.judgements) - state.judgements.index(state.best_judgement) - 1
+        if since >= self._config.patience and not state.ended:
+            state.ended = state.early = True
+        self._progress.judged(done, found)
+        if self._path is not None and self._ranks.index == 0:
+            self._save(self._path)
+
+    def _save(self, path: Path) -> None:
+        content = {
+            **vars(self._state),
+            "judgements": [asdict(entry) for entry in self._state.judgements],
+            "factors": {name: factor.detach() for name, factor in self._twin.factors.items()},
+            "adam": self._adam.state_dict(),
+            "fingerprint": self._fingerprint,
+        }
+        with whole_file(path) as temporary:
+            try:
+                torch.save(content, temporary)
+            except RuntimeError as error:
+                # How torch reports a full disk.
+                raise OSError(first_line(error)) from error
+
+    def _load(self, path: Path) -> None:
+        try:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            fingerprint = content.pop("fingerprint")
+            factors, adam = content.pop("factors"), content.pop("adam")
+            content["judgements"] = [Judgement(**entry) for entry in content["judgements"]]
+            state = State(**content)
+        except Exception as error:
+            raise SlebError(
+                f"cannot go on from {path}: {first_line(error)}; remove it and heal from the start"
+            ) from error
+        if fingerprint != self._fingerprint:
+            raise SlebError(
+                f"{path} is of a healing with another model, manifest, text or options; give the "
+                f"same ones, or remove it and heal from the start"
+            )
+        self._state = state
+        with torch.no_grad():
+            for name, factor in self._twin.factors.items():
+                factor.copy_(factors[name])
+        self._adam.load_state_dict(adam)
