@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def twin_of(path: Path, removed: tuple[int, ...] = REMOVED, **options: Any) -> T
 def passages(count: int, length: int = 24) -> list[Passage]:
     """Random tokens, of which some do not count."""
     windows = random_windows(count, length)
-    return [Passage(tuple(w), tuple(i % 5 != 3 for i in range(length))) for w in windows]
+    counts = bytes(i % 5 != 3 for i in range(length))
+    return [Passage(array("i", window), counts) for window in windows]
 
 
 def expected_gradients(
@@ -66,8 +68,8 @@ def expected_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss and its gradients with two models in memory and all logits at once."""
     teacher, student = oracle.load(path), merged_by_peft(path, removed, factors)
-    ids = torch.tensor([passage.tokens for passage in text])
-    counts = torch.tensor([passage.counts for passage in text])[:, 1:]
+    ids = torch.tensor([list(passage.tokens) for passage in text])
+    counts = torch.tensor([list(p.counts) for p in text]).bool()[:, 1:]
     weights = dict(student.named_parameters())
     for weight in weights.values():
         weight.requires_grad_()
@@ -114,8 +116,8 @@ def test_judgements_are_those_of_two_models(models: Models) -> None:
     teacher, student = oracle.load(path), merged_by_peft(path, REMOVED, factors)
     expected = expected_gradients(path, REMOVED, factors, text)[0]
     assert found.kl == pytest.approx(expected, rel=1e-4)
-    ids = torch.tensor([passage.tokens for passage in text])
-    counts = torch.tensor([passage.counts for passage in text])[:, 1:]
+    ids = torch.tensor([list(passage.tokens) for passage in text])
+    counts = torch.tensor([list(p.counts) for p in text]).bool()[:, 1:]
     answers = [model(ids, use_cache=False).logits[:, :-1][counts] for model in (teacher, student)]
     dense, pruned = (
         float(torch.nn.functional.cross_entropy(answer, ids[:, 1:][counts])) for answer in answers
@@ -380,7 +382,7 @@ def test_memory_is_little_more_than_that_of_inference(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 8192}
     save_model("llama", path, max_position_embeddings=512, **sizes)
     twin, text = twin_of(path, checkpointing=True), passages(4, 512)
-    ids = torch.tensor([passage.tokens for passage in text])
+    ids = torch.tensor([list(passage.tokens) for passage in text])
     with torch.no_grad():
         inference = peak_bytes(lambda: twin.model(ids, use_cache=False).logits)
     healing = peak_bytes(lambda: learn(twin, text, predicted(text)))

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from conftest import THOROUGH
 from matrix import MODELS
 from says_all import architecture_of, measured, says_all
 from sleb_serve.compat.architectures import _data, config_says_all, status
@@ -27,6 +28,6 @@ def test_only_what_is_proven_is_listed() -> None:
     assert {status(name)[0] for name in _data()["config_says_all"]} == {"proven"}
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not THOROUGH, reason="SLEB_TEST_THOROUGH=1, or make test-all")
 def test_the_list_is_what_was_measured() -> None:
     assert measured() == _data()["config_says_all"]

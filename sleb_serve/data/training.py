@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,10 +19,13 @@ from sleb_serve.errors import SlebError
 
 @dataclass(frozen=True)
 class Passage:
-    """A sequence of token ids, and of each whether the model is to learn to predict it."""
+    """A sequence of token ids, and of each whether (1 or 0) the model is to learn to predict it.
 
-    tokens: tuple[int, ...]
-    counts: tuple[bool, ...]
+    Four bytes and one a token, where Python's integers would take forty.
+    """
+
+    tokens: array[int]
+    counts: bytes
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,14 @@ def _passages(
     source: str, tokenizer: Tokenizer, length: int, most: int, seed: int
 ) -> tuple[Passage, ...]:
     """Up to `most` consecutive passages; one in which no token counts is passed over."""
+    counts: bytes | bytearray
     if is_chats(source, tokenizer.chats):
         ids, counts = _chat_tokens(source, tokenizer, most * length)
     else:
         ids = source_tokens(source, tokenizer, most * length, seed)
-        counts = [True] * len(ids)
+        counts = b"\1" * len(ids)
     cut = (
-        Passage(tuple(ids[start : start + length]), tuple(counts[start : start + length]))
+        Passage(array("i", ids[start : start + length]), bytes(counts[start : start + length]))
         for start in range(0, len(ids) - length + 1, length)
     )
     # The first token of a passage is not predicted.
@@ -122,7 +127,7 @@ def _passages(
 
 def _chat_tokens(
     source: str, tokenizer: Tokenizer, wanted: int
-) -> tuple[Sequence[int], Sequence[bool]]:
+) -> tuple[Sequence[int], bytes | bytearray]:
     """At least `wanted` tokens of a file's chats, if it has them, one chat after the other.
 
     Prompt and answer are encoded apart, as a server gets the one and writes the other.
@@ -130,7 +135,7 @@ def _chat_tokens(
     chats = tokenizer.chats
     assert chats is not None
     ids: list[int] = []
-    counts: list[bool] = []
+    counts = bytearray()
     for row in read_rows(source, chats):
         if len(ids) >= wanted:
             break
@@ -139,11 +144,11 @@ def _chat_tokens(
             for text, is_answer in (row.text[end:first], False), (row.text[first:last], True):
                 part = chats.encode(text)
                 ids += part
-                counts += [is_answer] * len(part)
+                counts += bytes([is_answer]) * len(part)
             end = last
         rest = chats.encode(row.text[end:])
         ids += rest
-        counts += [not row.is_chat] * len(rest)
+        counts += bytes([not row.is_chat]) * len(rest)
     return ids, counts
 
 

@@ -26,8 +26,8 @@ _FEWEST = 64
 
 def tensors(passages: Sequence[Passage], device: Any) -> tuple[Tensor, Tensor]:
     """Token ids [B, T], and which of them are to be predicted, [B, T]; never the first."""
-    ids = torch.tensor([passage.tokens for passage in passages], device=device)
-    counts = torch.tensor([passage.counts for passage in passages], device=device)
+    ids = torch.tensor([list(passage.tokens) for passage in passages], device=device)
+    counts = torch.tensor([list(passage.counts) for passage in passages], device=device).bool()
     counts[:, 0] = False
     return ids, counts
 

@@ -26,6 +26,9 @@ from sleb_serve.models.loading import EMULATED, has_fast, load_model
 from sleb_serve.utils.atomic_io import check_writable
 from sleb_serve.utils.distributed import Ranks, launched
 
+_MOST_TOKENS = 20_000_000
+"""Read of the texts where time alone ends the training; then they begin again."""
+
 
 @dataclass(frozen=True)
 class _Work:
@@ -73,7 +76,9 @@ def heal(
     counts = sorted({*config.also, len(manifest.removed)})
     healed = [_heal(work, dense, blocks) for blocks in counts]
     changes = {repair.blocks: tensors for repair, tensors in healed}[len(manifest.removed)]
-    prompt = work.mixture.held_out[0].tokens if manifest.golden is None else manifest.golden.tokens
+    prompt = list(
+        work.mixture.held_out[0].tokens if manifest.golden is None else manifest.golden.tokens
+    )
     result = replace(
         work.manifest,
         repairs=tuple(repair for repair, _ in healed),
@@ -131,8 +136,7 @@ def _mixture(checkpoint: Checkpoint, config: HealConfig) -> Mixture:
             f"sequence_length={length} is more than the model's context of {context} tokens; ask "
             f"for less"
         )
-    # Where time alone ends it, no more text is read than most machines get through in a day.
-    most = -(-(config.budget or 100_000_000) // length)
+    most = -(-(config.budget or _MOST_TOKENS) // length)
     return make_mixture(
         config.texts,
         load_tokenizer(checkpoint),
@@ -216,12 +220,15 @@ def _state_path(work: _Work, blocks: int) -> Path:
 
 def _fingerprint(work: _Work, digest: str) -> str:
     """Of all that a result depends on: model and blocks, text, options."""
-    texts = [[vars(p) for p in part] for part in (*work.mixture.sources, work.mixture.held_out)]
     options: dict[str, Any] = {
         name: getattr(work.config, name)
         for name in work.config.__dataclass_fields__
         # What only says how the work is cut into pieces, or for what else.
         if name not in ("texts", "sequences_at_once", "checkpointing", "also", "revision")
     }
-    content = json.dumps([digest, texts, work.mixture.weights, options])
-    return hashlib.sha256(content.encode()).hexdigest()
+    found = hashlib.sha256(json.dumps([digest, work.mixture.weights, options]).encode())
+    for part in (*work.mixture.sources, work.mixture.held_out):
+        for passage in part:
+            found.update(passage.tokens.tobytes())
+            found.update(passage.counts)
+    return found.hexdigest()
