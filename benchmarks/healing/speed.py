@@ -1,0 +1,120 @@
+"""What a step of healing costs: tokens/s, share of the matrix peak, and peak memory over inference.
+
+Usage: speed.py FOLDER [--steps N]. SmolLM2 with 6 of 30 blocks removed, four sequences of 512
+tokens at once, with layers run again on the way back and without. Each measurement runs in a
+process of its own, whose peak memory is the operating system's count. Records go to
+FOLDER/speed.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import time
+from array import array
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sleb_bench.demo_model import demo_model
+from sleb_bench.run import machine
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+REMOVED = (5, 12, 16, 17, 18, 25)
+AT_ONCE, LENGTH, RANK = 4, 512, 32
+
+
+def main() -> None:
+    """Measure each way in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    model = str(demo_model(ROOT / ".cache" / "demo"))
+    with (options.folder / "speed.jsonl").open("a") as records:
+        records.write(json.dumps({"machine": machine()}, default=str) + "\n")
+        for way in ("inference", "checkpointing", "keeping"):
+            context = multiprocessing.get_context("spawn")
+            with context.Pool(1) as pool:
+                record = pool.apply(measured, (model, way, options.steps))
+            records.write(json.dumps(record) + "\n")
+            records.flush()
+            print(json.dumps(record), flush=True)
+
+
+def measured(model: str, way: str, steps: int) -> dict[str, Any]:
+    """One way of running the batch, in this process."""
+    import torch
+
+    from sleb_serve.checkpoint.hub import open_checkpoint
+    from sleb_serve.data.training import Passage
+    from sleb_serve.healing.distillation import learn, predicted, tensors
+    from sleb_serve.healing.twin import Twin, adaptable
+    from sleb_serve.models.loading import has_fast, load_model
+    from sleb_serve.roofline.device import device_here
+
+    checkpoint = open_checkpoint(model)
+    dtype = "bfloat16" if has_fast("bfloat16") else "float32"
+    whole: Any = load_model(checkpoint, dtype)
+    whole.requires_grad_(False)
+    draw = random.Random(0)
+    text = [
+        Passage(array("i", (draw.randrange(49_000) for _ in range(LENGTH))), b"\1" * LENGTH)
+        for _ in range(AT_ONCE)
+    ]
+    about: dict[str, Any] = {"way": way, "dtype": dtype, "batch": [AT_ONCE, LENGTH], "rank": RANK}
+    if way == "inference":
+        ids, _ = tensors(text, "cpu")
+        with torch.inference_mode():
+            whole(ids, use_cache=False)
+        return about | {"peak_bytes": peak()}
+    kept = [block for block in range(checkpoint.num_blocks) if block not in REMOVED]
+    names = adaptable(whole, checkpoint, kept, None)
+    twin = Twin(whole, REMOVED, names, rank=RANK, seed=0, checkpointing=way == "checkpointing")
+    learn(twin, text, predicted(text))
+    seconds = []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        learn(twin, text, predicted(text))
+        seconds.append(time.perf_counter() - begun)
+    trained = sum(factor.numel() for factor in twin.factors.values())
+    rate = AT_ONCE * LENGTH / median(seconds)
+    needed = flops(whole, len(kept), trained, way == "checkpointing")
+    held = peak()  # before the machine itself is measured
+    peak_flops = device_here().flops
+    return about | {
+        "seconds": seconds,
+        "tokens_s": rate,
+        "flops_per_token": needed,
+        "matrix_peak_flops": peak_flops,
+        "share_of_peak": rate * needed / peak_flops,
+        "adapter_bytes": 4 * trained,
+        "peak_bytes": held,
+    }
+
+
+def flops(model: Any, kept: int, trained: int, again: bool) -> int:
+    """Of a token, in matrix products with weights: attention's own and all else are left out.
+
+    Forward 2 a weight for either model; back, the student's inputs 2, and 4 a number that is
+    trained; the head's 2 for either model and 2 back.
+    """
+    layers = model.model.layers
+    blocks = sum(p.numel() for n, p in layers.named_parameters() if "lora" not in n)
+    part = blocks * kept // len(layers)
+    head = model.get_output_embeddings().weight.numel()
+    student = 2 * (2 if again else 1) * (part + trained) + 2 * part + 4 * trained
+    return int(2 * blocks + student + 6 * head)
+
+
+def peak() -> int:
+    """Bytes that this process held at most."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    main()
