@@ -1,5 +1,5 @@
 # Set-up, demo and tests on a machine with Python >= 3.11 and no GPU.
-# For a GPU, see the README: pip install '.[select,eval,cuda]' is all it takes.
+# For a GPU, see the README: pip install '.[select,heal,eval,cuda]' is all it takes.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -317,6 +317,16 @@ def test_a_quantised_model_is_refused(models: Models, tmp_path: Path) -> None:
         healed(path, REMOVED, tmp_path / "h.json")
 
 
+def test_a_pooling_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    save_model("llama", path)
+    config = json.loads((path / "config.json").read_text())
+    config["architectures"] = ["LlamaModel"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SlebError, match="LlamaModel predicts no tokens"):
+        healed(path, REMOVED, tmp_path / "h.json")
+
+
 def test_a_state_of_another_healing_is_refused(models: Models, tmp_path: Path) -> None:
     path, output = models("llama"), tmp_path / "h.json"
     code = run_fork(heal_and_die, tmp_path / "log", path, output, 5, ())

@@ -74,18 +74,19 @@ def learn(twin: Twin, passages: Sequence[Passage], total: int) -> Tensor:
 
 def _chosen(hidden: Tensor, counts: Tensor) -> Tensor:
     """Of [B, T, h], where the next token is to be predicted: [N, h]."""
-    return hidden[:, :-1][counts[:, 1:]]
+    # The model may be spread over devices: its end need not be where its tokens are.
+    return hidden[:, :-1][counts[:, 1:].to(hidden.device)]
 
 
 @torch.no_grad()
 def judge(twin: Twin, passages: Sequence[Passage]) -> Tensor:
     """Sums over the tokens to predict: [KL, student's nats, teacher's nats, agreements, tokens]."""
     ids, counts = tensors(passages, twin.device)
-    targets = ids[:, 1:][counts[:, 1:]]
     with twin.teacher(), twin.autocast():
         goal = _chosen(twin.hidden(ids), counts)
     with twin.student(), twin.autocast():
         given = _chosen(twin.hidden(ids), counts)
+    targets = ids[:, 1:][counts[:, 1:]].to(given.device)
     sums = torch.zeros(5, dtype=torch.float64, device=given.device)
     size = max(_FEWEST, len(given) // _PARTS)
     for start in range(0, len(given), size):

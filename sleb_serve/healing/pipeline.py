@@ -22,7 +22,7 @@ from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.repair_file import WeightChanges, sidecar_path, write_sidecar
 from sleb_serve.manifest.schema import Manifest, Repair, Training, perplexity_of
 from sleb_serve.models.golden import golden
-from sleb_serve.models.loading import EMULATED, has_fast, load_model
+from sleb_serve.models.loading import EMULATED, generates, has_fast, load_model
 from sleb_serve.utils.atomic_io import check_writable
 from sleb_serve.utils.distributed import Ranks, launched
 
@@ -116,6 +116,10 @@ def _prepared(
         raise SlebError(
             f"{checkpoint.path} is quantised, and a change of its weights would be lost in them; "
             f"heal the model that it was made from, and quantise what `export` writes"
+        )
+    if not generates(checkpoint):
+        raise SlebError(
+            f"{checkpoint.architecture} predicts no tokens, and healing is learning to predict"
         )
     ranks = launched()
     if config.batch_size < ranks.count:
