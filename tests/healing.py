@@ -14,7 +14,7 @@ import oracle
 from engines import Case
 from sleb_serve import HealConfig, Manifest, heal
 from sleb_serve.checkpoint.hub import open_checkpoint
-from sleb_serve.healing.config import Progress
+from sleb_serve.healing.config import Judgement, Progress
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.repair_file import LORA_A, LORA_B, sidecar_path
@@ -33,6 +33,27 @@ SMALL: dict[str, Any] = {
     "patience": 20,
 }
 """A training of 12 steps that changes a tiny model's answers well."""
+
+
+REMOVED = (2, 3, 6)
+COMMAND = (
+    *("--text", "python-docs", "--tokens", "1K", "--rank", "4", "--sequence-length", "32"),
+    *("--batch-size", "4", "--held-out", "4"),
+)
+
+
+class Told(Progress):
+    """Remembers the judgements."""
+
+    def __init__(self) -> None:
+        self.judgements: list[Judgement] = []
+        self.steps = 0
+
+    def stepped(self, done: float, loss: float, tokens: int) -> None:
+        self.steps += 1
+
+    def judged(self, done: float, judgement: Judgement) -> None:
+        self.judgements.append(judgement)
 
 
 def removing(path: Path, removed: Sequence[int]) -> Manifest:

@@ -46,6 +46,7 @@ BEYOND_A_SCHEMA = re.compile(
     r"|but exp\(loss\) is"
     r"|digests for \d+ blocks"
     r"|one log-probability for each token"
+    r"|repairs: two are for the same|repairs\[\d+\]\.blocks must be between 1 and"
     r"|_barrier must be between 0 and"
     r"|must be a whole number, found -?\d"
     r"|lone surrogate|nested too deeply|out of range"
@@ -85,7 +86,7 @@ def full() -> dict[str, Any]:
         "sequences": 8,
         "loss": 3.1,
     }
-    healed = {"kind": "heal", "blocks": 2, "training": TRAINING}
+    healed = {"kind": "heal", "blocks": 2, "training": copy.deepcopy(TRAINING)}
     value["repairs"] = [fold, {name: fold[name] for name in fold if name != "loss"} | healed]
     value["golden"] = {"tokens": [1, 2, 3], "logprobs": [-1.0, -2.5]}
     return value

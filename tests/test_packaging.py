@@ -26,6 +26,7 @@ SOURCES = {
 BASE = "dependencies"
 ENOUGH = {
     "sleb_serve": (BASE, "select"),
+    "sleb_serve/healing": (BASE, "heal"),
     "sleb_serve/evaluation": (BASE, "eval", "cuda"),
     "sleb_vllm": (BASE, "cuda"),
     "sleb_bench": (BASE, "bench", "cuda"),

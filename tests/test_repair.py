@@ -173,9 +173,9 @@ def test_a_sidecar_that_is_not_the_manifests_is_refused_in_one_line(
     sidecar.unlink()
     assert "cannot read the repair" in refusal()
     sidecar.write_bytes(good)
-    assert "is repaired for 2 blocks, and fewer need another repair" in refusal("--blocks", "1")
+    assert "is repaired for 2 blocks, and another number" in refusal("--blocks", "1")
     text = json.loads((tmp_path / "m.json").read_text())
-    text["repair"]["file"] = "../elsewhere.safetensors"
+    text["repairs"][0]["file"] = "../elsewhere.safetensors"
     (tmp_path / "m.json").write_text(json.dumps(text))
     assert "must be a file's name beside the manifest" in refusal()
 
@@ -188,9 +188,9 @@ def test_a_kind_of_repair_that_is_no_more_is_refused_in_one_line(
     text = json.loads((tmp_path / "m.json").read_text())
     capsys.readouterr()
     for kind in ("map", "scale"):
-        text["repair"]["kind"] = kind
+        text["repairs"][0]["kind"] = kind
         (tmp_path / "m.json").write_text(json.dumps(text))
         assert main(["serve", str(path), "-m", str(tmp_path / "m.json"), "--dry-run"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"repair.kind is {kind}, which is no longer served" in line
+        assert f"repairs[0].kind is {kind}, which is no longer served" in line
         assert "select again with --repair fold" in line

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.cut.servable import check_servable
@@ -16,13 +11,8 @@ from sleb_serve.data.tokenizer import context_length, load_tokenizer
 from sleb_serve.data.training import Mixture, make_mixture
 from sleb_serve.errors import SlebError
 from sleb_serve.healing.config import DEFAULT_LENGTH, HealConfig, Progress
-from sleb_serve.healing.training import State, Trainer
-from sleb_serve.healing.twin import Twin, adaptable
 from sleb_serve.manifest.binding import check_model, revision_of
-from sleb_serve.manifest.repair_file import WeightChanges, sidecar_path, write_sidecar
-from sleb_serve.manifest.schema import Manifest, Repair, Training, perplexity_of
-from sleb_serve.models.golden import golden
-from sleb_serve.models.loading import EMULATED, generates, has_fast, load_model
+from sleb_serve.manifest.schema import Manifest
 from sleb_serve.utils.atomic_io import check_writable
 from sleb_serve.utils.distributed import Ranks, launched
 
@@ -31,7 +21,7 @@ _MOST_TOKENS = 20_000_000
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """One healing, checked: all that each number of removals shares."""
 
     checkpoint: Checkpoint
@@ -71,25 +61,9 @@ def heal(
             state to go on from.
     """
     work = _prepared(str(model), manifest, config, Path(output), resume, progress or Progress())
-    dense = load_model(work.checkpoint, _dtype(work.checkpoint, config), device=work.ranks.device)
-    dense.requires_grad_(False)
-    counts = sorted({*config.also, len(manifest.removed)})
-    healed = [_heal(work, dense, blocks) for blocks in counts]
-    changes = {repair.blocks: tensors for repair, tensors in healed}[len(manifest.removed)]
-    prompt = list(
-        work.mixture.held_out[0].tokens if manifest.golden is None else manifest.golden.tokens
-    )
-    result = replace(
-        work.manifest,
-        repairs=tuple(repair for repair, _ in healed),
-        golden=golden(dense, prompt, manifest.blocks, WeightChanges(changes)),
-        folder=work.output.parent,
-    )
-    if work.ranks.index == 0:
-        result.write(work.output)
-        for blocks in counts:
-            _state_path(work, blocks).unlink(missing_ok=True)
-    return result
+    from sleb_serve.healing.run import run
+
+    return run(work)
 
 
 def _prepared(
@@ -99,8 +73,10 @@ def _prepared(
     output: Path,
     resume: bool,
     progress: Progress,
-) -> _Work:
+) -> Work:
     """What can be refused before the model is loaded."""
+    from sleb_serve.models.loading import generates
+
     config.check()
     check_writable(output)
     # A fold's weights would be in the teacher, too.
@@ -127,7 +103,7 @@ def _prepared(
             f"batch_size={config.batch_size}: {ranks.count} processes share a step, and each needs "
             f"a sequence; give a larger `batch_size`, or launch fewer"
         )
-    return _Work(
+    return Work(
         checkpoint, manifest, config, output, _mixture(checkpoint, config), ranks, resume, progress
     )
 
@@ -149,90 +125,3 @@ def _mixture(checkpoint: Checkpoint, config: HealConfig) -> Mixture:
         held_out=config.held_out,
         seed=config.seed,
     )
-
-
-def _dtype(checkpoint: Checkpoint, config: HealConfig) -> str:
-    """What to compute in: a CPU that would emulate 16 bits is faster in float32."""
-    stored = checkpoint.dtype
-    if config.dtype == "auto" and stored in EMULATED:
-        # float16 has too small a range for gradients.
-        return "bfloat16" if has_fast("bfloat16") else "float32"
-    return "bfloat16" if config.dtype == "float16" else config.dtype
-
-
-def _heal(work: _Work, dense: Any, blocks: int) -> tuple[Repair, dict[str, Any]]:
-    """Heal the model without the first `blocks` removals, and write its sidecar."""
-    manifest, config = work.manifest.prefix(blocks), work.config
-    pruning = manifest.pruning()
-    names = adaptable(dense, work.checkpoint, pruning.cut.kept, config.projections)
-    twin = Twin(
-        dense,
-        pruning.removed,
-        names,
-        rank=config.rank,
-        seed=config.seed,
-        checkpointing=config.checkpointing,
-    )
-    stored = getattr(torch, work.checkpoint.dtype, torch.float32)
-    try:
-        trained = sum(factor.numel() for factor in twin.factors.values())
-        work.progress.begins(blocks, trained, trained * stored.itemsize)
-        trainer = Trainer(
-            twin,
-            work.mixture,
-            config,
-            work.ranks,
-            _state_path(work, blocks),
-            _fingerprint(work, pruning.digest),
-            work.progress,
-        )
-        state = trainer.run(work.resume)
-    finally:
-        twin.close()
-    tensors = {name: factor.to(stored).contiguous() for name, factor in state.best.items()}
-    path = sidecar_path(work.output, None if blocks == len(work.manifest.removed) else blocks)
-    digest = ""
-    if work.ranks.index == 0:
-        about = {"weights_sha256": pruning.weights_sha256, "removed": list(pruning.removed)}
-        digest = write_sidecar(path, tensors, about)
-    digest = work.ranks.gather([digest])[0]
-    training = _training(config, state)
-    work.progress.ended(blocks, training, state.early)
-    sequences = state.steps * config.batch_size
-    return Repair("heal", path.name, digest, blocks, sequences, training=training), tensors
-
-
-def _training(config: HealConfig, state: State) -> Training:
-    first, best = state.judgements[0], state.best_judgement
-    losses = {"dense": best.dense_loss, "pruned": first.loss, "healed": best.loss}
-    return Training(
-        texts={Path(text).name: weight for text, weight in config.texts.items()},
-        tokens=state.tokens,
-        rank=config.rank,
-        seed=config.seed,
-        perplexity={which: round(perplexity_of(loss) or 0.0, 4) for which, loss in losses.items()},
-        agreement={
-            "pruned": round(first.agreement, 4),
-            "healed": round(best.agreement, 4),
-        },
-    )
-
-
-def _state_path(work: _Work, blocks: int) -> Path:
-    return work.output.with_name(f"{work.output.name}.heal-{blocks}.state")
-
-
-def _fingerprint(work: _Work, digest: str) -> str:
-    """Of all that a result depends on: model and blocks, text, options."""
-    options: dict[str, Any] = {
-        name: getattr(work.config, name)
-        for name in work.config.__dataclass_fields__
-        # What only says how the work is cut into pieces, or for what else.
-        if name not in ("texts", "sequences_at_once", "checkpointing", "also", "revision")
-    }
-    found = hashlib.sha256(json.dumps([digest, work.mixture.weights, options]).encode())
-    for part in (*work.mixture.sources, work.mixture.held_out):
-        for passage in part:
-            found.update(passage.tokens.tobytes())
-            found.update(passage.counts)
-    return found.hexdigest()

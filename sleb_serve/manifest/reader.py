@@ -234,7 +234,6 @@ def _parse_repair(value: object, where: str, num_removed: int) -> Repair:
             f"{where}.file must be a file's name beside the manifest, found "
             f"{strict_json.short(name)}"
         )
-    training = fields.get("training")
     return Repair(
         kind=repair_kind(fields["kind"], f"{where}.kind"),
         file=name,
@@ -242,7 +241,11 @@ def _parse_repair(value: object, where: str, num_removed: int) -> Repair:
         blocks=strict_json.integer(fields["blocks"], f"{where}.blocks", 1, num_removed),
         sequences=strict_json.integer(fields["sequences"], f"{where}.sequences", 1, 1 << 31),
         loss=strict_json.number(fields["loss"], f"{where}.loss") if "loss" in fields else None,
-        training=None if training is None else _parse_training(training, f"{where}.training"),
+        training=(
+            _parse_training(fields["training"], f"{where}.training")
+            if "training" in fields
+            else None
+        ),
     )
 
 

@@ -1,0 +1,132 @@
+"""What a healing does once it is known to be possible: training, sidecars, the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.healing.config import HealConfig
+from sleb_serve.healing.pipeline import Work
+from sleb_serve.healing.training import State, Trainer
+from sleb_serve.healing.twin import Twin, adaptable
+from sleb_serve.manifest.repair_file import WeightChanges, sidecar_path, write_sidecar
+from sleb_serve.manifest.schema import Manifest, Repair, Training, perplexity_of
+from sleb_serve.models.golden import golden
+from sleb_serve.models.loading import EMULATED, has_fast, load_model
+
+
+def run(work: Work) -> Manifest:
+    """Heal for each number of removals that was asked for, and write what came of it."""
+    manifest, config = work.manifest, work.config
+    dense = load_model(work.checkpoint, _dtype(work.checkpoint, config), device=work.ranks.device)
+    dense.requires_grad_(False)
+    whole = len(manifest.removed)
+    counts = sorted({*config.also, whole})
+    healed = [_heal(work, dense, blocks) for blocks in counts]
+    changes = next(tensors for repair, tensors in healed if repair.blocks == whole)
+    known = manifest.golden
+    prompt = list(work.mixture.held_out[0].tokens if known is None else known.tokens)
+    result = replace(
+        manifest,
+        repairs=tuple(repair for repair, _ in healed),
+        golden=golden(dense, prompt, manifest.blocks, WeightChanges(changes)),
+        folder=work.output.parent,
+    )
+    if work.ranks.index == 0:
+        result.write(work.output)
+        for blocks in counts:
+            _state_path(work, blocks).unlink(missing_ok=True)
+    return result
+
+
+def _dtype(checkpoint: Checkpoint, config: HealConfig) -> str:
+    """What to compute in: a CPU that would emulate 16 bits is faster in float32."""
+    stored = checkpoint.dtype
+    if config.dtype == "auto" and stored in EMULATED:
+        # float16 has too small a range for gradients.
+        return "bfloat16" if has_fast("bfloat16") else "float32"
+    return "bfloat16" if config.dtype == "float16" else config.dtype
+
+
+def _heal(work: Work, dense: Any, blocks: int) -> tuple[Repair, dict[str, Any]]:
+    """Heal the model without the first `blocks` removals, and write its sidecar."""
+    manifest, config = work.manifest.prefix(blocks), work.config
+    pruning = manifest.pruning()
+    names = adaptable(dense, work.checkpoint, pruning.cut.kept, config.projections)
+    twin = Twin(
+        dense,
+        pruning.removed,
+        names,
+        rank=config.rank,
+        seed=config.seed,
+        checkpointing=config.checkpointing,
+    )
+    stored = getattr(torch, work.checkpoint.dtype, torch.float32)
+    try:
+        trained = sum(factor.numel() for factor in twin.factors.values())
+        work.progress.begins(blocks, trained, trained * stored.itemsize)
+        trainer = Trainer(
+            twin,
+            work.mixture,
+            config,
+            work.ranks,
+            _state_path(work, blocks),
+            _fingerprint(work, pruning.digest),
+            work.progress,
+        )
+        state = trainer.run(work.resume)
+    finally:
+        twin.close()
+    tensors = {name: factor.to(stored).contiguous() for name, factor in state.best.items()}
+    path = sidecar_path(work.output, None if blocks == len(work.manifest.removed) else blocks)
+    digest = ""
+    if work.ranks.index == 0:
+        about = {"weights_sha256": pruning.weights_sha256, "removed": list(pruning.removed)}
+        digest = write_sidecar(path, tensors, about)
+    digest = work.ranks.gather([digest])[0]
+    training = _training(config, state)
+    work.progress.ended(blocks, training, state.early)
+    sequences = state.steps * config.batch_size
+    return Repair("heal", path.name, digest, blocks, sequences, training=training), tensors
+
+
+def _training(config: HealConfig, state: State) -> Training:
+    first, best = state.judgements[0], state.best_judgement
+    losses = {"dense": best.dense_loss, "pruned": first.loss, "healed": best.loss}
+    return Training(
+        texts={Path(text).name: weight for text, weight in config.texts.items()},
+        tokens=state.tokens,
+        rank=config.rank,
+        seed=config.seed,
+        perplexity={which: round(perplexity_of(loss) or 0.0, 4) for which, loss in losses.items()},
+        agreement={
+            "pruned": round(first.agreement, 4),
+            "healed": round(best.agreement, 4),
+        },
+    )
+
+
+def _state_path(work: Work, blocks: int) -> Path:
+    return work.output.with_name(f"{work.output.name}.heal-{blocks}.state")
+
+
+def _fingerprint(work: Work, digest: str) -> str:
+    """Of all that a result depends on: model and blocks, text, options."""
+    options: dict[str, Any] = {
+        name: getattr(work.config, name)
+        for name in work.config.__dataclass_fields__
+        # What only says how the work is cut into pieces, or for what else.
+        if name not in ("texts", "sequences_at_once", "checkpointing", "also", "revision")
+    }
+    found = hashlib.sha256(json.dumps([digest, work.mixture.weights, options]).encode())
+    for part in (*work.mixture.sources, work.mixture.held_out):
+        for passage in part:
+            found.update(passage.tokens.tobytes())
+            found.update(passage.counts)
+    return found.hexdigest()
