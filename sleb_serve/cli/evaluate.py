@@ -23,6 +23,7 @@ from sleb_serve.evaluation.picture import draw
 from sleb_serve.evaluation.report import evaluation_table
 from sleb_serve.selection.config import DTYPES
 from sleb_serve.utils import strict_json
+from sleb_serve.utils.atomic_io import is_stream
 from sleb_serve.utils.extras import require
 from sleb_serve.utils.lists import words
 
@@ -126,7 +127,7 @@ def _run(options: argparse.Namespace) -> int:
     print(json.dumps(report, indent=2) if options.json else evaluation_table(report))
     if options.output is not None:
         say(f"wrote {options.output}")
-        if len(report["results"]) > 1:
+        if len(report["results"]) > 1 and not is_stream(options.output):
             picture = options.output.with_suffix(".png")
             draw(report, picture)
             say(f"wrote {picture}")

@@ -18,6 +18,7 @@ from sleb_serve.selection.config import DTYPES, SEARCHES, Progress, SelectConfig
 from sleb_serve.selection.log import log_path
 from sleb_serve.selection.metrics import SearchMetrics
 from sleb_serve.selection.pipeline import select
+from sleb_serve.utils.atomic_io import is_stream
 from sleb_serve.utils.distributed import is_first
 from sleb_serve.utils.sizes import parse_size
 
@@ -201,7 +202,8 @@ def _run(options: argparse.Namespace) -> int:
         )
     if is_first():
         print(describe(manifest))
-        print(f"\nwrote {options.output} and {log_path(options.output)}")
+        log = "" if is_stream(options.output) else f" and {log_path(options.output)}"
+        print(f"\nwrote {options.output}{log}")
     return 0
 
 

@@ -28,7 +28,7 @@ from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share, ideal_ratio
 from sleb_serve.utils import strict_json
-from sleb_serve.utils.atomic_io import check_writable, write_atomically
+from sleb_serve.utils.atomic_io import check_writable, is_stream, write_atomically
 
 PAPER_TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The paper's five zero-shot tasks (section 4.1)."""
@@ -136,13 +136,17 @@ def evaluate(
         SlebError: a text or a task is not there, the model is not the manifest's, or cannot be run.
     """
     output = None if output is None else Path(output)
-    work = _prepared(str(model), manifest, config or EvalConfig(), output)
+    # A device or a pipe gets the report once, and there is nothing beside it.
+    file = None if output is None or is_stream(output) else output
+    work = _prepared(str(model), manifest, config or EvalConfig(), file)
     report = _start(work, resume)
     judges = transformers_judges if work.config.backend == "hf" else vllm_judges
     with judges(work) as judge_of:
         for entry in report["results"]:
             with judge_of(work.manifest_of(entry["blocks"])) as judge:
                 _fill(work, report, entry, judge, progress or Progress())
+    if file is None:
+        _write(output, report)
     return report
 
 

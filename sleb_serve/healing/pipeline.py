@@ -13,7 +13,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.healing.config import DEFAULT_LENGTH, HealConfig, Progress
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
-from sleb_serve.utils.atomic_io import check_writable
+from sleb_serve.utils.atomic_io import check_writable, is_stream
 from sleb_serve.utils.distributed import Ranks, launched
 
 _MOST_TOKENS = 20_000_000
@@ -79,6 +79,8 @@ def _prepared(
 
     config.check()
     check_writable(output)
+    if is_stream(output):
+        raise SlebError(f"cannot write {output}: what is learned lies beside it; give a file")
     # A fold's weights would be in the teacher, too.
     manifest = replace(manifest, repairs=())
     for blocks in config.also:

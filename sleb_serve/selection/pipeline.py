@@ -22,7 +22,7 @@ from sleb_serve.manifest.schema import Manifest, Removal, Repair
 from sleb_serve.selection.config import Progress, SelectConfig
 from sleb_serve.selection.log import log_path
 from sleb_serve.selection.search import blocks_to_remove, candidates
-from sleb_serve.utils.atomic_io import check_writable
+from sleb_serve.utils.atomic_io import check_writable, is_stream
 from sleb_serve.utils.distributed import launched
 
 if TYPE_CHECKING:
@@ -62,12 +62,13 @@ def select(
     from sleb_serve.selection.run import Search
 
     output = None if output is None else Path(output)
+    beside = None if output is None or is_stream(output) else output
     task = _task(str(model), config, output, resume)
     texts = _texts(task.checkpoint, config)
     progress = progress or Progress()
 
     def search(sample: int) -> Search:
-        log = None if output is None else log_path(Path(output), sample)
+        log = None if beside is None else log_path(beside, sample)
         return Search(task, texts.samples[sample], log, progress)
 
     found = search(0)
@@ -91,7 +92,7 @@ def _task(model: str, config: SelectConfig, output: Path | None, resume: bool) -
     from sleb_serve.selection.run import Task
 
     config.check()
-    if output is None and (config.repair != "none" or resume):
+    if (output is None or is_stream(output)) and (config.repair != "none" or resume):
         raise SlebError("a repair, and going on with a search, need a file: give `output`")
     checkpoint = open_checkpoint(model, config.revision)
     objective = _objective(checkpoint, config)

@@ -12,15 +12,22 @@ from pathlib import Path
 from sleb_serve.errors import SlebError, first_line
 
 
+def is_stream(path: Path) -> bool:
+    """Whether there is a device or a pipe at `path`: it is written to, never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def check_writable(path: Path) -> None:
     """Refuse an output path that `write_atomically` could not write, before any work is done.
 
     Raises:
         SlebError: the parent is not a folder one can write to, or `path` is itself a folder.
     """
-    parent = path.parent
     if path.is_dir():
         raise SlebError(f"cannot write {path}: it is a folder; give the path of a file")
+    if is_stream(path):
+        return
+    parent = _target(path).parent
     if not parent.is_dir():
         raise SlebError(f"cannot write {path}: there is no folder {parent}; create it first")
     try:
@@ -46,11 +53,21 @@ def write_atomically(path: Path, data: bytes) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write that becomes `path` at the end, or is never seen: fsync, then rename.
 
+    What a symbolic link leads to is replaced, not the link. To a device or a pipe the whole content
+    is written at the end.
+
     Raises:
         SlebError: the file could not be written; whatever was at `path` before is still there.
     """
     temporary: Path | None = None
     try:
+        if is_stream(path):
+            with tempfile.TemporaryDirectory(prefix="sleb-serve-") as folder:
+                yield Path(folder) / "content"
+                with path.open("wb") as stream, (Path(folder) / "content").open("rb") as content:
+                    shutil.copyfileobj(content, stream)
+            return
+        path = _target(path)
         # mkstemp makes the file readable by its owner alone; other users of a shared model
         # store need to read manifests, so it gets the mode that open() would have given it.
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -61,11 +78,11 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
+        parent = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(parent)
         finally:
-            os.close(folder)
+            os.close(parent)
     except OSError as error:
         raise SlebError(
             f"cannot write {path}: {first_line(error)}; nothing was changed there"
@@ -94,6 +111,11 @@ def shared_folder(folder: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _target(path: Path) -> Path:
+    """Where a symbolic link leads; the path itself where it is none."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def _umask() -> int:
