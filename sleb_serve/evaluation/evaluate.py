@@ -24,6 +24,7 @@ from sleb_serve.data.calibration import judged_sequences
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.evaluation.backends import Judge, transformers_judges, vllm_judges
+from sleb_serve.evaluation.verdict import verdict
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share, ideal_ratio
@@ -145,8 +146,9 @@ def evaluate(
         for entry in report["results"]:
             with judge_of(work.manifest_of(entry["blocks"])) as judge:
                 _fill(work, report, entry, judge, progress or Progress())
-    if file is None:
-        _write(output, report)
+    for entry in report["results"]:
+        entry["verdict"] = verdict(entry, report["results"])
+    _write(output, report)
     return report
 
 

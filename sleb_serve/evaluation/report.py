@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from sleb_serve.evaluation.picture import accuracy
+from sleb_serve.evaluation.verdict import verdict
 from sleb_serve.manifest.schema import Manifest, Repair
 
 _BAR = 40
@@ -55,8 +56,10 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     agreeing = [text for text in texts if any(text in e["agreement"] for e in report["results"])]
     head = ["blocks", "ideal", *(f"ppl {Path(text).name}" for text in texts)]
     head += [*(f"same {Path(text).name}" for text in agreeing), *tasks]
-    rows = [head + (["mean"] if len(tasks) > 1 else [])]
-    for entry in report["results"]:
+    verdicts = [verdict(entry, report["results"]) or "" for entry in report["results"]]
+    head += ["mean"] if len(tasks) > 1 else []
+    rows = [[*head, *(["verdict"] if any(verdicts) else [])]]
+    for entry, word in zip(report["results"], verdicts, strict=True):
         row = [str(entry["blocks"]), f"{entry['ideal_speedup']:.2f}x"]
         row += [f"{entry['perplexity'][text]:.2f}" for text in texts]
         shares = [entry["agreement"].get(text) for text in agreeing]
@@ -64,7 +67,7 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
         pairs = [accuracy(entry["tasks"][task]) for task in tasks]
         row += [f"{value:.3f} ±{error:.3f}" for value, error in pairs]
         row += [f"{fmean(value for value, _ in pairs):.3f}"] if len(tasks) > 1 else []
-        rows.append(row)
+        rows.append([*row, *([word] if any(verdicts) else [])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
