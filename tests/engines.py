@@ -15,7 +15,7 @@ import torch
 
 import oracle
 from conftest import ROOT
-from forking import run_fork
+from forking import fork_engines, run_fork
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.pruning import Pruning
@@ -82,7 +82,14 @@ def _run(folder: Path) -> None:
     import engine_jobs
 
     os.chdir(folder)
+    if all(_has_ranks(job) for job in json.loads(Path("jobs.json").read_text())):
+        fork_engines()  # nothing is computed in this process itself
     engine_jobs.main("jobs.json", "results.json")
+
+
+def _has_ranks(job: dict[str, Any]) -> bool:
+    engine = job.get("engine", {})
+    return any(engine.get(f"{way}_parallel_size", 1) > 1 for way in ("tensor", "pipeline"))
 
 
 def _run_anew(python: str, folder: Path, environment: dict[str, str]) -> int:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ PRELOADED = [
     "vllm.entrypoints.llm",
     "vllm.entrypoints.openai.api_server",
     "vllm.model_executor.models.llama",
+    "vllm.v1.engine.coordinator",
     "vllm.v1.worker.cpu.model_runner",
     "vllm.v1.worker.cpu_model_runner",
     "vllm.v1.worker.cpu_worker",
@@ -66,6 +68,19 @@ def end_fork(child: ForkServerProcess) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.join()
+
+
+def fork_engines() -> None:
+    """From now on in this process, vLLM's engines and workers are forks of it, as they are on GPUs.
+
+    On a CPU it starts new processes, and each imports vLLM. Nothing may have been computed here:
+    OpenMP's threads do not live on in a fork.
+    """
+    from vllm.v1.engine import coordinator, utils
+    from vllm.v1.executor import multiproc_executor
+
+    for module in (coordinator, utils, multiproc_executor):
+        module.get_mp_context = partial(multiprocessing.get_context, "fork")
 
 
 def _do(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import runpy
 import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 from commands import select_arguments
-from forking import end_fork, start_fork
+from forking import end_fork, fork_engines, start_fork
 from sleb_bench.server import Server
 from sleb_serve.cli.main import main
 from sleb_serve.serving.command import plugin_environment
@@ -48,7 +50,7 @@ def run_until_end(
     """
     answered = False
     deadline = time.monotonic() + 300
-    child = start_fork(_become, log, list(command), **environment)
+    child = start_fork(become, log, list(command), **environment)
     try:
         while child.is_alive() and time.monotonic() < deadline:
             with socket.socket() as probe:
@@ -61,8 +63,9 @@ def run_until_end(
     return child.exitcode, log.read_text()
 
 
-def _become(command: list[str]) -> None:
+def become(command: list[str]) -> None:
     """In the fork: be the program that the command would start."""
+    fork_engines()
     if command[1] == "-m":
         sys.argv = command[2:]
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
@@ -72,22 +75,29 @@ def _become(command: list[str]) -> None:
 
 
 class ForkedServer(Server):
-    """A server in a fork, which need not import vLLM; its engine is a new process as ever.
+    """A server in a fork, which need not import vLLM; its engine and workers are forks of that.
 
-    For tests of what a server answers. Those of how it starts and ends want a real process.
+    Tests of how a server starts want a real process.
     """
 
-    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.command, self.log = command, log
         self.url = f"http://127.0.0.1:{port}"
-        self.process = cast("subprocess.Popen[bytes]", _Forked(command, log))
+        self.process = cast("subprocess.Popen[bytes]", _Forked(command, log, environment))
 
 
 class _Forked:
     """As much of a `Popen` as a `Server` asks for."""
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
-        self._child = start_fork(_become, log, list(command), **plugin_environment())
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        own = {**plugin_environment(), **environment}
+        self._child = start_fork(become, log, list(command), **own)
         assert self._child.pid is not None
         self.pid = self._child.pid
 
@@ -100,6 +110,9 @@ class _Forked:
 
     def terminate(self) -> None:
         self._child.terminate()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def wait(self, timeout: float | None = None) -> int | None:
         self._child.join(timeout)

@@ -17,8 +17,11 @@ from conftest import Models
 pytest.importorskip("vllm")
 psutil = pytest.importorskip("psutil")
 
+from running import ForkedServer  # noqa: E402
 from sleb_bench import run as bench_run  # noqa: E402
+from sleb_bench import serving as bench_serving  # noqa: E402
 from sleb_bench.run import BenchOptions, bench  # noqa: E402
+from sleb_bench.server import Server  # noqa: E402
 from sleb_bench.serving import ServingOptions, cli_options, serve_and_load  # noqa: E402
 from sleb_serve.checkpoint.hub import open_checkpoint  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
@@ -36,15 +39,9 @@ SERVING = ServingOptions(
 )
 
 
-def kill_under_load(name: str) -> None:
-    """Kill the server of that name once its next load has begun."""
-    server = next(
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if f"--served-model-name {name} --" in " ".join(process.info["cmdline"] or ())
-    )
-    command = server.info["cmdline"]
-    url = f"http://127.0.0.1:{command[command.index('--port') + 1]}/metrics"
+def kill_under_load(running: Server) -> None:
+    """Kill a server once its next load has begun."""
+    server, url = psutil.Process(running.process.pid), f"{running.url}/metrics"
 
     def answered() -> float:
         text = urllib.request.urlopen(url, timeout=10).read().decode()
@@ -66,6 +63,11 @@ def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run whose pruned server is killed in the middle of its last load."""
     path, out = models("llama"), tmp_path_factory.mktemp("serving") / "out"
     manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
+    servers: list[ForkedServer] = []
+
+    def start(*arguments: Any) -> ForkedServer:
+        servers.append(ForkedServer(*arguments))
+        return servers[-1]
 
     def watched(*arguments: Any) -> Iterator[dict[str, Any]]:
         for record in serve_and_load(*arguments):
@@ -73,7 +75,7 @@ def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path
             place = tuple(record.get(key) for key in ("variant", "round", "request_rate"))
             yield record
             if place == ("dense", 1, SLOW):
-                kill_under_load("sleb2")
+                kill_under_load(next(s for s in reversed(servers) if "sleb2" in s.command))
 
     options = BenchOptions(
         model=str(path),
@@ -84,6 +86,7 @@ def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_run, "serve_and_load", watched)
+        patch.setattr(bench_serving, "Server", start)
         with pytest.raises(SlebError, match="the sleb2 server"):
             bench(options, manifest, None, lambda text: None)
     return out

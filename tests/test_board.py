@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, Models
-from running import printed_command
+from running import ForkedServer, printed_command
 
 sys.path.insert(0, str(ROOT / "deploy"))
 from plot_board import ask, panels
@@ -66,8 +66,8 @@ def watched(
     pytest.importorskip("vllm")
     if PROMETHEUS is None:
         pytest.skip("Prometheus is not installed")
-    from sleb_bench.server import Server, free_port
-    from sleb_serve.serving.command import plugin_environment, server_command
+    from sleb_bench.server import free_port
+    from sleb_serve.serving.command import server_command
 
     folder, path = tmp_path_factory.mktemp("board"), models("llama")
     manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
@@ -83,7 +83,7 @@ def watched(
                 if name == "pruned"
                 else server_command(str(path), ["--served-model-name", "llama", *common, str(port)])
             )
-            servers.append(Server(command, port, folder / f"{name}.log", plugin_environment()))
+            servers.append(ForkedServer(command, port, folder / f"{name}.log"))
             stack.callback(servers[-1].stop)
         for server in servers:
             server.wait(300)

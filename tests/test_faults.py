@@ -16,12 +16,14 @@ import pytest
 from commands import run_on_full_disk
 from conftest import Models
 from forking import run_fork
+from running import LOCAL, OPTIONS, ForkedServer, printed_command
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli import main as cli
 from sleb_serve.cli.progress import SearchBars
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.selection.search import Step
+from sleb_serve.serving.command import plugin_environment
 
 TEXT = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
 WITHIN = 30.0
@@ -141,15 +143,15 @@ def test_a_server_that_loses_a_rank_or_is_stopped_ends_and_starts_again(
     manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
     manifest.write(tmp_path / "m.json")
     port = free_port()
-    command = [
-        *(sys.executable, "-m", "sleb_serve.cli", "serve", str(path)),
-        *("-m", str(tmp_path / "m.json"), "--enforce-eager", "--max-model-len", "256"),
-        *("--dtype", "float32", "--tensor-parallel-size", "2"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if (os.cpu_count() or 1) > 1 else {}
-    for kill in (True, False):
-        server = Server(command, port, tmp_path / "log", environment)
+    command = printed_command(
+        path, tmp_path / "m.json", *OPTIONS, "--tensor-parallel-size", "2", *LOCAL, str(port)
+    )
+    environment = plugin_environment()
+    if (os.cpu_count() or 1) > 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    # Exit codes are real processes': a fork ends with 0 in either case.
+    for kill, kind in ((True, Server), (False, ForkedServer)):
+        server = kind(command, port, tmp_path / "log", environment)
         try:
             server.wait(300)
             check_end_under_load(server, manifest, kill)
@@ -176,8 +178,9 @@ def check_end_under_load(server: Any, manifest: Manifest, kill: bool) -> None:
     family = psutil.Process(server.process.pid).children(recursive=True)
     begin = time.monotonic()
     if kill:
-        workers = [p for p in family if "Worker" in " ".join(p.cmdline()) + p.name()]
-        workers[-1].send_signal(signal.SIGKILL)
+        own = [p for p in family if "resource_tracker" not in " ".join(p.cmdline())]
+        # The server's child is the engine, and the workers are the engine's.
+        next(p for p in own if p.ppid() != server.process.pid).send_signal(signal.SIGKILL)
     else:
         server.process.send_signal(signal.SIGTERM)
     code = server.process.wait(WITHIN)

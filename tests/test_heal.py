@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 import oracle
 from commands import one_thread, run_in_one
 from conftest import Models, save_model
-from healing import COMMAND, REMOVED, Told, healed, merged_by_peft, oracle_of, removing
+from healing import COMMAND, REMOVED, SMALL, Told, healed, merged_by_peft, oracle_of, removing
+from sleb_serve import HealConfig, heal
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.convert.export import export
-from sleb_serve.data.training import Passage
+from sleb_serve.data.tokenizer import load_tokenizer
+from sleb_serve.data.training import Passage, make_mixture
 from sleb_serve.errors import SlebError
 from sleb_serve.healing.distillation import judge, judgement, learn, predicted
 from sleb_serve.healing.twin import Twin, adaptable
@@ -174,6 +177,33 @@ def test_only_a_number_of_blocks_that_was_healed_is_served(models: Models, tmp_p
     model: Any = load_model(open_checkpoint(str(path)), "float32")
     with blocks_deleted(model, REMOVED[:1], read_sidecar(first.pruning())):
         assert (model(ids, use_cache=False).logits - expected).abs().max() < 1e-5
+
+
+def test_a_healed_model_is_healed_further(models: Models, tmp_path: Path) -> None:
+    """It begins where the first healing ended, and learns what that had no time for."""
+    path, output, told = models("llama"), tmp_path / "h.json", Told()
+    first = healed(path, REMOVED, output, tokens=512)
+    config = HealConfig(**{**SMALL, "further": True, "rank": 7, "learning_rate": 0.01})
+    with pytest.raises(SlebError, match="3 removals of this manifest are not healed yet"):
+        heal(path, removing(path, REMOVED), config, tmp_path / "m.json")
+    with pytest.raises(SlebError, match="is what `further` begins with"):
+        heal(path, first, config, output)
+    manifest = heal(path, first, config, tmp_path / "more.json", progress=told)
+    assert first.repair is not None
+    assert manifest.repair is not None
+    after = manifest.repair.training
+    assert after is not None
+    assert (after.tokens, after.rank) == (512 + 1536, 4)
+    plain, start = told.judgements[:2]
+    assert after.perplexity["pruned"] == pytest.approx(math.exp(plain.loss), rel=1e-4)
+    assert min(entry.kl for entry in told.judgements) < 0.95 * start.kl
+    assert start.kl < 0.95 * plain.kl
+    # The held-out text is another; the first model is the one that was begun with.
+    twin = twin_of(path, rank=4)
+    tokenizer = load_tokenizer(open_checkpoint(str(path)))
+    text = make_mixture({"python-docs": 1.0}, tokenizer, length=32, most=48, held_out=4).held_out
+    twin.load(load_file(sidecar_path(output)))
+    assert judgement(judge(twin, text).tolist()).kl == pytest.approx(start.kl, rel=1e-4)
 
 
 def test_two_processes_train_as_one_does(models: Models, tmp_path: Path) -> None:

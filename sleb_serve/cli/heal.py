@@ -30,6 +30,7 @@ examples:
   sleb-serve heal ./my-model -m m.json -o healed.json --text chats.jsonl --minutes 90 --rank 64
   sleb-serve heal ./my-model -m m.json -o healed.json --text c4 --also 2,4    # for --blocks, too
   accelerate launch --num_processes 8 -m sleb_serve.cli heal ./my-model -m m.json -o healed.json
+  sleb-serve heal ./my-model -m healed.json -o more.json --text chats.jsonl --further
   sleb-serve heal ./my-model -m m.json -o healed.json --text c4 --resume
 
 The dense model teaches the pruned one: both are the same weights in memory, with the removed blocks
@@ -72,6 +73,11 @@ def _add(parser: argparse.ArgumentParser) -> None:
         type=numbers,
         default=(),
         help="heal the manifest's first K removals, too, one after the other",
+    )
+    parser.add_argument(
+        "--further",
+        action="store_true",
+        help="begin with what M.json was healed with, on other text perhaps, at its rank",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on where a healing was interrupted"

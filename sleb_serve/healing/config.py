@@ -37,6 +37,8 @@ class HealConfig:
         patience: how many judgements without a better one end it.
         checkpointing: run each layer a second time on the way back rather than keep what happens
             inside; less memory, a quarter more time.
+        further: begin with the changes that the manifest was healed with, at their rank; without
+            it, with none.
         also: other numbers of removals to heal the manifest for, one after the other.
         seed: draws the first factors, and the order of the text.
         dtype: one of `sleb_serve.selection.config.DTYPES`.
@@ -55,6 +57,7 @@ class HealConfig:
     held_out: int = 16
     patience: int = 5
     checkpointing: bool = True
+    further: bool = False
     also: tuple[int, ...] = ()
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sleb_serve.data.training import Mixture, make_mixture
 from sleb_serve.errors import SlebError
 from sleb_serve.healing.config import DEFAULT_LENGTH, HealConfig, Progress
 from sleb_serve.manifest.binding import check_model, revision_of
+from sleb_serve.manifest.repair_file import check_sidecar
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.utils.atomic_io import check_writable, is_stream
 from sleb_serve.utils.distributed import Ranks, launched
@@ -22,10 +24,14 @@ _MOST_TOKENS = 20_000_000
 
 @dataclass(frozen=True)
 class Work:
-    """One healing, checked: all that each number of removals shares."""
+    """One healing, checked: all that each number of removals shares.
+
+    The manifest has no repair; what its model begins with is in `start`, by number of removals.
+    """
 
     checkpoint: Checkpoint
     manifest: Manifest
+    start: Mapping[int, Manifest]
     config: HealConfig
     output: Path
     mixture: Mixture
@@ -47,7 +53,8 @@ def heal(
 
     Args:
         model: checkpoint folder or hub id of the dense model.
-        manifest: what is removed. Another repair that it has is left out of the result.
+        manifest: what is removed. Another repair that it has is left out of the result, but for
+            what `config.further` goes on from.
         config: on what to train, and how.
         output: where to write the healed manifest, and beside it the weights' changes.
         resume: go on where a healing for `output` was interrupted.
@@ -81,6 +88,7 @@ def _prepared(
     check_writable(output)
     if is_stream(output):
         raise SlebError(f"cannot write {output}: what is learned lies beside it; give a file")
+    start = _start(manifest, config, output) if config.further else {}
     # A fold's weights would be in the teacher, too.
     manifest = replace(manifest, repairs=())
     for blocks in config.also:
@@ -105,9 +113,31 @@ def _prepared(
             f"batch_size={config.batch_size}: {ranks.count} processes share a step, and each needs "
             f"a sequence; give a larger `batch_size`, or launch fewer"
         )
-    return Work(
-        checkpoint, manifest, config, output, _mixture(checkpoint, config), ranks, resume, progress
-    )
+    mixture = _mixture(checkpoint, config)
+    return Work(checkpoint, manifest, start, config, output, mixture, ranks, resume, progress)
+
+
+def _start(manifest: Manifest, config: HealConfig, output: Path) -> Mapping[int, Manifest]:
+    """What an earlier healing ended with, for each number of removals."""
+    found = {}
+    for blocks in {*config.also, len(manifest.removed)}:
+        part = manifest.prefix(blocks)
+        pruning = part.pruning()
+        if part.repair is None or part.repair.kind != "heal" or pruning.repair is None:
+            raise SlebError(
+                f"further=True: {blocks} removals of this manifest are not healed yet; heal them "
+                f"without `further`"
+            )
+        if Path(pruning.repair.path).resolve().parent == output.resolve().parent and (
+            part.repair.file.startswith(f"{output.name}.")
+        ):
+            raise SlebError(
+                f"{output} is what `further` begins with, and must outlive it; give another "
+                f"`output`"
+            )
+        check_sidecar(pruning.repair)
+        found[blocks] = part
+    return found
 
 
 def _mixture(checkpoint: Checkpoint, config: HealConfig) -> Mixture:

@@ -15,7 +15,12 @@ from sleb_serve.healing.config import HealConfig
 from sleb_serve.healing.pipeline import Work
 from sleb_serve.healing.training import State, Trainer
 from sleb_serve.healing.twin import Twin, adaptable
-from sleb_serve.manifest.repair_file import WeightChanges, sidecar_path, write_sidecar
+from sleb_serve.manifest.repair_file import (
+    WeightChanges,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
 from sleb_serve.manifest.schema import Manifest, Repair, Training, perplexity_of
 from sleb_serve.models.golden import golden
 from sleb_serve.models.loading import EMULATED, has_fast, load_model
@@ -59,11 +64,14 @@ def _heal(work: Work, dense: Any, blocks: int) -> tuple[Repair, dict[str, Any]]:
     manifest, config = work.manifest.prefix(blocks), work.config
     pruning = manifest.pruning()
     names = adaptable(dense, work.checkpoint, pruning.cut.kept, config.projections)
+    before = work.start.get(blocks, manifest)
+    start = read_sidecar(before.pruning()).tensors
+    rank = len(next(iter(start.values()))) if start else config.rank
     twin = Twin(
         dense,
         pruning.removed,
         names,
-        rank=config.rank,
+        rank=rank,
         seed=config.seed,
         checkpointing=config.checkpointing,
     )
@@ -77,8 +85,9 @@ def _heal(work: Work, dense: Any, blocks: int) -> tuple[Repair, dict[str, Any]]:
             config,
             work.ranks,
             _state_path(work, blocks),
-            _fingerprint(work, pruning.digest),
+            _fingerprint(work, before.pruning().digest),
             work.progress,
+            start,
         )
         state = trainer.run(work.resume)
     finally:
@@ -90,19 +99,22 @@ def _heal(work: Work, dense: Any, blocks: int) -> tuple[Repair, dict[str, Any]]:
         about = {"weights_sha256": pruning.weights_sha256, "removed": list(pruning.removed)}
         digest = write_sidecar(path, tensors, about)
     digest = work.ranks.gather([digest])[0]
-    training = _training(config, state)
+    training = _training(config, rank, state, before.repair)
     work.progress.ended(blocks, training, state.early)
     sequences = state.steps * config.batch_size
+    sequences += 0 if before.repair is None else before.repair.sequences
     return Repair("heal", path.name, digest, blocks, sequences, training=training), tensors
 
 
-def _training(config: HealConfig, state: State) -> Training:
+def _training(config: HealConfig, rank: int, state: State, repair: Repair | None) -> Training:
+    before = None if repair is None else repair.training
     first, best = state.judgements[0], state.best_judgement
     losses = {"dense": best.dense_loss, "pruned": first.loss, "healed": best.loss}
+    texts = {Path(text).name: weight for text, weight in config.texts.items()}
     return Training(
-        texts={Path(text).name: weight for text, weight in config.texts.items()},
-        tokens=state.tokens,
-        rank=config.rank,
+        texts=texts if before is None else {**before.texts, **texts},
+        tokens=state.tokens + (0 if before is None else before.tokens),
+        rank=rank,
         seed=config.seed,
         perplexity={which: round(perplexity_of(loss) or 0.0, 4) for which, loss in losses.items()},
         agreement={

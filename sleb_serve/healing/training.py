@@ -7,7 +7,7 @@ from there and ends in the same bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -80,6 +80,7 @@ class Trainer:
         path: where the state is kept; None for nowhere.
         fingerprint: of all that the result depends on; a state of another is refused.
         progress: told how it goes.
+        start: factors to begin with; none for those of no change.
     """
 
     def __init__(
@@ -91,8 +92,10 @@ class Trainer:
         path: Path | None,
         fingerprint: str,
         progress: Progress,
+        start: Mapping[str, Tensor],
     ) -> None:
         self._twin, self._mixture, self._config = twin, mixture, config
+        self._start = start
         self._ranks, self._path, self._fingerprint = ranks, path, fingerprint
         self._progress = progress
         self._factors = list(twin.factors.values())
@@ -110,6 +113,9 @@ class Trainer:
         state, config = self._state, self._config
         if not state.judgements:
             self._judge(0.0)
+            if self._start:
+                self._twin.load(self._start)
+                self._judge(0.0)
         passages = iter(self._mixture)
         for _ in islice(passages, state.steps * config.batch_size):
             pass
@@ -213,7 +219,5 @@ class Trainer:
                 f"same ones, or remove it and heal from the start"
             )
         self._state = state
-        with torch.no_grad():
-            for name, factor in self._twin.factors.items():
-                factor.copy_(factors[name])
+        self._twin.load(factors)
         self._adam.load_state_dict(adam)

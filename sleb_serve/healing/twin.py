@@ -137,6 +137,21 @@ class Twin:
         """What is trained, by the names of a sidecar: [r, inputs] and [outputs, r] a weight."""
         return self._factors
 
+    def load(self, factors: Mapping[str, Tensor]) -> None:
+        """Set what is trained.
+
+        Raises:
+            SlebError: these are factors of other weights.
+        """
+        if factors.keys() != self._factors.keys():
+            raise SlebError(
+                "the earlier healing changed other weights; give its `projections`, or heal "
+                "without `further`"
+            )
+        with torch.no_grad():
+            for name, factor in self._factors.items():
+                factor.copy_(factors[name])
+
     def close(self) -> None:
         """Take the adapters out of the model."""
         self._peft.unload()

@@ -35,7 +35,7 @@ class WeightChanges:
     """
 
     def __init__(self, tensors: Mapping[str, Any], where: str = "") -> None:
-        self._tensors, self._where = tensors, where
+        self.tensors, self._where = tensors, where
         self.names = frozenset(name.removesuffix(LORA_A).removesuffix(LORA_B) for name in tensors)
         """Of the weights that change, as in the checkpoint."""
         for name in self.names - tensors.keys():
@@ -52,11 +52,11 @@ class WeightChanges:
         Raises:
             SlebError: the repair is for a weight of another shape, or the weight is quantised.
         """
-        if name in self._tensors:
-            return self._tensors[name]
+        if name in self.tensors:
+            return self.tensors[name]
         if name not in self.names:
             return weight
-        a, b = (self._tensors[name + end].to(weight.device).float() for end in (LORA_A, LORA_B))
+        a, b = (self.tensors[name + end].to(weight.device).float() for end in (LORA_A, LORA_B))
         if (len(b), a.shape[1]) != tuple(weight.shape) or b.shape[1] != len(a):
             raise SlebError(
                 f"the repair {self._where} changes {name} as [{len(b)}, {a.shape[1]}], the "
