@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,28 @@ def run_in_one(
     assert done.returncode == 0, done.stderr[-3000:]
     files = sorted(folder.glob("results-*.json"))
     return [[Done(**result) for result in json.loads(file.read_text())] for file in files]
+
+
+def answered(*arguments: str | Path, within: float = 20) -> Done:
+    """Run the command line in this process as an attack; what it says, if it says it well.
+
+    An exception fails the test, as do other exit codes than 0, 1 and 2, an error of more than one
+    line, what a terminal cannot show, and much text or time.
+    """
+    out, error = io.StringIO(), io.StringIO()
+    started = time.monotonic()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        code = main([str(argument) for argument in arguments])
+    assert time.monotonic() - started < within
+    done = Done(code, out.getvalue(), error.getvalue())
+    assert code in (0, 1, 2), done
+    # A progress bar may have come and gone before a line.
+    errors = [line.rpartition("\r")[2] for line in done.error.split("\n") if line]
+    assert code != 2 or len([line for line in errors if line]) == 1, done
+    for line in (*done.out.split("\n"), *errors):
+        assert line.isprintable(), done
+        assert len(line) <= 1100, done
+    return done
 
 
 @contextlib.contextmanager

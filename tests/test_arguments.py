@@ -43,3 +43,7 @@ def test_messages_are_shortened_and_escaped() -> None:
     assert one_line("a\nb\tc") == "a b c"
     assert one_line("\x1b[31m \ud800 é") == r"\x1b[31m \ud800 é"
     assert one_line(f"cannot read {'x' * 5000} no") == f"cannot read {'x' * 60}… no"
+    long = one_line("cannot read " + "x\x1b " * 5000 + "; do that")
+    assert len(long) == 1000
+    assert long.startswith("cannot read x\\x1b x")
+    assert long.endswith("x\\x1b ; do that")

@@ -54,7 +54,7 @@ def test_a_quantisation_is_renumbered_where_it_stands(
     assert inner["quantization_config"]["ignore"] == ["lm_head", "model.layers.4.mlp.up_proj"]
     assert place == () or "quantization_config" not in found
     (tmp_path / "llama/hf_quant_config.json").write_text("[]")
-    with pytest.raises(SlebError, match=r"hf_quant_config.json holds no object"):
+    with pytest.raises(SlebError, match=r"hf_quant_config.json: it must be an object"):
         with_quantisation(checkpoint, checkpoint.config, Cut(8, (2, 5)))
 
 

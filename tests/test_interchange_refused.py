@@ -40,8 +40,10 @@ SLICES = "merge_method: passthrough\nslices:\n- sources:\n  - {model: a, layer_r
         ('{"removed": [1], "original_layers": "8"}', "original_layers is not a number of blocks"),
         ("block_start,block_end,average_distance\n1,5,0.2\n", "PruneMe's distances"),
         ("[1, 2]\n---\n[3]\n", "holds 2 YAML documents"),
-        ("a: &a {removed: [1]}\n<<: *a\n", "merge key"),
-        ("&a [*a]", "it holds something else than numbers"),
+        ("a: &a {removed: [1]}\n<<: *a\n", "a YAML alias"),
+        ("<<: {removed: [1]}\n", "merge key"),
+        ("&a [*a]", "a YAML alias"),
+        ("&a {removed: *a}", "a YAML alias"),
         ("Current Block Removal List: [5, 2", "run 1, is not a list of block numbers"),
         ('{"drop_attn_list": [2, 5], "drop_mlp_list": [5]}', "only the attention of block 2;"),
         (

@@ -12,8 +12,10 @@ from sleb_bench.pictures import pictures
 from sleb_bench.report import make_report
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils.atomic_io import write_atomically
+from sleb_serve.utils.limited import read_limited
 
 RECORDS = "records.jsonl"
+_MAX_BYTES = 1 << 30
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -24,7 +26,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / RECORDS if folder.is_dir() else folder
     try:
-        lines = path.read_text().splitlines()
+        lines = read_limited(path, _MAX_BYTES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SlebError(
             f"cannot read {path}: {first_line(error)}; give a folder that `sleb-serve bench` wrote"

@@ -16,6 +16,7 @@ from typing import Any
 
 from sleb_serve.checkpoint.decoder import (
     COUNT_KEYS,
+    MAX_BLOCKS,
     at,
     count_of,
     decoder_path,
@@ -71,8 +72,9 @@ class Checkpoint:
         count = count_of(self.decoder_config)
         if count is None:
             raise SlebError(
-                f"{self.path}/config.json does not say how many layers the model has (looked for "
-                f"{', '.join(COUNT_KEYS)}, also in its text_config); give a model with a decoder"
+                f"{self.path}/config.json does not say how many layers the model has, 1 to "
+                f"{MAX_BLOCKS:,} (looked for {', '.join(COUNT_KEYS)}, also in its text_config); "
+                f"give a model with a decoder"
             )
         return count
 
@@ -125,11 +127,7 @@ class Checkpoint:
     def quantisation_files(self) -> dict[str, Any]:
         """Contents of the files beside config.json that say how the checkpoint is quantised."""
         files = (self.path / name for name in QUANTISATION_FILES)
-        found = {file.name: read_json(file) for file in files if file.is_file()}
-        for name, content in found.items():
-            if not isinstance(content, dict):
-                raise SlebError(f"{self.path / name} holds no object; download the model again")
-        return found
+        return {file.name: read_json(file) for file in files if file.is_file()}
 
     @property
     def dtype(self) -> str:

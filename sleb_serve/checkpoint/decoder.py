@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sleb_serve.errors import SlebError
 
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+
 COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """`num_hidden_layers` goes by these names in config.json; Transformers maps them."""
+
+
+MAX_BLOCKS = 100_000
+"""More blocks than any model has; keeps a hostile block count from costing memory."""
 
 
 DECODER_PATHS: tuple[tuple[str, ...], ...] = (
@@ -48,11 +55,11 @@ def count_of(values: Mapping[str, Any]) -> int | None:
     """How many layers a config counts; None if it does not say."""
     for key in COUNT_KEYS:
         value = values.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_BLOCKS:
             return value
     for key in COUNTED:
         value = values.get(key)
-        if isinstance(value, list | str) and value:
+        if isinstance(value, list | str) and 0 < len(value) <= MAX_BLOCKS:
             return len(value)
     return None
 
@@ -81,7 +88,7 @@ def number_after(name: str, prefix: str) -> int | None:
     if not name.startswith(prefix):
         return None
     number = name[len(prefix) :].partition(".")[0]
-    return int(number) if number.isdecimal() and str(int(number)) == number else None
+    return _number(number)
 
 
 def decoder_prefix(names: Iterable[str], count: int) -> str:
@@ -118,6 +125,12 @@ def decoder_prefix(names: Iterable[str], count: int) -> str:
 def _first_number(name: str) -> Iterator[tuple[str, int]]:
     parts = name.split(".")
     for place, part in enumerate(parts):
-        if part.isdecimal():
-            yield "".join(f"{p}." for p in parts[:place]), int(part)
+        number = _number(part)
+        if number is not None:
+            yield "".join(f"{p}." for p in parts[:place]), number
             return
+
+
+def _number(text: str) -> int | None:
+    """A layer's number as names spell it: in ASCII, without zeros before it."""
+    return int(text) if _NUMBER.fullmatch(text) else None

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.checkpoint.files import WEIGHT_FILES
+from sleb_serve.checkpoint.files import WEIGHT_FILES, read_json
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.protocol import without_guard
-
-_CONFIG_MAX_BYTES = 16 << 20
 
 
 def open_checkpoint(
@@ -39,17 +36,7 @@ def open_checkpoint(
         raise SlebError(f"no such model: {model} is no folder; give a checkpoint folder or hub id")
     else:
         file = Path(_hub_file(model, "config.json", revision, cache_dir))
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(_CONFIG_MAX_BYTES + 1)
-        config = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise SlebError(
-            f"cannot read {file}: {first_line(error)}; download the model again"
-        ) from error
-    if len(data) > _CONFIG_MAX_BYTES or not isinstance(config, dict):
-        raise SlebError(f"{file} is not a model config; give a Transformers checkpoint")
-    return Checkpoint(path=file.parent, config=without_guard(config))
+    return Checkpoint(path=file.parent, config=without_guard(read_json(file)))
 
 
 def download_weights(model: str, revision: str | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.utils import strict_json
 
 _HEADER_MAX_BYTES = 100 << 20
 """The limit of the safetensors library itself."""
@@ -20,6 +21,24 @@ _SAMPLES = 4
 
 
 _SAMPLE_BYTES = 4096
+
+
+_MAX_SIZE = 1 << 62
+
+
+_MAX_DIMENSIONS = 64
+
+
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Of an element; a tensor of a dtype that is not here may have any size."""
 
 
 Entry = tuple[str, list[int], int, int]
@@ -37,10 +56,11 @@ def tensors_of(file: Path) -> Mapping[str, Entry]:
     try:
         found = file.stat()
         return _header(file, found.st_size, found.st_mtime_ns)
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SlebError(
-            f"{file} is not a whole safetensors file: {first_line(error)}; download the model again"
-        ) from error
+    except SlebError as error:
+        why = strict_json.without_advice(error)
+    except (OSError, struct.error) as error:
+        why = first_line(error)
+    raise SlebError(f"{file} is not a whole safetensors file: {why}; download the model again")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -48,18 +68,46 @@ def _header(file: Path, size: int, changed: int) -> Mapping[str, Entry]:
     del changed  # a part of the key alone: a file that was written again is read again
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        if length > min(_HEADER_MAX_BYTES, size):
-            raise ValueError("its header is longer than the file")
-        header = json.loads(stream.read(length))
-    entries: dict[str, Entry] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        if not 0 <= begin <= end <= size - 8 - length:
-            raise ValueError(f"tensor {name} lies outside the file")
-        entries[name] = (entry["dtype"], entry["shape"], 8 + length + begin, 8 + length + end)
+        if length > min(_HEADER_MAX_BYTES, size - 8):
+            raise SlebError("its header is longer than the file")
+        header = strict_json.any_object(strict_json.load(stream.read(length)), "its header")
+    header.pop("__metadata__", None)
+    first = 8 + length
+    entries = {name: _entry(name, entry, first, size) for name, entry in header.items()}
+    reached = first
+    for _, _, begin, end in sorted(entries.values(), key=lambda entry: entry[2:]):
+        if begin != reached:
+            raise SlebError("its tensors overlap, or there are bytes between them")
+        reached = end
+    if reached != size:
+        raise SlebError("there are bytes behind its last tensor")
     return MappingProxyType(entries)
+
+
+def _entry(name: str, value: object, first: int, size: int) -> Entry:
+    """What the header of a file of `size` bytes says of a tensor; `first` is after the header."""
+    name = strict_json.line(name, "a tensor's name")
+    where = f"tensor {strict_json.short(name)}"
+    keys = ("dtype", "shape", "data_offsets")
+    entry = strict_json.object_(value, where, required=keys)
+    dtype = strict_json.line(entry["dtype"], f"{where}: dtype")
+    shape, offsets = (
+        [strict_json.integer(n, f"{where}: {key}", 0, _MAX_SIZE) for n in _list(entry[key], where)]
+        for key in keys[1:]
+    )
+    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - first:
+        raise SlebError(f"{where} lies outside the file")
+    begin, end = offsets
+    bits = _BITS.get(dtype)
+    if len(shape) > _MAX_DIMENSIONS:
+        raise SlebError(f"{where} has {len(shape)} dimensions")
+    if bits is not None and math.prod(shape) * bits != (end - begin) * 8:
+        raise SlebError(f"{where} has other bytes than its dtype and shape take")
+    return dtype, shape, first + begin, first + end
+
+
+def _list(value: object, where: str) -> list[Any]:
+    return strict_json.list_(value, f"{where}: shape and data_offsets each")
 
 
 def sample(stream: BinaryIO, start: int, end: int, update: Any) -> None:

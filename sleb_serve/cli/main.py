@@ -24,8 +24,8 @@ COMMANDS = (
     *convert.COMMANDS,
     *bench.COMMANDS,
 )
-_LONGEST = 300
-"""A word of an error message with more letters than this is cut short."""
+_LONGEST_WORD, _LONGEST = 300, 1000
+"""Characters; what of an error message is longer is cut short."""
 _LM_EVAL = "lm-eval's own command line, with --model sleb, which takes manifest=M.json"
 
 
@@ -108,12 +108,14 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
 
 def one_line(message: str) -> str:
-    """A message for a terminal: one line, unprintable characters escaped, long words cut short.
+    """A message for a terminal: one line, unprintable characters escaped, not too long.
 
-    Messages repeat arguments, which may be anything.
+    Messages repeat arguments and what stands in files, which may be anything. Long words are cut
+    short; so is the whole, but for its end, which says what to do.
     """
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    return re.sub(rf"\S{{{_LONGEST},}}", lambda word: f"{word[0][:60]}…", shown)
+    words = (f"{w[:60]}…" if len(w) >= _LONGEST_WORD else w for w in message.split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(words))
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 202]} … {shown[-199:]}"
 
 
 def _check(arguments: Sequence[str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sleb_serve.checkpoint.decoder import MAX_BLOCKS
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.blocks import MAX_BLOCKS
 from sleb_serve.utils import strict_json
 
 
@@ -43,7 +44,6 @@ def _why_no_block(entry: object) -> str | None:
 
 
 def check_count(count: object, num_blocks: int, where: str, key: str) -> None:
-    """Refuse a source that counts other layers than the model has."""
     """Refuse a source that was made for a model with another number of blocks."""
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MAX_BLOCKS:
         raise SlebError(f"{where}: {key} is not a number of blocks; correct it or remove it")
@@ -57,3 +57,14 @@ def check_count(count: object, num_blocks: int, where: str, key: str) -> None:
 def plain_key(key: object) -> str:
     """A key in small letters, its words joined by underscores."""
     return str(key).lower().replace(" ", "_").replace("-", "_")
+
+
+def check_keys(keys: Iterable[str], where: str) -> None:
+    """Refuse a key that stands twice in one object."""
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            raise SlebError(
+                f"{where}: key {strict_json.short(key)} stands twice in one object; remove one"
+            )
+        seen.add(key)

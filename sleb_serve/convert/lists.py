@@ -19,26 +19,25 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sleb_serve import __version__
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.convert.found import Found, block_numbers, check_count, plain_key
+from sleb_serve.convert.found import Found, block_numbers, check_count, check_keys, plain_key
 from sleb_serve.convert.llm_drop import of_llm_drop
 from sleb_serve.convert.mergekit import of_mergekit
+from sleb_serve.convert.plain_yaml import NotYamlError, parsed_yaml
 from sleb_serve.convert.sleb_results import of_sleb, sleb_runs
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.blocks import check_blocks
 from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.utils import strict_json
+from sleb_serve.utils.limited import read_limited
 
 _MAX_BYTES = 16 << 20
-_MAX_YAML = 256 << 10
-"""Characters; a configuration by hand is shorter, and the YAML reader is slow."""
-
 _BARE = re.compile(r"[\[\]0-9\s,.+-]+")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]*)?")
 _NUMPY = re.compile(r"\bnp\.u?int[0-9]{0,2}\(([0-9]+)\)")
@@ -146,11 +145,7 @@ def _text(source: str) -> tuple[str, str]:
     if is_list and not os.path.exists(source):
         return source, "the list"
     try:
-        with open(source, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise OSError(f"larger than {_MAX_BYTES} bytes")
-        return data.decode("utf-8-sig"), _shown(source)
+        return read_limited(Path(source), _MAX_BYTES).decode("utf-8-sig"), _shown(source)
     except (OSError, ValueError) as error:
         raise SlebError(
             f"cannot read {strict_json.short(source)}: {first_line(error)}; give a file with "
@@ -190,74 +185,25 @@ def parsed(text: str, where: str) -> object:
     """The one JSON or YAML value of a text, with no key twice in an object."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        _check_keys((key for key, _ in pairs), where)
+        check_keys((key for key, _ in pairs), where)
         return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError:
-        return _parsed_yaml(text, where)
+        pass
     except (RecursionError, ValueError) as error:
         raise unknown_form(where) from error
-
-
-def _parsed_yaml(text: str, where: str) -> object:
-    import yaml
-
-    if len(text) > _MAX_YAML:
-        raise unknown_form(where)
-    values = []
     try:
-        loader = yaml.SafeLoader(text)
-        while loader.check_node():
-            node = loader.get_node()
-            _check_nodes(node, where)
-            values.append(loader.construct_document(node))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        return parsed_yaml(text, where)
+    except NotYamlError as error:
         raise unknown_form(where) from error
-    values = [value for value in values if value is not None]
-    if len(values) > 1:
-        raise SlebError(
-            f"{where} holds {len(values)} YAML documents; give a file with the one that is meant"
-        )
-    return values[0] if values else None
-
-
-def _check_nodes(root: Any, where: str) -> None:
-    """Refuse keys that stand twice, and merge keys, which can grow without bounds."""
-    import yaml
-
-    seen: set[int] = set()
-    left = [root]
-    while left:
-        node = left.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            left += node.value
-        elif isinstance(node, yaml.MappingNode):
-            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if any(key.tag == "tag:yaml.org,2002:merge" for key in keys):
-                raise SlebError(f"{where} uses YAML's merge key <<; write out what it stands for")
-            _check_keys((key.value for key in keys), where)
-            left += [value for _, value in node.value]
-
-
-def _check_keys(keys: Iterable[str], where: str) -> None:
-    seen: set[str] = set()
-    for key in keys:
-        if key in seen:
-            raise SlebError(
-                f"{where}: key {strict_json.short(key)} stands twice in one object; remove one"
-            )
-        seen.add(key)
 
 
 def of_lists(value: Mapping[Any, Any], where: str, num_blocks: int) -> Found:
     """A list under a usual name; what else the object says of blocks must agree with it."""
     named = {plain_key(key): entry for key, entry in value.items()}
-    _check_keys((plain_key(key) for key in value), where)
+    check_keys((plain_key(key) for key in value), where)
     there = [key for key in named if key in _REMOVED_KEYS and named[key] is not None]
     lists = {
         key: block_numbers(named[key], f"{where}: {key}")

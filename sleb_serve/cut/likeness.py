@@ -39,6 +39,9 @@ def transformers_config(model: str | Path, **options: Any) -> Any:
     Args:
         model: folder or hub id.
         options: of ``AutoConfig.from_pretrained``, as ``revision``.
+
+    Raises:
+        SlebError: an entry is of a type that Transformers refuses.
     """
     if missing("transformers"):
         return None
@@ -48,6 +51,11 @@ def transformers_config(model: str | Path, **options: Any) -> Any:
         return AutoConfig.from_pretrained(str(model), **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return None
+    except Exception as error:
+        raise SlebError(
+            f"Transformers cannot read the config of {model}: {first_line(error)}; download the "
+            f"model again"
+        ) from error
 
 
 def not_compared() -> str:

@@ -14,6 +14,7 @@ from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS, embedded_text
 from sleb_serve.data.tokenizer import Chats
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils import strict_json
+from sleb_serve.utils.limited import read_limited
 
 _CHAT_COLUMNS = ("messages", "conversations")
 
@@ -34,6 +35,11 @@ _KNOWN_ROWS = (
     "text, messages, conversations, instruction (and input) with output, or prompt with completion "
     "or response"
 )
+
+
+_MAX_TEXT = 1 << 30
+_MAX_ROW = 64 << 20
+"""Characters of a line of JSON."""
 
 
 _SHAREGPT = {
@@ -70,7 +76,7 @@ def read_rows(source: str, chats: Chats | None) -> Iterator[Row]:
         return
     path = Path(source)
     readers: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {
-        ".txt": lambda file: iter([("it", {"text": file.read_text(encoding="utf-8")})]),
+        ".txt": _whole_text,
         ".jsonl": _jsonl_rows,
         ".jsonl.gz": _jsonl_rows,
         ".parquet": _parquet_rows,
@@ -100,10 +106,17 @@ def read_rows(source: str, chats: Chats | None) -> Iterator[Row]:
         ) from error
 
 
+def _whole_text(path: Path) -> Iterator[tuple[str, object]]:
+    yield "it", {"text": read_limited(path, _MAX_TEXT).decode("utf-8")}
+
+
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
     opener = gzip.open if path.name.endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8-sig") as file:
-        for number, row in enumerate(file, 1):
+        # A packed line can be a thousand times as long as its file.
+        for number, row in enumerate(iter(lambda: file.readline(_MAX_ROW + 1), ""), 1):
+            if len(row) > _MAX_ROW:
+                raise ValueError(f"line {number} is longer than {_MAX_ROW >> 20} MiB")
             if row.strip():
                 try:
                     entry = json.loads(row)

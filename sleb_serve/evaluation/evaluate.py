@@ -24,18 +24,17 @@ from sleb_serve.data.calibration import judged_sequences
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.evaluation.backends import Judge, transformers_judges, vllm_judges
+from sleb_serve.evaluation.earlier import earlier_results
 from sleb_serve.evaluation.verdict import verdict
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share, ideal_ratio
-from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import check_writable, is_stream, write_atomically
 
 PAPER_TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The paper's five zero-shot tasks (section 4.1)."""
 METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "bits_per_byte")
 """Of lm-eval's metrics, those that are shown; its own JSON holds all."""
-_MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -235,16 +234,9 @@ def _start(work: Evaluation, resume: bool) -> dict[str, Any]:
     report = _empty(work)
     if not resume or work.output is None or not work.output.exists():
         return report
-    before = strict_json.any_object(_read(work.output), str(work.output))
-    if (before.get("model"), before.get("settings")) != (report["model"], report["settings"]):
-        raise SlebError(
-            f"{work.output} is of another evaluation (model or settings differ); give another "
-            f"`output`, or leave `resume` out to start again"
-        )
-    done = {(e["blocks"], e["pruning"]): e for e in before["results"]}
+    done = earlier_results(work.output, report["model"], report["settings"])
     for entry in report["results"]:
-        earlier = done.get((entry["blocks"], entry["pruning"]), entry)
-        entry |= {key: earlier.get(key, {}) for key in ("perplexity", "agreement", "tasks")}
+        entry |= done.get((entry["blocks"], entry["pruning"]), {})
     return report
 
 
@@ -298,16 +290,6 @@ def _versions(config: EvalConfig) -> dict[str, str]:
 
         found["vllm"] = vllm_version() or "unknown"
     return found
-
-
-def _read(path: Path) -> Any:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SlebError(f"cannot read {path}: {first_line(error)}") from error
-    if len(data) > _MAX_BYTES:
-        raise SlebError(f"{path} is no evaluation: larger than {_MAX_BYTES} bytes")
-    return strict_json.load(data)
 
 
 def _write(path: Path | None, report: Mapping[str, Any]) -> None:

@@ -209,6 +209,8 @@ class Trainer:
             factors, adam = content.pop("factors"), content.pop("adam")
             content["judgements"] = [Judgement(**entry) for entry in content["judgements"]]
             state = State(**content)
+            if fingerprint == self._fingerprint:
+                self._take(state, factors, adam)
         except Exception as error:
             raise SlebError(
                 f"cannot go on from {path}: {first_line(error)}; remove it and heal from the start"
@@ -218,6 +220,8 @@ class Trainer:
                 f"{path} is of a healing with another model, manifest, text or options; give the "
                 f"same ones, or remove it and heal from the start"
             )
+
+    def _take(self, state: State, factors: dict[str, Tensor], adam: dict[str, Any]) -> None:
         self._state = state
         self._twin.load(factors)
         self._adam.load_state_dict(adam)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
+from sleb_serve.checkpoint.decoder import MAX_BLOCKS
 from sleb_serve.errors import SlebError
 from sleb_serve.utils import strict_json
-
-MAX_BLOCKS = 100_000
-"""More blocks than any model has; keeps a hostile block count from costing memory."""
 
 
 def gaps(removed: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -32,7 +31,7 @@ def check_blocks(blocks: Sequence[int], num_blocks: int, where: str) -> None:
     if not blocks:
         raise SlebError(f"{where} is empty: nothing is removed; serve the dense model with vllm")
     if len(set(blocks)) != len(blocks):
-        twice = next(block for i, block in enumerate(blocks) if block in blocks[:i])
+        twice, _ = Counter(blocks).most_common(1)[0]
         raise SlebError(f"{where} names block {twice} twice; each block can be removed once")
     if len(blocks) >= num_blocks:
         raise SlebError(f"{where} names all {num_blocks} blocks; at least one must remain")

@@ -15,13 +15,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sleb_serve.errors import SlebError, first_line
+from sleb_serve.checkpoint.decoder import MAX_BLOCKS, count_of
+from sleb_serve.checkpoint.files import read_json
+from sleb_serve.errors import SlebError
 from sleb_serve.roofline.workload import OFFICIAL
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.markdown import table
 
 _BYTES = 2  # of a weight or of a number in the KV cache: float16 or bfloat16
 _MEMORY_USED = 0.9  # of a GPU's memory, as vLLM's gpu_memory_utilization
+_MAX_SIZE = 1 << 31
 HERE = "here"
 SPLITS = ("tensor", "layers")
 # Model types whose MLP has three matrices (gate, up, down), and two.
@@ -129,26 +132,28 @@ def shape_of(config: Mapping[str, Any], name: str) -> Shape:
         SlebError: a kind of model whose blocks this plan does not know.
     """
     kind = config.get("model_type")
-    if kind not in _GATED | _PLAIN:
+    if not isinstance(kind, str) or kind not in _GATED | _PLAIN:
+        shown = kind if isinstance(kind, str) else strict_json.short(kind)
         raise SlebError(
-            f"no plan for model type {kind}: known are {', '.join(sorted(_GATED | _PLAIN))}"
+            f"no plan for model type {shown}: known are {', '.join(sorted(_GATED | _PLAIN))}"
         )
-    try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
-        return Shape(
-            name,
-            int(config["num_hidden_layers"]),
-            hidden,
-            heads,
-            int(config.get("num_key_value_heads") or heads),
-            int(config.get("head_dim") or hidden // heads),
-            int(config["ffn_dim"] if kind == "opt" else config["intermediate_size"]),
-            int(config["vocab_size"]),
-            3 if kind in _GATED else 2,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise SlebError(f"{name}: config.json does not give {first_line(error)}") from error
+
+    def size(key: str, default: int | None = None) -> int:
+        value = config.get(key) or default
+        return strict_json.integer(value, f"{name}: config.json: {key}", 1, _MAX_SIZE)
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    return Shape(
+        name,
+        strict_json.integer(count_of(config), f"{name}: config.json: layers", 1, MAX_BLOCKS),
+        hidden,
+        heads,
+        size("num_key_value_heads", heads),
+        size("head_dim", max(hidden // heads, 1)),
+        size("ffn_dim" if kind == "opt" else "intermediate_size"),
+        size("vocab_size"),
+        3 if kind in _GATED else 2,
+    )
 
 
 def default_removed(shape: Shape) -> tuple[int, ...]:
@@ -166,8 +171,7 @@ def read_shape(model: str) -> Shape:
         return SHAPES[model]
     path = Path(model)
     if path.is_file():
-        config = strict_json.any_object(strict_json.load(path.read_bytes()), model)
-        return shape_of(config, path.parent.name)
+        return shape_of(read_json(path), path.parent.name)
     from sleb_serve.checkpoint.hub import open_checkpoint
 
     checkpoint = open_checkpoint(model)

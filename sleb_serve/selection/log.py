@@ -20,6 +20,9 @@ from sleb_serve.manifest.schema import perplexity_of
 from sleb_serve.selection.search import Step
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import write_atomically
+from sleb_serve.utils.limited import read_limited
+
+_MAX_BYTES = 1 << 30
 
 
 class SearchLog:
@@ -54,7 +57,13 @@ class SearchLog:
         if not self.path.exists():
             self.start()
             return
-        lines = self.path.read_bytes().split(b"\n")
+        try:
+            lines = read_limited(self.path, _MAX_BYTES).split(b"\n")
+        except OSError as error:
+            raise SlebError(
+                f"cannot resume from {self.path}: {first_line(error)}; run without `resume` to "
+                f"start again"
+            ) from error
         whole, torn = lines[:-1], lines[-1]  # what follows the last newline was cut off by a kill
         finished: list[bytes] = []
         dense: float | None = None
@@ -144,7 +153,11 @@ def _difference(found: Mapping[str, Any], subject: Mapping[str, Any], key: str) 
     if isinstance(theirs, dict) and isinstance(ours, dict):
         inner = next(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
         key, theirs, ours = f"{key}.{inner}", theirs.get(inner), ours.get(inner)
-    return f"{key} was {theirs}, not {ours}"
+    return f"{strict_json.short(key)[1:-1]} was {_shown(theirs)}, not {_shown(ours)}"
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) and len(value) < 80 else strict_json.short(value)
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -14,8 +14,10 @@ from sleb_serve.data.texts import embedded_text
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.serving.client import Client, Completion
 from sleb_serve.utils import strict_json
+from sleb_serve.utils.limited import read_limited
 
 _PROMPT_CHARACTERS = 400
+_MAX_PROMPTS = 64 << 20
 CONCURRENCY = 4
 
 
@@ -77,7 +79,7 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
         return [text[start : start + _PROMPT_CHARACTERS] for start in starts]
     try:
         # Not splitlines: a JSON string may hold other line breaks as they are.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_limited(path, _MAX_PROMPTS).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise SlebError(f"cannot read prompts {path}: {first_line(error)}; give UTF-8") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -94,8 +96,7 @@ def _prompt(line: str, where: str) -> str:
     try:
         entry = strict_json.any_object(strict_json.load(line.encode()), "it")
     except SlebError as error:
-        # What follows is advice on manifests.
-        raise SlebError(f"{where}: {str(error).partition(';')[0]}") from error
+        raise SlebError(f"{where}: {strict_json.without_advice(error)}") from error
     prompt = entry.get("prompt", entry.get("text"))
     if not isinstance(prompt, str) or not prompt:
         raise SlebError(f"{where} has no text in prompt; give an object with prompt or text")

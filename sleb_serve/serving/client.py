@@ -128,10 +128,9 @@ class Client:
         try:
             return read(strict_json.load(data))
         except SlebError as error:
-            # What follows is advice on files.
-            why = str(error).partition(";")[0]
             raise ServerError(
-                f"{where}: an answer that cannot be read: {why}; is it a vLLM server?"
+                f"{where}: an answer that cannot be read: {strict_json.without_advice(error)}; is "
+                f"it a vLLM server?"
             ) from error
 
 

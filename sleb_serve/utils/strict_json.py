@@ -10,36 +10,45 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from sleb_serve.errors import SlebError
 
 _MAX_DEPTH = 32
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
 def canonical(value: object) -> bytes:
     """One spelling for equal JSON values: sorted keys, no blanks, ASCII. The input of digests."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def load(data: bytes) -> object:
-    """Parse UTF-8 JSON, refusing what JSON parsers commonly let through."""
+def load(data: bytes, *, of_others: bool = False) -> object:
+    """Parse UTF-8 JSON, refusing what JSON parsers commonly let through.
+
+    Args:
+        data: the text.
+        of_others: allow what other programs write into configs: infinities, longer integers.
+    """
+    longest = 40 if of_others else 20
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise SlebError(f"key {short(twice)} stands twice in one object; remove one")
         return result
 
-    def no_constant(name: str) -> object:
+    def constant(name: str) -> object:
+        if of_others and name != "NaN":
+            return float(name)
         raise SlebError(f"{name} is not a JSON number; the file was not written by sleb-serve")
 
     def bounded_int(text: str) -> int:
-        if len(text) > 20:
+        if len(text) > longest:
             raise SlebError(f"number {text[:20]}… is out of range; no count is that large")
         return int(text)
 
@@ -53,7 +62,7 @@ def load(data: bytes) -> object:
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=unique,
-            parse_constant=no_constant,
+            parse_constant=constant,
             parse_int=bounded_int,
             parse_float=finite_float,
         )
@@ -82,7 +91,7 @@ def _check_depth_and_text(value: object) -> None:
                 below.extend(item.values())
             elif isinstance(item, list):
                 below.extend(item)
-            elif isinstance(item, str) and any("\ud800" <= c <= "\udfff" for c in item):
+            elif isinstance(item, str) and not item.isascii() and _SURROGATE.search(item):
                 # JSON can spell half a surrogate pair; UTF-8 cannot, so it could not be written.
                 raise SlebError(f"text {short(item)} has a lone surrogate; it is not Unicode text")
         level = below
@@ -112,6 +121,11 @@ def object_(
     if missing is not None:
         raise SlebError(f"{where} lacks the key {missing!r}")
     return value
+
+
+def without_advice(error: SlebError) -> str:
+    """What is wrong, without the next step, which is for manifests."""
+    return str(error).partition(";")[0]
 
 
 def any_object(value: object, where: str) -> dict[str, Any]:

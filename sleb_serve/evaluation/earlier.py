@@ -1,0 +1,58 @@
+"""The report of an interrupted evaluation, read strictly: anyone may have changed the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.utils import strict_json
+from sleb_serve.utils.limited import read_limited
+
+_MAX_BYTES = 64 << 20
+Results = dict[tuple[int, str | None], dict[str, Any]]
+"""What was measured, by the number of blocks and the pruning's digest."""
+
+
+def earlier_results(path: Path, model: object, settings: object) -> Results:
+    """The results in a report of the same model and settings.
+
+    Raises:
+        SlebError: it cannot be read, or is of another evaluation.
+    """
+    try:
+        report = strict_json.any_object(strict_json.load(read_limited(path, _MAX_BYTES)), "it")
+        entries = strict_json.list_(report.get("results"), "results")
+        results = dict(_result(entry, f"results[{i}]") for i, entry in enumerate(entries))
+    except (OSError, SlebError) as error:
+        why = strict_json.without_advice(error) if isinstance(error, SlebError) else error
+        raise SlebError(
+            f"cannot resume from {path}: {first_line(error) if why is error else why}; leave "
+            f"`resume` out to start again"
+        ) from error
+    if (report.get("model"), report.get("settings")) != (model, settings):
+        raise SlebError(
+            f"{path} is of another evaluation (model or settings differ); give another `output`, "
+            f"or leave `resume` out to start again"
+        )
+    return results
+
+
+def _result(value: object, where: str) -> tuple[tuple[int, str | None], dict[str, Any]]:
+    entry = strict_json.any_object(value, where)
+    blocks = strict_json.integer(entry.get("blocks"), f"{where}.blocks", 0, 1 << 31)
+    pruning = entry.get("pruning")
+    if pruning is not None:
+        pruning = strict_json.sha256(pruning, f"{where}.pruning")
+    tasks = strict_json.any_object(entry.get("tasks", {}), f"{where}.tasks")
+    return (blocks, pruning), {
+        "perplexity": _numbers(entry.get("perplexity", {}), f"{where}.perplexity"),
+        "agreement": _numbers(entry.get("agreement", {}), f"{where}.agreement"),
+        "tasks": {name: _numbers(found, f"{where}.tasks") for name, found in tasks.items()},
+    }
+
+
+def _numbers(value: object, where: str) -> Mapping[str, float]:
+    found = strict_json.any_object(value, where)
+    return {name: strict_json.number(entry, where) for name, entry in found.items()}
