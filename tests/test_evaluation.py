@@ -24,8 +24,10 @@ from repairs import manifest_of, repaired
 from running import become
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
+from sleb_serve.data import questions
 from sleb_serve.data.calibration import judged_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
+from sleb_serve.evaluation.report import describe
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.repair_file import read_sidecar, sidecar_path
 from sleb_serve.models.loading import load_model
@@ -76,6 +78,40 @@ def agreement_of(dense: Any, model: Any, path: Path, text: Path, length: int) ->
     return sum(equal) / len(equal)
 
 
+def calibration_error_of(model: Any, path: Path, text: Path, length: int) -> float:
+    """Of each fifteenth of what it may be sure of: how sure it is, and how often it is right."""
+    ids = load_tokenizer(open_checkpoint(str(path)))(text.read_text())
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for start in range(0, len(ids) - length + 1, length):
+        part = ids[start : start + length]
+        with torch.no_grad():
+            logits = model(torch.tensor([part]), use_cache=False).logits[0, :-1].double()
+        for row, right in zip(logits.softmax(-1), part[1:], strict=True):
+            sure, token = row.max(0)
+            bins.setdefault(int(sure * 15), []).append((float(sure), int(token) == right))
+    count = sum(map(len, bins.values()))
+    return (
+        sum(abs(sum(sure - right for sure, right in entries)) for entries in bins.values()) / count
+    )
+
+
+def answers_of(dense: Any, model: Any, path: Path) -> tuple[float, float]:
+    """Both models generate, token by token without a cache: how far the answers are the same."""
+    ends = dense.generation_config.eos_token_id
+    pairs = []
+    for question in questions.question_prompts(load_tokenizer(open_checkpoint(str(path)))):
+        one, two = (until(oracle.greedy(m, question, 32), ends) for m in (dense, model))
+        same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
+        same = min(len(one), len(two)) if same is None else same
+        pairs.append((one == two, same / len(one)))
+    whole, tokens = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    return whole, tokens
+
+
+def until(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
 def evaluated(path: Path, output: Path, *options: str) -> dict[str, Any]:
     assert main(["eval", str(path), "-o", str(output), "--dtype", "float32", *options]) == 0
     report: dict[str, Any] = json.loads(output.read_text())
@@ -84,8 +120,14 @@ def evaluated(path: Path, output: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "bloom"])
 def test_a_frontiers_perplexities_are_those_of_models_with_the_blocks_deleted(
-    models: Models, tmp_path: Path, text: Path, capsys: Capture, name: str
+    models: Models,
+    tmp_path: Path,
+    text: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
+    monkeypatch.setattr(questions, "QUESTIONS", questions.QUESTIONS[:5])
     path, removed = models(name), REMOVED if name == "llama" else (2, 3, 1)
     output = tmp_path / "e.json"
     options = ["--removal-list", str(list(removed)), "--blocks", "2,0,3"]
@@ -100,6 +142,14 @@ def test_a_frontiers_perplexities_are_those_of_models_with_the_blocks_deleted(
         # A tie between two tokens may fall either way.
         assert entry["agreement"].get(str(text), 1.0) == pytest.approx(agreement, abs=0.01)
         assert (str(text) in entry["agreement"]) == (entry["blocks"] > 0)
+        error = calibration_error_of(model, path, text, 50)
+        assert entry["calibration_error"][str(text)] == pytest.approx(error, abs=1e-3)
+        if entry["blocks"]:
+            whole, tokens = answers_of(oracle.load(path), model, path)
+            assert entry["answers"]["whole"] == pytest.approx(whole)
+            assert entry["answers"]["tokens"] == pytest.approx(tokens)
+        else:
+            assert entry["answers"] == {}
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr()
     assert f"{report['results'][2]['perplexity'][str(text)]:.2f}" in shown.out
@@ -163,6 +213,10 @@ def test_results_go_back_into_the_manifest(models: Models, tmp_path: Path, text:
     assert manifest.blocks == REMOVED
     assert manifest.pruning() == manifest_for(path, REMOVED).pruning()
     assert manifest.evaluation["hf"]["results"] == report["results"]
+    pruned = report["results"][1]
+    (line,) = (line for line in describe(manifest).splitlines() if line.startswith("evaluated"))
+    assert line.startswith(f"evaluated    {pruned['verdict']}: 3 removed (hf): perplexity ")
+    assert f"{pruned['answers']['tokens']:.1%} of the dense model's answers" in line
 
 
 def test_what_cannot_be_judged_is_refused(

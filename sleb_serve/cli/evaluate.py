@@ -68,6 +68,12 @@ def _add(parser: argparse.ArgumentParser) -> None:
         const=PAPER_TASKS,
         help=f"tasks of lm-eval by name (without names: {', '.join(PAPER_TASKS)})",
     )
+    parser.add_argument(
+        "--no-answers",
+        dest="answers",
+        action="store_false",
+        help="do not compare the pruned model's answers to short questions with the dense model's",
+    )
     parser.add_argument("--limit", metavar="N", type=int, help="only N rows of each task")
     parser.add_argument("--num-fewshot", metavar="N", type=int, help="examples in the prompt")
     parser.add_argument(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,15 +22,30 @@ if TYPE_CHECKING:
     from sleb_serve.evaluation.evaluate import Evaluation
 
 
+@dataclass(frozen=True)
+class TextResult:
+    """How a model does on a text's sequences of L tokens.
+
+    Attributes:
+        perplexity: exp of the mean of each sequence's mean loss over its L-1 predicted tokens.
+        agreement: the share of these places where it finds the same token the likeliest as the
+            dense model does; None where that is not known.
+        calibration_error: see `evaluation.perplexity`; None where that is not known.
+    """
+
+    perplexity: float
+    agreement: float | None = None
+    calibration_error: float | None = None
+
+
 class Judge(Protocol):
     """A model that perplexities and tasks are asked of."""
 
-    def perplexity(self, text: str) -> tuple[float, float | None]:
-        """Of a text's sequences [L]: exp of the mean of each's mean loss over its L-1 tokens.
+    def text(self, name: str) -> TextResult:
+        """How it does on a text."""
 
-        And the share of these places where it finds the same token the likeliest as the dense model
-        does; None where that is not known.
-        """
+    def answers(self) -> dict[str, float] | None:
+        """The shares of the dense model's answers that it gives; None where that is not known."""
 
     def tasks(
         self, names: Sequence[str], limit: int | None, num_fewshot: int | None
@@ -43,13 +59,15 @@ JudgeOf = Callable[[Manifest | None], Any]
 @contextmanager
 def transformers_judges(work: Evaluation) -> Iterator[JudgeOf]:
     """Transformers: the model is loaded once, when it is first asked."""
-    from sleb_serve.evaluation.perplexity import judged
+    from sleb_serve.evaluation.answers import answered
+    from sleb_serve.evaluation.perplexity import read
     from sleb_serve.manifest.repair_file import read_sidecar
     from sleb_serve.models.loading import load_model
     from sleb_serve.models.pruned import blocks_deleted
 
     loaded: list[Any] = []
     likeliest: dict[str, Any] = {}
+    answers: list[Any] = []
 
     @contextmanager
     def judge_of(manifest: Manifest | None) -> Iterator[Callable[[], Judge]]:
@@ -61,10 +79,12 @@ def transformers_judges(work: Evaluation) -> Iterator[JudgeOf]:
                 if manifest is not None:
                     for text, sequences in work.texts.items():
                         if text not in likeliest:
-                            likeliest[text] = judged(loaded[0], sequences)[1]
+                            likeliest[text] = read(loaded[0], sequences).likeliest
+                    if work.questions and not answers:
+                        answers.extend(answered(loaded[0], work.questions))
                     pruning = manifest.pruning()
                     enter(blocks_deleted(loaded[0], pruning.removed, read_sidecar(pruning)))
-                return _TransformersJudge(loaded[0], work, likeliest)
+                return _TransformersJudge(loaded[0], work, likeliest, answers)
 
             yield judge
 
@@ -85,16 +105,25 @@ def _lazily() -> Iterator[Callable[[Any], None]]:
 
 
 class _TransformersJudge:
-    def __init__(self, model: Any, work: Evaluation, likeliest: dict[str, Any]) -> None:
-        self._model, self._work, self._likeliest = model, work, likeliest
+    def __init__(
+        self, model: Any, work: Evaluation, likeliest: dict[str, Any], answers: Sequence[Any]
+    ) -> None:
+        self._model, self._work = model, work
+        self._likeliest, self._answers = likeliest, answers
 
-    def perplexity(self, text: str) -> tuple[float, float | None]:
-        from sleb_serve.evaluation.perplexity import judged
+    def text(self, name: str) -> TextResult:
+        from sleb_serve.evaluation.perplexity import read
 
-        value, found = judged(self._model, self._work.texts[text])
+        found = read(self._model, self._work.texts[name])
         # The dense model is asked first, and agrees with itself.
-        dense = self._likeliest.setdefault(text, found)
-        return value, float((found == dense).double().mean())
+        dense = self._likeliest.setdefault(name, found.likeliest)
+        agreement = float((found.likeliest == dense).double().mean())
+        return TextResult(found.perplexity, agreement, found.calibration_error)
+
+    def answers(self) -> dict[str, float] | None:
+        from sleb_serve.evaluation.answers import shares
+
+        return shares(self._model, self._answers) if self._answers else None
 
     def tasks(
         self, names: Sequence[str], limit: int | None, num_fewshot: int | None
@@ -123,6 +152,26 @@ def run_tasks(
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise SlebError(f"lm-eval cannot run {', '.join(names)}: {first_line(error)}") from error
     return found
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Refuse tasks that lm-eval does not have.
+
+    Raises:
+        SlebError: it lacks one, or is not installed.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise SlebError(
+            f"lm-eval is not installed ({first_line(error)}); pip install 'sleb-serve[eval]'"
+        ) from error
+    manager = TaskManager()
+    missing = [name for name in names if not manager.match_tasks([name])]
+    if missing:
+        raise SlebError(
+            f"lm-eval has no task {', '.join(missing)}; `lm_eval ls tasks` lists what it has"
+        )
 
 
 @contextmanager
@@ -165,8 +214,11 @@ class _VllmJudge:
     ) -> None:
         self._pool, self._arguments, self._log, self._work = pool, arguments, log, work
 
-    def perplexity(self, text: str) -> tuple[float, float | None]:
-        return self._ask(_vllm_perplexity, self._work.texts[text]), None
+    def text(self, name: str) -> TextResult:
+        return TextResult(self._ask(_vllm_perplexity, self._work.texts[name]))
+
+    def answers(self) -> dict[str, float] | None:
+        return None
 
     def tasks(
         self, names: Sequence[str], limit: int | None, num_fewshot: int | None

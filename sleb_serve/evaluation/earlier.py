@@ -1,4 +1,4 @@
-"""The report of an interrupted evaluation, read strictly: anyone may have changed the file."""
+"""Results of earlier evaluations, read strictly: anyone may have changed the file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sleb_serve.utils import strict_json
 from sleb_serve.utils.limited import read_limited
 
 _MAX_BYTES = 64 << 20
+_MEASURES = ("perplexity", "agreement", "calibration_error", "answers")
 Results = dict[tuple[int, str | None], dict[str, Any]]
 """What was measured, by the number of blocks and the pruning's digest."""
 
@@ -23,8 +24,7 @@ def earlier_results(path: Path, model: object, settings: object) -> Results:
     """
     try:
         report = strict_json.any_object(strict_json.load(read_limited(path, _MAX_BYTES)), "it")
-        entries = strict_json.list_(report.get("results"), "results")
-        results = dict(_result(entry, f"results[{i}]") for i, entry in enumerate(entries))
+        results = results_of(report)
     except (OSError, SlebError) as error:
         why = strict_json.without_advice(error) if isinstance(error, SlebError) else error
         raise SlebError(
@@ -39,6 +39,16 @@ def earlier_results(path: Path, model: object, settings: object) -> Results:
     return results
 
 
+def results_of(report: Mapping[str, Any]) -> Results:
+    """The results of a report, or of what a manifest keeps of one.
+
+    Raises:
+        SlebError: it is not what an evaluation writes.
+    """
+    entries = strict_json.list_(report.get("results"), "results")
+    return dict(_result(entry, f"results[{i}]") for i, entry in enumerate(entries))
+
+
 def _result(value: object, where: str) -> tuple[tuple[int, str | None], dict[str, Any]]:
     entry = strict_json.any_object(value, where)
     blocks = strict_json.integer(entry.get("blocks"), f"{where}.blocks", 0, 1 << 31)
@@ -47,10 +57,16 @@ def _result(value: object, where: str) -> tuple[tuple[int, str | None], dict[str
         pruning = strict_json.sha256(pruning, f"{where}.pruning")
     tasks = strict_json.any_object(entry.get("tasks", {}), f"{where}.tasks")
     return (blocks, pruning), {
-        "perplexity": _numbers(entry.get("perplexity", {}), f"{where}.perplexity"),
-        "agreement": _numbers(entry.get("agreement", {}), f"{where}.agreement"),
-        "tasks": {name: _numbers(found, f"{where}.tasks") for name, found in tasks.items()},
+        **{name: _numbers(entry.get(name, {}), f"{where}.{name}") for name in _MEASURES},
+        "tasks": {name: _metrics(found, f"{where}.tasks") for name, found in tasks.items()},
     }
+
+
+def _metrics(value: object, where: str) -> Mapping[str, float]:
+    found = _numbers(value, where)
+    if all("_stderr" in name for name in found):
+        raise SlebError(f"{where} has a task without a metric")
+    return found
 
 
 def _numbers(value: object, where: str) -> Mapping[str, float]:

@@ -21,9 +21,10 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.cut.servable import check_servable
 from sleb_serve.data.calibration import judged_sequences
+from sleb_serve.data.questions import question_prompts
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
-from sleb_serve.errors import SlebError, first_line
-from sleb_serve.evaluation.backends import Judge, transformers_judges, vllm_judges
+from sleb_serve.errors import SlebError
+from sleb_serve.evaluation.backends import Judge, check_tasks, transformers_judges, vllm_judges
 from sleb_serve.evaluation.earlier import earlier_results
 from sleb_serve.evaluation.verdict import verdict
 from sleb_serve.manifest.binding import check_model, revision_of
@@ -33,6 +34,7 @@ from sleb_serve.utils.atomic_io import check_writable, is_stream, write_atomical
 
 PAPER_TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The paper's five zero-shot tasks (section 4.1)."""
+ANSWERS = "answers to short questions"
 METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "bits_per_byte")
 """Of lm-eval's metrics, those that are shown; its own JSON holds all."""
 
@@ -46,6 +48,8 @@ class EvalConfig:
             None for all of them.
         perplexity: texts: ``wikitext2``, ``c4``, ``python-docs``, or files.
         tasks: lm-eval's tasks by name.
+        answers: whether to compare the pruned model's answers to short questions with the dense
+            model's; Transformers only.
         sequence_length: tokens a sequence; None for 2,048, or the model's context if shorter.
         sequences: only so many sequences of each text.
         limit: only so many rows of each task.
@@ -60,6 +64,7 @@ class EvalConfig:
     blocks: tuple[int, ...] | None = None
     perplexity: tuple[str, ...] = ("wikitext2",)
     tasks: tuple[str, ...] = ()
+    answers: bool = True
     sequence_length: int | None = None
     sequences: int | None = None
     limit: int | None = None
@@ -84,6 +89,7 @@ class Evaluation:
         texts: those that perplexities are measured on, in sequences of token ids.
         length: tokens a sequence.
         output: where the report goes; None for nowhere.
+        questions: whose answers are compared, in token ids.
     """
 
     model: str
@@ -94,6 +100,7 @@ class Evaluation:
     length: int
     output: Path | None
     texts: Mapping[str, Sequence[Sequence[int]]]
+    questions: Sequence[Sequence[int]]
 
     def manifest_of(self, blocks: int) -> Manifest | None:
         """The manifest of so many removals; None for the dense model."""
@@ -104,7 +111,7 @@ class Progress:
     """Told how the evaluation goes; this one does nothing with it."""
 
     def begins(self, blocks: int, what: str) -> None:
-        """A perplexity or the tasks of a model with so many blocks removed come next."""
+        """A text, the answers or the tasks come next, of a model without so many blocks."""
 
     def known(self, blocks: int, what: str) -> None:
         """That is there already."""
@@ -155,8 +162,10 @@ def _prepared(
     model: str, manifest: Manifest | None, config: EvalConfig, output: Path | None
 ) -> Evaluation:
     """Refuse what cannot be done before anything is computed."""
+    from sleb_serve.models.loading import generates
+
     if config.tasks:
-        _check_tasks(config.tasks)
+        check_tasks(config.tasks)
     if output is not None:
         check_writable(output)
     if manifest is None:
@@ -185,7 +194,9 @@ def _prepared(
         text: judged_sequences(text, tokenizer, length, config.sequences)
         for text in config.perplexity
     }
-    return Evaluation(model, checkpoint, manifest, config, blocks, length, output, texts)
+    asked = config.answers and config.backend == "hf" and any(blocks) and generates(checkpoint)
+    questions = question_prompts(tokenizer) if asked else []
+    return Evaluation(model, checkpoint, manifest, config, blocks, length, output, texts, questions)
 
 
 def _fill(
@@ -202,23 +213,31 @@ def _fill(
             progress.known(blocks, text)
             continue
         progress.begins(blocks, text)
-        value, agreement = judge().perplexity(text)
-        if not math.isfinite(value):
+        found = judge().text(text)
+        if not math.isfinite(found.perplexity):
             raise SlebError(
-                f"the perplexity on {text} with {blocks} blocks removed is {value}; the weights "
-                f"hold NaN or overflow: try dtype=float32"
+                f"the perplexity on {text} with {blocks} blocks removed is {found.perplexity}; the "
+                f"weights hold NaN or overflow: try dtype=float32"
             )
-        entry["perplexity"][text] = value
-        if blocks and agreement is not None:
-            entry["agreement"][text] = agreement
+        entry["perplexity"][text] = found.perplexity
+        if blocks and found.agreement is not None:
+            entry["agreement"][text] = found.agreement
+        if found.calibration_error is not None:
+            entry["calibration_error"][text] = found.calibration_error
+        _write(work.output, report)
+    if work.questions and blocks and entry["answers"]:
+        progress.known(blocks, ANSWERS)
+    elif work.questions and blocks:
+        progress.begins(blocks, ANSWERS)
+        entry["answers"] = judge().answers() or {}
         _write(work.output, report)
     if config.tasks and entry["tasks"]:
         progress.known(blocks, ", ".join(config.tasks))
     elif config.tasks:
         progress.begins(blocks, ", ".join(config.tasks))
-        found = judge().tasks(config.tasks, config.limit, config.num_fewshot)
-        _write_theirs(work.output, blocks, found)
-        entry["tasks"] = _shown(found["results"])
+        theirs = judge().tasks(config.tasks, config.limit, config.num_fewshot)
+        _write_theirs(work.output, blocks, theirs)
+        entry["tasks"] = _shown(theirs["results"])
         _write(work.output, report)
 
 
@@ -270,6 +289,8 @@ def _empty(work: Evaluation) -> dict[str, Any]:
                 "ideal_speedup": ideal_ratio(checkpoint.num_blocks, blocks, share),
                 "perplexity": {},
                 "agreement": {},
+                "calibration_error": {},
+                "answers": {},
                 "tasks": {},
             }
             for blocks in work.blocks
@@ -315,18 +336,3 @@ def _shown(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, floa
             if plain in METRICS and isinstance(value, int | float) and math.isfinite(value):
                 shown.setdefault(task, {})[name] = float(value)
     return shown
-
-
-def _check_tasks(names: Sequence[str]) -> None:
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise SlebError(
-            f"lm-eval is not installed ({first_line(error)}); pip install 'sleb-serve[eval]'"
-        ) from error
-    manager = TaskManager()
-    missing = [name for name in names if not manager.match_tasks([name])]
-    if missing:
-        raise SlebError(
-            f"lm-eval has no task {', '.join(missing)}; `lm_eval ls tasks` lists what it has"
-        )

@@ -1,33 +1,65 @@
-"""The perplexity of a Transformers model, and the tokens that it finds the likeliest."""
+"""How a Transformers model does on text: perplexity, likeliest tokens, calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_BINS = 15
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model makes of sequences of L tokens.
+
+    Attributes:
+        perplexity: exp of the mean of each sequence's mean loss over its L-1 predicted tokens.
+        likeliest: at each of their places the token that the model finds the likeliest.
+        calibration_error: see `calibration_error`.
+    """
+
+    perplexity: float
+    likeliest: Tensor
+    calibration_error: float
+
 
 @torch.inference_mode()
-def judged(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[float, Tensor]:
-    """Judge a model on sequences of L tokens.
-
-    Returns:
-        The perplexity: exp of the mean of each sequence's mean loss over its L-1 predicted tokens;
-        and at each of their places the token that the model finds the likeliest.
-    """
-    total, likeliest = 0.0, []
+def read(model: Any, sequences: Sequence[Sequence[int]]) -> Reading:
+    """Let a model predict each token of sequences of L tokens but the first."""
+    total, likeliest, sure, right = 0.0, [], [], []
     for sequence in sequences:
         ids = torch.tensor([list(sequence)], device=model.get_input_embeddings().weight.device)
         logits = model(ids, use_cache=False).logits[0, :-1].float()
-        total += float(nn.functional.cross_entropy(logits, ids[0, 1:].to(logits.device)))
-        likeliest.append(logits.argmax(-1).cpu())
+        wanted = ids[0, 1:].to(logits.device)
+        total += float(nn.functional.cross_entropy(logits, wanted))
+        best = logits.max(-1)
+        likeliest.append(best.indices.cpu())
+        sure.append((best.values - logits.logsumexp(-1)).exp().cpu())
+        right.append((best.indices == wanted).cpu())
     mean = torch.tensor(total / len(sequences), dtype=torch.float64)
-    return float(mean.exp()), torch.cat(likeliest)
+    error = calibration_error(torch.cat(sure), torch.cat(right))
+    return Reading(float(mean.exp()), torch.cat(likeliest), error)
+
+
+def calibration_error(sure: Tensor, right: Tensor) -> float:
+    """How far what a model is sure of is from how often it is right.
+
+    The expected calibration error of Guo et al. (arXiv 1706.04599, section 3), in 15 bins.
+
+    Args:
+        sure: the probability of the likeliest token at each place, [N].
+        right: whether that is the token that follows, [N].
+    """
+    bins = (sure.double() * _BINS).long().clamp(max=_BINS - 1)
+    gaps = torch.zeros(_BINS, dtype=torch.float64)
+    gaps.index_add_(0, bins, right.double() - sure.double())
+    return float(gaps.abs().sum()) / len(sure)
 
 
 def perplexity(model: Any, sequences: Sequence[Sequence[int]]) -> float:
-    """The perplexity alone: see `judged`."""
-    value, _ = judged(model, sequences)
-    return float(value)
+    """The perplexity alone: see `Reading`."""
+    return float(read(model, sequences).perplexity)

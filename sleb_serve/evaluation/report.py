@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sleb_serve.errors import SlebError
+from sleb_serve.evaluation.earlier import results_of
 from sleb_serve.evaluation.picture import accuracy
 from sleb_serve.evaluation.verdict import verdict
 from sleb_serve.manifest.schema import Manifest, Repair
+from sleb_serve.utils import strict_json
 
 _BAR = 40
 
@@ -43,6 +46,7 @@ def describe(manifest: Manifest) -> str:
         )
         lines += _stability(manifest, how.samples)
     lines += [_repaired(repair) for repair in manifest.repairs]
+    lines += _evaluated(manifest)
     if manifest.created_by:
         made = ", ".join(f"{name} {number}" for name, number in manifest.created_by.items())
         lines.append(f"created by   {made}")
@@ -54,8 +58,10 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     texts = list(report["results"][0]["perplexity"])
     tasks = list(report["results"][0]["tasks"])
     agreeing = [text for text in texts if any(text in e["agreement"] for e in report["results"])]
+    answering = any(e["answers"] for e in report["results"])
     head = ["blocks", "ideal", *(f"ppl {Path(text).name}" for text in texts)]
-    head += [*(f"same {Path(text).name}" for text in agreeing), *tasks]
+    head += [f"same {Path(text).name}" for text in agreeing]
+    head += [*(["same answers"] if answering else []), *tasks]
     verdicts = [verdict(entry, report["results"]) or "" for entry in report["results"]]
     head += ["mean"] if len(tasks) > 1 else []
     rows = [[*head, *(["verdict"] if any(verdicts) else [])]]
@@ -63,6 +69,7 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
         row = [str(entry["blocks"]), f"{entry['ideal_speedup']:.2f}x"]
         row += [f"{entry['perplexity'][text]:.2f}" for text in texts]
         shares = [entry["agreement"].get(text) for text in agreeing]
+        shares += [entry["answers"].get("tokens")] if answering else []
         row += ["" if share is None else f"{share:.1%}" for share in shares]
         pairs = [accuracy(entry["tasks"][task]) for task in tasks]
         row += [f"{value:.3f} ±{error:.3f}" for value, error in pairs]
@@ -89,6 +96,38 @@ def _repaired(repair: Repair) -> str:
         about += f", fitted on {repair.sequences} sequences"
         about += "" if repair.loss is None else f", loss {repair.loss:.4f} on them"
     return f"repair       {about}: {repair.file}"
+
+
+def _evaluated(manifest: Manifest) -> list[str]:
+    """What was measured of the pruned models, and the verdict; a line each."""
+    lines = []
+    for backend, report in manifest.evaluation.items():
+        try:
+            found = results_of(strict_json.any_object(report, "evaluation"))
+        except SlebError:
+            continue  # what others keep there is theirs
+        entries = [{"blocks": blocks, **entry} for (blocks, _), entry in found.items()]
+        for entry in entries:
+            word = verdict(entry, entries)
+            if word is not None and backend.isprintable():
+                told = ", ".join(_measures(entry))
+                lines.append(f"evaluated    {word}: {entry['blocks']} removed ({backend}): {told}")
+    return lines
+
+
+def _measures(entry: Mapping[str, Any]) -> Iterator[str]:
+    for text, value in entry["perplexity"].items():
+        name = Path(text).name
+        same = entry["agreement"].get(text)
+        if name.isprintable():
+            yield f"perplexity {value:.2f} on {name}" + (
+                "" if same is None else f", {same:.1%} of next tokens as dense"
+            )
+    if "tokens" in entry["answers"]:
+        yield f"{entry['answers']['tokens']:.1%} of the dense model's answers"
+    if entry["tasks"]:
+        mean = fmean(accuracy(values)[0] for values in entry["tasks"].values())
+        yield f"mean accuracy {mean:.3f} on {len(entry['tasks'])} tasks"
 
 
 def _stability(manifest: Manifest, samples: Sequence[Sequence[int]]) -> list[str]:

@@ -10,6 +10,8 @@ from sleb_serve.evaluation.picture import accuracy
 
 SAFE_AGREEMENT, HARMFUL_AGREEMENT = 0.90, 0.75
 """Share of places with the dense model's likeliest token, on the text where it is least."""
+SAFE_ANSWERS, HARMFUL_ANSWERS = 0.70, 0.30
+"""Mean share of the dense model's answers to short questions that is given before they differ."""
 SAFE_LOSS, HARMFUL_LOSS = 0.01, 0.05
 """Mean accuracy of the tasks that is lost."""
 
@@ -24,8 +26,9 @@ def verdict(entry: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> V
         results: all of the report's, the dense model's among them if it was evaluated.
 
     Returns:
-        ``harmful`` if a measure is beyond its second limit; ``safe`` if both were measured and are
-        within their first ones; ``check`` for all else; None if neither was measured.
+        ``harmful`` if a measure is beyond its second limit; ``safe`` if tokens and tasks were
+        measured and all that was measured is within its first limit; ``check`` for all else; None
+        if nothing was measured.
     """
     shares = entry["agreement"].values()
     agreement = min(shares) if shares else None
@@ -36,11 +39,16 @@ def verdict(entry: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> V
             accuracy(dense["tasks"][task])[0] - accuracy(entry["tasks"][task])[0]
             for task in entry["tasks"]
         )
-    if not entry["blocks"] or (agreement is None and lost is None):
+    answers = entry["answers"].get("tokens")
+    measures = (
+        (agreement, SAFE_AGREEMENT, HARMFUL_AGREEMENT),
+        (answers, SAFE_ANSWERS, HARMFUL_ANSWERS),
+        (None if lost is None else -lost, -SAFE_LOSS, -HARMFUL_LOSS),
+    )
+    known = [(value, safe, harmful) for value, safe, harmful in measures if value is not None]
+    if not entry["blocks"] or not known:
         return None
-    least = 1.0 if agreement is None else agreement
-    if least < HARMFUL_AGREEMENT or (lost or 0.0) > HARMFUL_LOSS:
+    if any(value < harmful for value, _, harmful in known):
         return "harmful"
-    if agreement is None or lost is None:
-        return "check"
-    return "safe" if agreement >= SAFE_AGREEMENT and lost <= SAFE_LOSS else "check"
+    complete = agreement is not None and lost is not None
+    return "safe" if complete and all(value >= safe for value, safe, _ in known) else "check"
