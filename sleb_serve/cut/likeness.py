@@ -42,11 +42,14 @@ def transformers_config(model: str | Path, **options: Any) -> Any:
     """
     if missing("transformers"):
         return None
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(model), **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
+    except StrictDataclassError:  # values that it does not know
         return None
 
 
@@ -151,13 +154,13 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
     if kind is None:
         return False
     try:
-        whole = _shell(kind, dense)
+        whole = meta_model(kind, dense)
         path = layers_path(whole)
     except Exception:
         # Whatever a model's own code asks for, it is not the cut that is at fault.
         return False
     try:
-        pruned = _shell(kind, short)
+        pruned = meta_model(kind, short)
         layers, left = whole.get_submodule(path), pruned.get_submodule(path)
     except Exception as error:
         raise SlebError(
@@ -212,7 +215,13 @@ def layers_path(model: Any) -> str:
     )
 
 
-def _shell(kind: Any, config: Any) -> Any:
+def meta_model(kind: Any, config: Any) -> Any:
+    """A model on the meta device, its weights not quantised.
+
+    Args:
+        kind: its class in Transformers.
+        config: its config in Transformers, which is left as it is.
+    """
     import torch
 
     config = copy.deepcopy(config)

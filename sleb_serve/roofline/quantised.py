@@ -1,0 +1,125 @@
+"""Bytes of a quantised matrix as its checkpoint stores it, from the config alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from sleb_serve.errors import SlebError
+
+Config = Mapping[str, Any]
+IGNORED = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
+"""Keys that list the modules which are stored as they are."""
+
+
+def bytes_of(config: Config, rows: int, columns: int, scale: int) -> float:
+    """Of a matrix with so many outputs (``rows``) and inputs, scales and zero points counted.
+
+    Args:
+        config: what config.json says of the quantisation.
+        rows: outputs.
+        columns: inputs.
+        scale: bytes of a scale where its dtype is the model's.
+
+    Raises:
+        SlebError: a method whose format is not known here.
+    """
+    method = config.get("quant_method")
+    found = _METHODS.get(method) if isinstance(method, str) else None
+    if found is None:
+        raise SlebError(
+            f"the size of {method} weights cannot be told from config.json alone; give a folder or "
+            f"a hub id with the safetensors files"
+        )
+    return found(config, rows, columns, scale)
+
+
+def is_left(name: str, config: Config) -> bool:
+    """Whether a module is stored as it is: named, inside a named one, or matched by ``re:…``."""
+    for key in IGNORED:
+        for entry in config.get(key) or ():
+            if entry.startswith("re:"):
+                if re.match(entry[3:], name):
+                    return True
+            elif f".{entry}." in f".{name}.":
+                return True
+    return False
+
+
+def _groups(config: Config, columns: int) -> int:
+    size = config.get("group_size", 128)
+    return math.ceil(columns / size) if isinstance(size, int) and size > 0 else 1
+
+
+def _gptq(config: Config, rows: int, columns: int, scale: int) -> float:
+    bits, groups = int(config["bits"]), _groups(config, columns)
+    packed = rows * columns * bits / 8 + groups * rows * bits / 8
+    return packed + groups * rows * scale + 4 * columns
+
+
+def _awq(config: Config, rows: int, columns: int, scale: int) -> float:
+    return _gptq(config, rows, columns, scale) - 4 * columns
+
+
+def _fp8(config: Config, rows: int, columns: int, scale: int) -> float:
+    del scale  # always float32
+    block: Sequence[int] = config.get("weight_block_size") or (rows, columns)
+    scales = math.ceil(rows / block[0]) * math.ceil(columns / block[1])
+    activations = 4 * (config.get("activation_scheme") == "static")
+    return rows * columns + 4 * scales + activations
+
+
+def _compressed(config: Config, rows: int, columns: int, scale: int) -> float:
+    groups = list((config.get("config_groups") or {}).values())
+    if len(groups) != 1 or "Linear" not in groups[0].get("targets", ()):
+        raise SlebError(
+            "the size of weights in several formats cannot be told from config.json alone; give a "
+            "folder or a hub id with the safetensors files"
+        )
+    weights, form = groups[0]["weights"], groups[0].get("format") or config.get("format")
+    scales = _scales(weights, rows, columns)
+    if form == "pack-quantized":
+        # 32-bit words, and the shape that they stand for.
+        bits = int(weights["num_bits"])
+        packed = 4 * rows * math.ceil(columns * bits / 32) + 16
+        points = 0 if weights.get("symmetric", True) else scales * bits / 8
+        return packed + scales * scale + points
+    if form in {"int-quantized", "float-quantized", "naive-quantized"}:
+        return rows * columns + scales * scale
+    raise SlebError(
+        f"the size of compressed-tensors' {form} cannot be told from config.json alone; give a "
+        f"folder or a hub id with the safetensors files"
+    )
+
+
+def _scales(weights: Config, rows: int, columns: int) -> int:
+    """How many scales compressed-tensors keeps of a matrix."""
+    strategy = weights.get("strategy")
+    if strategy == "block":
+        block: Sequence[int] = weights["block_structure"]
+        return math.ceil(rows / block[0]) * math.ceil(columns / block[1])
+    if strategy == "group":
+        return rows * _groups(weights, columns)
+    return rows if strategy == "channel" else 1
+
+
+def _mxfp4(config: Config, rows: int, columns: int, scale: int) -> float:
+    del config, scale  # one byte of exponent for 32 numbers of four bits
+    return rows * columns / 2 + rows * columns / 32
+
+
+_METHODS: Mapping[str, Callable[[Config, int, int, int], float]] = MappingProxyType(
+    {
+        "gptq": _gptq,
+        "awq": _awq,
+        "fp8": _fp8,
+        "compressed-tensors": _compressed,
+        "mxfp4": _mxfp4,
+    }
+)
+
+EXPERTS_ONLY = frozenset(("mxfp4",))
+"""Methods that quantise nothing but experts."""
