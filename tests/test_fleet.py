@@ -343,3 +343,11 @@ def test_records_that_tell_too_little_are_refused(tmp_path: Path, capsys: Captur
     assert "the records hold steps of one size alone" in line
     folder = bench_records(tmp_path / "p", LOADS, {6: linear})
     assert "hold no dense model" in refused(["plan", "--measured", str(folder), *load], capsys)
+    (folder / "records.jsonl").write_text('{"record": "setting", "weights_sha256": "a"}\n')
+    assert "hold no dense model" in refused(["plan", "--measured", str(folder), *load], capsys)
+    entries = ({"record": "setting", "weights_sha256": "a"}, {"record": "variant"})
+    about = {"variant": "dense", "backend": "vllm", "blocks": 0, "kv_cache_tokens": 5}
+    lines = [*entries[:1], {**entries[1], **about}, {"record": "engine", **about}]
+    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = refused(["plan", "--measured", str(folder), *load], capsys)
+    assert "records of another version (KeyError" in line

@@ -243,3 +243,19 @@ def test_a_hub_model_is_sized_from_the_headers_of_its_files(models: Models, tmp_
     found = json.loads(done.out)["model"]
     numbers = sum(t.numel() for t in load_file(source / "model.safetensors").values())
     assert found["parameters"] == numbers
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next", "deepseek_v3"])
+def test_a_changed_config_is_planned_or_refused_in_one_line(
+    name: str, folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((folder(name) / "config.json").read_text())
+    (tmp_path / "model.safetensors").symlink_to(folder(name) / "model.safetensors")
+    values: tuple[Any, ...] = (None, 0, -1, "x", [], {}, 1.5)
+    for key in (*config, "quantization_config"):
+        changed = {**config, key: values[len(key) % len(values)]}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        code = main(["plan", str(tmp_path), "--json"])
+        captured = capsys.readouterr()
+        errors = [line for line in captured.err.splitlines() if line.startswith("sleb-serve")]
+        assert (code, len(errors)) in ((0, 0), (2, 1)), key

@@ -29,18 +29,22 @@ _EXPANDED = frozenset(("minicpm3",))
 
 
 def first(values: Values, keys: Sequence[str], default: int | None = None) -> int:
-    """The first of some keys that holds a whole number.
+    """The first of some keys that holds a whole number above 0.
 
     Raises:
         SlebError: none does, and there is no default.
     """
     for key in keys:
         value = values.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     if default is None:
         raise SlebError(f"config.json says none of {', '.join(keys)}; give a Transformers config")
     return default
+
+
+def _type(values: Values) -> str:
+    return str(values.get("model_type"))
 
 
 def hidden_of(values: Values) -> int:
@@ -50,7 +54,7 @@ def hidden_of(values: Values) -> int:
 
 def heads_of(values: Values) -> int:
     """Attention heads; 0 in a model without attention."""
-    return 0 if values.get("model_type") in _ALL_RECURRENT else first(values, _HEADS, 0)
+    return 0 if _type(values) in _ALL_RECURRENT else first(values, _HEADS, 0)
 
 
 def caches_of(values: Values) -> tuple[Cache, ...]:
@@ -77,13 +81,14 @@ def _kinds(values: Values, count: int) -> Sequence[str]:
     pattern = values.get("hybrid_override_pattern")
     if isinstance(pattern, str) and len(pattern) >= count:
         return list(pattern[:count])
-    kind = values.get("model_type")
+    kind = _type(values)
     if kind in _ALL_RECURRENT:
         return ["mamba"] * count
     if kind in _ALL_BOTH:
         return ["hybrid"] * count
     if isinstance(values.get("attn_layer_period"), int):
-        period, offset = values["attn_layer_period"], first(values, ("attn_layer_offset",), 0)
+        period = first(values, ("attn_layer_period",))
+        offset = first(values, ("attn_layer_offset",), 0)
         return ["attention" if i % period == offset else "mamba" for i in range(count)]
     windowed = values.get("sliding_window") and values.get("use_sliding_window", True)
     return ["sliding_attention" if windowed else "full_attention"] * count
@@ -107,28 +112,28 @@ def _cache(values: Values, kind: object, number: int) -> Cache:
 
 def _attention(values: Values, number: int, window: int | None) -> Cache:
     heads = first(values, _HEADS)
-    latent = values.get("kv_lora_rank")
-    if isinstance(latent, int) and latent and values.get("model_type") in _EXPANDED:
+    latent = first(values, ("kv_lora_rank",), 0)
+    if latent and _type(values) in _EXPANDED:
         dim = first(values, ("qk_nope_head_dim",)) + first(values, ("qk_rope_head_dim",))
         return Cache(token=2 * heads * dim * BYTES, window=window, width=heads * dim)
-    if isinstance(latent, int) and latent:
+    if latent:
         # Of all heads one compressed latent and one rotary key; attention works on these.
         rotary = first(values, ("qk_rope_head_dim",))
         width = heads * (2 * latent + rotary) // 2
         return Cache(token=(latent + rotary) * BYTES, window=window, width=width)
     each = values.get("num_attention_heads_per_layer")
     if isinstance(each, list) and number < len(each):
-        heads = each[number]
+        heads = first({"heads": each[number]}, ("heads",))
     kv_heads = first(values, _KV_HEADS, heads)
-    if values.get("model_type") in _MULTI_QUERY and values.get("multi_query"):
+    if _type(values) in _MULTI_QUERY and values.get("multi_query"):
         kv_heads = 1 if not values.get("new_decoder_architecture") else kv_heads
     dim = first(values, ("attention_head_dim", "head_dim"), 0) or hidden_of(values) // heads
     value_dim = first(values, ("v_head_dim",), dim)
     if window is None and values.get("global_head_dim"):
-        dim = value_dim = values["global_head_dim"]
+        dim = value_dim = first(values, ("global_head_dim",))
         kv_heads = first(values, ("num_global_key_value_heads",), kv_heads)
     if window is not None and values.get("swa_head_dim"):
-        dim = values["swa_head_dim"]
+        dim = first(values, ("swa_head_dim",))
         value_dim = first(values, ("swa_v_head_dim",), dim)
         kv_heads = first(values, ("swa_num_key_value_heads",), kv_heads)
     token = kv_heads * (dim + value_dim) * BYTES
@@ -154,13 +159,13 @@ def _mamba(values: Values, size: int) -> int:
     memory = first(values, ("mamba_d_state", "ssm_state_size", "state_size"))
     heads = first(values, ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 0)
     dim = first(values, ("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 0)
-    if values.get("model_type") == "mamba2":
+    if _type(values) == "mamba2":
         heads, dim = first(values, ("num_heads",)), first(values, ("head_dim",))
     if heads and dim:
         groups = first(values, ("mamba_n_groups", "mamba_ngroups", "n_groups"), 1)
         inner = heads * dim
         return (inner + 2 * groups * memory) * back * BYTES + inner * memory * size
     inner = first(values, ("mamba_expand", "expand"), 2) * hidden_of(values)
-    if values.get("model_type") in _ALL_RECURRENT:
+    if _type(values) in _ALL_RECURRENT:
         inner = first(values, ("intermediate_size",), inner)
     return inner * back * BYTES + inner * memory * size

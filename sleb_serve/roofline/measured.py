@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sleb_serve.errors import SlebError
+from sleb_serve.errors import SlebError, first_line
 from sleb_serve.roofline.simulation import Limits, Request, simulate
 from sleb_serve.roofline.workload import Workload
 from sleb_serve.utils import strict_json
@@ -181,14 +181,23 @@ def read_measured(folders: Sequence[Path]) -> list[Measured]:
         SlebError: there are no such records, or they do not hold enough.
     """
     entries = [list(_entries(folder)) for folder in folders]
-    models = {(e["weights_sha256"]) for run in entries for e in run if e["record"] == "setting"}
+    try:
+        return _variants(entries)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SlebError(
+            f"{', '.join(map(str, folders))}: records of another version ({type(error).__name__} "
+            f"{first_line(error)}); run sleb-serve bench again"
+        ) from error
+
+
+def _variants(entries: Sequence[Sequence[Mapping[str, Any]]]) -> list[Measured]:
+    models = {e["weights_sha256"] for run in entries for e in run if e["record"] == "setting"}
     if len(models) != 1:
         raise SlebError("the records are of several models, or of none; give those of one model")
     names: dict[str, int] = {}
-    for run in entries:
-        for entry in run:
-            if entry["record"] == "variant" and entry.get("backend") == "vllm":
-                names.setdefault(entry["variant"], int(entry["blocks"]))
+    for entry in chain(*entries):
+        if entry["record"] == "variant" and entry.get("backend") == "vllm":
+            names.setdefault(entry["variant"], int(entry["blocks"]))
     if 0 not in names.values():
         raise SlebError("the records hold no dense model; run sleb-serve bench again")
     # One of each size: what stands beside for comparison has another name and the same blocks.

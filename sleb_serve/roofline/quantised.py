@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from sleb_serve.errors import SlebError
+from sleb_serve.checkpoint.quantisation import QUANTISATION_KEYS
+from sleb_serve.errors import SlebError, first_line
 
 Config = Mapping[str, Any]
 IGNORED = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
@@ -34,13 +35,21 @@ def bytes_of(config: Config, rows: int, columns: int, scale: int) -> float:
             f"the size of {method} weights cannot be told from config.json alone; give a folder or "
             f"a hub id with the safetensors files"
         )
-    return found(config, rows, columns, scale)
+    try:
+        return found(config, rows, columns, scale)
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise SlebError(
+            f"config.json's {QUANTISATION_KEYS[0]} is not that of {method} weights: "
+            f"{type(error).__name__} {first_line(error)}; give a folder or a hub id with the "
+            f"safetensors files"
+        ) from error
 
 
 def is_left(name: str, config: Config) -> bool:
     """Whether a module is stored as it is: named, inside a named one, or matched by ``re:…``."""
     for key in IGNORED:
-        for entry in config.get(key) or ():
+        listed = config.get(key)
+        for entry in map(str, listed if isinstance(listed, list) else ()):
             if entry.startswith("re:"):
                 if re.match(entry[3:], name):
                     return True

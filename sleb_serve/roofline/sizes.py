@@ -248,6 +248,8 @@ def _block_maker(values: Mapping[str, Any]) -> Any:
         if not routed[0]:
             return Block(own[0], own[1], cache)
         count, active = first(values, _NUM_EXPERTS), first(values, _ACTIVE)
+        if active > count:
+            raise SlebError(f"config.json says that each token takes {active} of {count} experts")
         one = (routed[0] / count, routed[1] / count)
         return Block(own[0], own[1], cache, count, active, *one)
 
