@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from sleb_serve.errors import SlebError, first_line
@@ -248,7 +248,7 @@ def _measured(name: str, blocks: int, entries: Sequence[Sequence[Mapping[str, An
             ]
             if times:
                 steps = steps_of(workload, tokens, sequences, min(memory))
-                runs.append(Timed(steps, fmean(times)))
+                runs.append(Timed(steps, median(times)))
     if not runs:
         raise SlebError(f"the records hold no sample of {name}; run sleb-serve bench again")
     step, error = fit(runs)
