@@ -150,7 +150,8 @@ def bench_records(
         name = f"sleb{removed}" if removed else "dense"
         about = {"backend": "vllm", "blocks": removed, "engine_arguments": arguments}
         entries.append({"record": "variant", "variant": name, **about})
-        entries.append({"record": "engine", "variant": name, "kv_cache_tokens": memory})
+        cache = {"kv_cache_tokens": memory, "kv_cache_blocks": memory // 16}
+        entries.append({"record": "engine", "variant": name, **cache})
         for workload in workloads:
             taken = steps_of(workload, tokens, sequences, memory)
             seconds = sum(step(*one) for one in taken)
@@ -183,7 +184,8 @@ def test_a_step_time_is_found_again_from_records(tmp_path: Path) -> None:
     folder = bench_records(tmp_path / "r", LOADS, {0: linear, 6: pruned})
     dense, short = read_measured([folder])
     assert (dense.removed, short.removed, dense.loads) == (0, 6, len(LOADS))
-    assert (dense.kv_tokens, dense.max_tokens, dense.max_sequences) == (40000, 2048, 64)
+    assert (dense.kv_tokens, dense.block) == (40000, 16)
+    assert (dense.max_tokens, dense.max_sequences) == (2048, 64)
     assert max(dense.error, short.error) < 1e-6
     for values in ((1, 1, 40, 40), (40, 40, 4000, 4000), (700, 20, 90000, 4000)):
         # A step of less than the first corner takes as long as the first corner.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoints
 import hub
@@ -133,8 +133,23 @@ def test_quantised_weights_count_as_they_are_stored(
 ) -> None:
     path = getattr(checkpoints, form)(models("llama"), tmp_path / form)
     stored = sum(t.nbytes for t in load_file(path / "model.safetensors").values())
-    assert read_model(str(path)).stored == stored
-    assert read_model(str(path / "config.json")).stored == stored
+    plain = read_model(str(models("llama")))
+    for found in (read_model(str(path)), read_model(str(path / "config.json"))):
+        assert found.stored == stored
+        assert found.parameters == plain.parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_config_without_a_dtype_does_not_change_what_is_stored(
+    dtype: torch.dtype, models: Models, tmp_path: Path
+) -> None:
+    config = json.loads((models("llama") / "config.json").read_text())
+    config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(models("llama") / "model.safetensors")
+    save_file({name: t.to(dtype) for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    found = read_model(str(tmp_path))
+    assert found.stored == 2 * found.parameters == 2 * sum(t.numel() for t in tensors.values())
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def _run_measured(options: argparse.Namespace) -> int:
             options.max_num_batched_tokens or found.max_tokens,
             options.max_num_seqs or found.max_sequences,
             found.kv_tokens,
-            0,
+            found.block / 2,  # the last block of a request is half full on average
             1,
         )
         needs.append(need(Replica(found.removed, options.tp, limits, found.step), load, slo))

@@ -73,7 +73,7 @@ class Measured:
     Attributes:
         name: what the records call it.
         removed: blocks that it lacks.
-        kv_tokens: tokens that its KV cache holds.
+        kv_tokens: tokens that its KV cache holds, in blocks of ``block``.
         max_tokens: new tokens in a step at most, and ``max_sequences``, requests.
         step: the time of its steps.
         loads: how many kinds of load the time was fitted to, and ``error``, by how much it misses
@@ -83,6 +83,7 @@ class Measured:
     name: str
     removed: int
     kv_tokens: int
+    block: int
     max_tokens: int
     max_sequences: int
     step: StepTimes
@@ -183,7 +184,7 @@ def read_measured(folders: Sequence[Path]) -> list[Measured]:
     entries = [list(_entries(folder)) for folder in folders]
     try:
         return _variants(entries)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise SlebError(
             f"{', '.join(map(str, folders))}: records of another version ({type(error).__name__} "
             f"{first_line(error)}); run sleb-serve bench again"
@@ -226,6 +227,7 @@ def _entries(folder: Path) -> Iterable[Mapping[str, Any]]:
 def _measured(name: str, blocks: int, entries: Sequence[Sequence[Mapping[str, Any]]]) -> Measured:
     runs: list[Timed] = []
     kv_tokens: list[int] = []
+    block = 1
     tokens, sequences = _DEFAULT_TOKENS, _DEFAULT_SEQUENCES
     for run in entries:
         own = [entry for entry in run if entry.get("variant") == name]
@@ -234,6 +236,7 @@ def _measured(name: str, blocks: int, entries: Sequence[Sequence[Mapping[str, An
         if not memory:
             continue
         kv_tokens += memory
+        block = max(memory) // max(e["kv_cache_blocks"] for e in own if e["record"] == "engine")
         (variant,) = (entry for entry in own if entry["record"] == "variant")
         arguments = variant["engine_arguments"]
         tokens = int(arguments.get("max_num_batched_tokens") or tokens)
@@ -252,7 +255,7 @@ def _measured(name: str, blocks: int, entries: Sequence[Sequence[Mapping[str, An
     if not runs:
         raise SlebError(f"the records hold no sample of {name}; run sleb-serve bench again")
     step, error = fit(runs)
-    return Measured(name, blocks, min(kv_tokens), tokens, sequences, step, len(runs), error)
+    return Measured(name, blocks, min(kv_tokens), block, tokens, sequences, step, len(runs), error)
 
 
 def _workloads(run: Sequence[Mapping[str, Any]]) -> list[Workload]:

@@ -16,6 +16,14 @@ IGNORED = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_module
 """Keys that list the modules which are stored as they are."""
 
 
+_BESIDE = frozenset(
+    ("qzeros", "scales", "g_idx", "weight_shape", "weight_zero_point", "weight_g_idx", "absmax")
+    + ("input_scale", "weight_scale_2", "input_global_scale", "weight_global_scale", "quant_map")
+)
+_SCALES = ("weight_scale", "weight_scale_inv", "_scales")
+"""Tensors beside quantised weights that are no parameters, by name and by end of name."""
+
+
 def bytes_of(config: Config, rows: int, columns: int, scale: int) -> float:
     """Of a matrix with so many outputs (``rows``) and inputs, scales and zero points counted.
 
@@ -32,7 +40,7 @@ def bytes_of(config: Config, rows: int, columns: int, scale: int) -> float:
     found = _METHODS.get(method) if isinstance(method, str) else None
     if found is None:
         raise SlebError(
-            f"the size of {method} weights cannot be told from config.json alone; give a folder or "
+            f"the size of {method or 'so quantised'} weights cannot be told from config.json alone; give a folder or "
             f"a hub id with the safetensors files"
         )
     try:
@@ -43,6 +51,37 @@ def bytes_of(config: Config, rows: int, columns: int, scale: int) -> float:
             f"{type(error).__name__} {first_line(error)}; give a folder or a hub id with the "
             f"safetensors files"
         ) from error
+
+
+def parameters_in(config: Config, name: str, dtype: str, numbers: int, stored: int) -> float:
+    """Parameters that a stored tensor stands for: more than its numbers where these are packed.
+
+    Args:
+        config: what config.json says of the quantisation.
+        name: the tensor's.
+        dtype: as safetensors names it.
+        numbers: how many it holds.
+        stored: its bytes.
+
+    Raises:
+        SlebError: packed in words, and the config does not say in how many bits.
+    """
+    leaf = name.rpartition(".")[2]
+    if leaf in _BESIDE or leaf.endswith(_SCALES):
+        return 0
+    if dtype == "U8":
+        return 2 * numbers  # two of four bits
+    return stored * 8 / _bits(config) if dtype == "I32" else numbers
+
+
+def _bits(config: Config) -> int:
+    groups = config.get("config_groups")
+    weights = [g.get("weights") for g in groups.values()] if isinstance(groups, Mapping) else []
+    found = {g.get("num_bits") for g in weights if isinstance(g, Mapping)} | {config.get("bits")}
+    bits = [number for number in found if isinstance(number, int) and number > 0]
+    if len(bits) != 1:
+        raise SlebError("config.json does not say in how many bits its weights are packed")
+    return bits[0]
 
 
 def is_left(name: str, config: Config) -> bool:

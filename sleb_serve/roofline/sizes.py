@@ -8,7 +8,7 @@ meta device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sleb_serve.cut.whole import explicit
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.roofline.cache import caches_of, first, heads_of, hidden_of
 from sleb_serve.roofline.model import MODELS, Block, Cache, Model
-from sleb_serve.roofline.quantised import EXPERTS_ONLY, bytes_of, is_left
+from sleb_serve.roofline.quantised import EXPERTS_ONLY, bytes_of, is_left, parameters_in
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.extras import COMPARES, require
 
@@ -42,10 +42,10 @@ _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A stored tensor: its name, how many numbers it holds, its bytes and dimensions."""
+    """A stored tensor: its name, the parameters it stands for, its bytes and dimensions."""
 
     name: str
-    numbers: int
+    parameters: float
     stored: float
     dimensions: int
 
@@ -126,11 +126,21 @@ def _stored(checkpoint: Checkpoint) -> list[Tensor] | None:
         return None
     if files[0].suffix != ".safetensors":
         return None
+    quantisation = _quantisation(checkpoint)
     return [
-        Tensor(name, math.prod(shape), end - start, len(shape))
+        _tensor(quantisation, name, dtype, shape, end - start)
         for file in files
-        for name, (_, shape, start, end) in tensors_of(file).items()
+        for name, (dtype, shape, start, end) in tensors_of(file).items()
     ]
+
+
+def _tensor(
+    quantisation: Mapping[str, Any] | None, name: str, dtype: str, shape: Sequence[int], stored: int
+) -> Tensor:
+    numbers: float = math.prod(shape)
+    if quantisation is not None:
+        numbers = parameters_in(quantisation, name, dtype, math.prod(shape), stored)
+    return Tensor(name, numbers, stored, len(shape))
 
 
 def _on_hub(model: str, checkpoint: Checkpoint) -> list[Tensor] | None:
@@ -142,12 +152,14 @@ def _on_hub(model: str, checkpoint: Checkpoint) -> list[Tensor] | None:
     except Exception:
         # Not reachable, or a model in another format: its config says what it can.
         return None
+    quantisation = _quantisation(checkpoint)
     return [
-        Tensor(
+        _tensor(
+            quantisation,
             name,
-            math.prod(info.shape),
+            info.dtype,
+            info.shape,
             info.data_offsets[1] - info.data_offsets[0],
-            len(info.shape),
         )
         for file in found.files_metadata.values()
         for name, info in file.tensors.items()
@@ -189,22 +201,18 @@ def _quantised(
 
 
 def _quantisation(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """How the checkpoint is quantised; None if it is not."""
     for config in (checkpoint.config, checkpoint.decoder_config):
         for key in QUANTISATION_KEYS:
             if isinstance(found := config.get(key), Mapping):
                 return found
-    if checkpoint.quantisation_files():
-        raise SlebError(
-            f"{checkpoint.path} says in a file beside config.json how it is quantised; the size "
-            f"cannot be told without its safetensors files"
-        )
-    return None
+    return next(iter(checkpoint.quantisation_files().values()), None)
 
 
 def _served(checkpoint: Checkpoint, model: Model) -> Model:
     """As vLLM holds it: it computes with a float32 checkpoint in 16 bit."""
-    plain = checkpoint.dtype == "float32" and not checkpoint.is_quantised()
-    return model.in_16_bit() if plain else model
+    wide = model.stored > 3 * model.parameters and not checkpoint.is_quantised()
+    return model.in_16_bit() if wide else model
 
 
 def is_expert(tensor: Tensor) -> bool:
@@ -229,7 +237,7 @@ def _assembled(
         place = outside
         if number is not None and number < len(caches):
             place = (routed if is_expert(tensor) else own)[number]
-        place[0] += tensor.numbers
+        place[0] += tensor.parameters
         place[1] += tensor.stored
     blocks = tuple(map(_block_maker(values), own, routed, caches))
     return Model(
