@@ -263,6 +263,7 @@ def touched() -> str:
 _OTHER = {
     "benchmarks/draft": "the pruned model as draft of its dense self",
     "benchmarks/equal": "plugin against export; how often the intervals of equals hold 1",
+    "benchmarks/fleet": "what `plan` predicts of a saturating load, against engines that run it",
     "benchmarks/healing": "what healing brings back of a pruned model's quality",
     "benchmarks/load": "load time and resident memory, dense and pruned",
     "benchmarks/records": "what was measured, raw",

@@ -14,7 +14,7 @@ from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.schema import Manifest, Removal
-from sleb_serve.roofline.plan import GPUS
+from sleb_serve.roofline.gpu import GPUS
 from sleb_serve.serving import preflight as checking
 
 

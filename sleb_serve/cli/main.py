@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from sleb_serve import __version__
-from sleb_serve.cli import bench, convert, evaluate, heal, inspect, select, serve, watch
+from sleb_serve.cli import bench, convert, evaluate, heal, inspect, plan, select, serve, watch
 from sleb_serve.cli.arguments import Parser
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.extras import extras_named
@@ -19,6 +19,7 @@ COMMANDS = (
     *select.COMMANDS,
     *heal.COMMANDS,
     *inspect.COMMANDS,
+    *plan.COMMANDS,
     *evaluate.COMMANDS,
     *watch.COMMANDS,
     *convert.COMMANDS,

@@ -48,14 +48,17 @@ def transformers_config(model: str | Path, **options: Any) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(model), **options)
+        found = AutoConfig.from_pretrained(str(model), **options)
+        found.to_dict()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return None
     except Exception as error:
+        # A config's own code may raise anything at values that it does not expect.
         raise SlebError(
             f"Transformers cannot read the config of {model}: {first_line(error)}; download the "
             f"model again"
         ) from error
+    return found
 
 
 def not_compared() -> str:
@@ -159,13 +162,13 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
     if kind is None:
         return False
     try:
-        whole = _shell(kind, dense)
+        whole = meta_model(kind, dense)
         path = layers_path(whole)
     except Exception:
         # Whatever a model's own code asks for, it is not the cut that is at fault.
         return False
     try:
-        pruned = _shell(kind, short)
+        pruned = meta_model(kind, short)
         layers, left = whole.get_submodule(path), pruned.get_submodule(path)
     except Exception as error:
         raise SlebError(
@@ -220,7 +223,13 @@ def layers_path(model: Any) -> str:
     )
 
 
-def _shell(kind: Any, config: Any) -> Any:
+def meta_model(kind: Any, config: Any) -> Any:
+    """A model on the meta device, its weights not quantised.
+
+    Args:
+        kind: its class in Transformers.
+        config: its config in Transformers, which is left as it is.
+    """
     import torch
 
     config = copy.deepcopy(config)

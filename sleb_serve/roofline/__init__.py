@@ -1,1 +1,1 @@
-"""What pruning gives at most: from sizes alone, and on a GPU that is not at hand."""
+"""What pruning gives on GPUs that are not at hand, and how many of them a load needs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from sleb_serve.roofline.plan import HERE, Gpu
+from sleb_serve.roofline.gpu import HERE, Gpu
 
 _SIZE = 2048
 _BUFFER_BYTES = 512 << 20

@@ -16,7 +16,10 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import check_model, compare_weights, revision_of
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.schema import Manifest
-from sleb_serve.roofline.plan import Gpu, kv_tokens, shape_of
+from sleb_serve.roofline.cache import caches_of
+from sleb_serve.roofline.gpu import MEMORY_USED, Gpu
+from sleb_serve.roofline.model import kv_tokens
+from sleb_serve.roofline.sizes import derived
 from sleb_serve.serving.command import check_plugin, served_name
 from sleb_serve.utils.sizes import format_size
 
@@ -200,14 +203,17 @@ def _kv_cache(
     name = f"KV cache on {tp} x {gpu.name}"
     weights = sizes["weights_bytes"]
     try:
-        shape = shape_of(checkpoint.decoder_config, checkpoint.path.name)
+        caches = caches_of(derived(checkpoint))
     except SlebError as error:
         return Finding(name, UNKNOWN, str(error))
     if weights is None:
         return Finding(name, UNKNOWN, "the weights' size is not known")
+    memory = gpu.memory * MEMORY_USED * tp
     tokens = {
-        "dense": kv_tokens(shape, gpu, tp, pruning.num_blocks, weights["dense"]),
-        "pruned": kv_tokens(shape, gpu, tp, pruning.num_kept, weights["pruned"]),
+        "dense": kv_tokens(memory - weights["dense"], caches),
+        "pruned": kv_tokens(
+            memory - weights["pruned"], [caches[block] for block in pruning.cut.kept]
+        ),
     }
     sizes["kv_cache_tokens"] = tokens
     if not tokens["pruned"]:

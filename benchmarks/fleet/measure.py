@@ -1,0 +1,190 @@
+"""The simulation behind `sleb-serve plan --measured` against a measured run, dense and pruned.
+
+Usage: measure.py MODEL M.json FOLDER [--blocks K] [--rounds 3] [--requests 64]. Two vLLM engines,
+dense and pruned, stand side by side and take turns. First the time of a step is measured: batches
+of generation, prompts of several lengths, and both together at longer contexts. FOLDER gets these
+as `records.jsonl`, which `sleb-serve plan --measured FOLDER` reads. Then a closed load of mixed
+prompts saturates each engine, more of them than run at once, with chunked prefill. What the
+simulation makes of the step times is held against it in `report.md` and `comparison.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sleb_bench.engine import Engine
+from sleb_bench.machine import machine
+from sleb_bench.records import Records
+from sleb_bench.variants import DENSE, Variant, make_variants
+from sleb_serve.manifest.binding import check_model
+from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.roofline.measured import read_measured
+from sleb_serve.roofline.simulation import Limits, Request, simulate
+from sleb_serve.roofline.workload import Prompts, Workload
+from sleb_serve.utils.atomic_io import write_atomically
+from sleb_serve.utils.markdown import table
+
+TOKENS, SEQUENCES, LONGEST = 512, 16, 1024
+STEPS = (
+    *(Workload(f"decode-{n}", "decode", n, 16, 33) for n in (1, 2, 4, 8, 16)),
+    *(Workload(f"prefill-{n}", "prefill", 1, n, 1) for n in (32, 64, 128, 256, 512, 960)),
+    Workload("prefill-16x32", "prefill", SEQUENCES, 32, 1),
+    Workload("generate-8x256", "generate", 8, 256, 33),
+    Workload("generate-16x448", "generate", SEQUENCES, 448, 17),
+)
+"""What the time of a step is fitted to."""
+SHORTEST_PROMPT, LONGEST_PROMPT, OUTPUT = 32, 480, 48
+"""Of the mixed load, in tokens."""
+
+
+def main() -> None:
+    """Measure, predict, compare."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=64)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    checkpoint = check_model(options.model, manifest.pruning())
+    arguments = {
+        "model": str(checkpoint.path),
+        "max_model_len": LONGEST,
+        "max_num_batched_tokens": TOKENS,
+        "max_num_seqs": SEQUENCES,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "enforce_eager": True,
+    }
+    variants = make_variants([manifest], checkpoint, arguments, (), options.folder)
+    records = Records(options.folder)
+    records.add(
+        "setting",
+        {
+            "command": shlex.join(["benchmarks/fleet/measure.py", *sys.argv[1:]]),
+            "model": manifest.model.id,
+            "num_blocks": checkpoint.num_blocks,
+            "weights_sha256": manifest.model.weights_sha256,
+            "workloads": [{**asdict(workload), "unit": workload.unit} for workload in STEPS],
+            "machine": machine(),
+        },
+    )
+    for variant in variants:
+        records.add("variant", variant.about())
+    vocabulary = int(checkpoint.decoder_config["vocab_size"])
+    with ExitStack() as stack:
+        engines = {}
+        for variant in variants:
+            engine = Engine(variant.name, variant.spec, options.folder / f"{variant.name}.log")
+            stack.callback(engine.close)
+            records.add("engine", {"start": 1, "variant": variant.name, **engine.ready()})
+            engines[variant.name] = engine
+        for number in range(options.rounds + 1):
+            _round(number, variants, engines, records, vocabulary, options.requests)
+            records.save()
+    _compare(options.folder, records)
+
+
+def mixed_prompts(vocabulary: int, requests: int, seed: int) -> Prompts:
+    """Prompts of random tokens and lengths."""
+    source = random.Random(seed)
+    return [
+        [
+            source.randrange(vocabulary)
+            for _ in range(source.randint(SHORTEST_PROMPT, LONGEST_PROMPT))
+        ]
+        for _ in range(requests)
+    ]
+
+
+def _round(
+    number: int,
+    variants: Sequence[Variant],
+    engines: Mapping[str, Engine],
+    records: Records,
+    vocabulary: int,
+    requests: int,
+) -> None:
+    """Each workload on each engine; round 0 warms up."""
+    mixed = Workload("mixed", "generate", requests, LONGEST_PROMPT, OUTPUT)
+    # Who goes first changes from round to round, so that drift favours none.
+    order = list(variants) if number % 2 else list(variants)[::-1]
+    for workload in (*STEPS, mixed) if number else STEPS:
+        if workload is mixed:
+            prompts = mixed_prompts(vocabulary, requests, number)
+        else:
+            prompts = workload.prompts(vocabulary, str(number))
+        for variant in order:
+            sample = engines[variant.name].measure(workload, prompts)
+            place = {"variant": variant.name, "start": 1, "round": number}
+            values = {"workload": workload.name, **place, **asdict(sample)}
+            if workload is mixed:
+                values["prompt_lengths"] = list(map(len, prompts))
+            records.add("mixed" if workload is mixed else "sample", values)
+            print(number, workload.name, variant.name, f"{sample.elapsed_time:.3f}", flush=True)
+
+
+def _compare(folder: Path, records: Records) -> None:
+    """Predicted over measured: generated tokens/s of each, and what pruning gains."""
+    found: dict[str, Any] = {}
+    for measured in read_measured([folder]):
+        runs = [e for e in records.entries if e["record"] == "mixed"]
+        runs = [e for e in runs if e["variant"] == measured.name]
+        limits = Limits(TOKENS, SEQUENCES, measured.kv_tokens, 0, 1)
+        seconds = []
+        for run in runs:
+            requests = [Request(0.0, length, OUTPUT) for length in run["prompt_lengths"]]
+            seconds.append(max(simulate(requests, limits, measured.step).last))
+        tokens = sum(run["total_output_tokens"] for run in runs)
+        found[measured.name] = {
+            "predicted": tokens / sum(seconds),
+            "measured": tokens / sum(run["elapsed_time"] for run in runs),
+            "fit_error": measured.error,
+            "step": asdict(measured.step),
+        }
+    dense, pruned = found[DENSE], next(value for name, value in found.items() if name != DENSE)
+    found["pruned / dense"] = {key: pruned[key] / dense[key] for key in ("predicted", "measured")}
+    rows = [("generated tokens/s", "predicted", "measured", "predicted / measured")]
+    for name, value in found.items():
+        value["error"] = value["predicted"] / value["measured"] - 1
+        digits = 1 if name in engines_of(records) else 3
+        rows.append(
+            (
+                name,
+                f"{value['predicted']:.{digits}f}",
+                f"{value['measured']:.{digits}f}",
+                f"{value['predicted'] / value['measured']:.3f}",
+            )
+        )
+    load = fmean(len(e["prompt_lengths"]) for e in records.entries if e["record"] == "mixed")
+    lines = [
+        f"A closed load of {load:.0f} requests, prompts of {SHORTEST_PROMPT} to {LONGEST_PROMPT} "
+        f"tokens, {OUTPUT} tokens out; at most {SEQUENCES} at once and {TOKENS} tokens a step.",
+        "",
+        *table(rows),
+    ]
+    write_atomically(folder / "comparison.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
+
+
+def engines_of(records: Records) -> frozenset[str]:
+    """Names of the variants that were measured."""
+    return frozenset(e["variant"] for e in records.entries if e["record"] == "variant")
+
+
+if __name__ == "__main__":
+    main()

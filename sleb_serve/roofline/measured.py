@@ -1,0 +1,267 @@
+"""The time of a step from what `sleb-serve bench` measured, in place of the roofline.
+
+Each kind of load in the records is put through the simulation, which says what steps it took: their
+new tokens, their sequences, the tokens attended to and read. The time of a step is taken as a sum:
+a broken line over the new tokens, whose corners are the steps that were measured, and where the
+records hold enough loads to tell them apart, parts that grow with the tokens read, with those
+attended to, and with the sequences. No part is below zero. What fits the measured times best, each
+relative to itself, is taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sleb_serve.errors import SlebError, first_line
+from sleb_serve.roofline.simulation import Limits, Request, simulate
+from sleb_serve.roofline.workload import Workload
+from sleb_serve.utils import strict_json
+from sleb_serve.utils.least_squares import non_negative
+
+Features = tuple[int, int, float, float]
+"""Of a step: new tokens, sequences, tokens attended to, tokens of KV cache read."""
+RECORDS = "records.jsonl"
+_EXTRAS = ("read", "attended", "sequence")
+"""Parts of a step's time beside the line over its new tokens."""
+_DEFAULT_TOKENS, _DEFAULT_SEQUENCES = 2048, 256
+"""vLLM's own, where an engine was started without."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a step, fitted to measured runs.
+
+    Attributes:
+        corners: new tokens at which the line over them bends, in order.
+        heights: seconds at each corner.
+        slope: seconds a new token beyond the last corner.
+        read: seconds a token of KV cache read, ``attended``, a token attended to, ``sequence``, a
+            sequence.
+    """
+
+    corners: tuple[int, ...]
+    heights: tuple[float, ...]
+    slope: float
+    read: float = 0.0
+    attended: float = 0.0
+    sequence: float = 0.0
+
+    def __call__(self, new: int, sequences: int, attended: float, cached: float) -> float:
+        """Seconds of one step; see `sleb_serve.roofline.step.Roofline`."""
+        rest = self.read * cached + self.attended * attended + self.sequence * sequences
+        corners, heights = self.corners, self.heights
+        if new <= corners[0]:
+            return heights[0] + rest
+        if new >= corners[-1]:
+            return heights[-1] + (new - corners[-1]) * self.slope + rest
+        place = next(i for i, corner in enumerate(corners) if corner >= new)
+        low, high = corners[place - 1], corners[place]
+        part = (new - low) / (high - low)
+        return heights[place - 1] + part * (heights[place] - heights[place - 1]) + rest
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A variant in the records.
+
+    Attributes:
+        name: what the records call it.
+        removed: blocks that it lacks.
+        kv_tokens: tokens that its KV cache holds, in blocks of ``block``.
+        max_tokens: new tokens in a step at most, and ``max_sequences``, requests.
+        step: the time of its steps.
+        loads: how many kinds of load the time was fitted to, and ``error``, by how much it misses
+            the worst of them, relative to what was measured.
+    """
+
+    name: str
+    removed: int
+    kv_tokens: int
+    block: int
+    max_tokens: int
+    max_sequences: int
+    step: StepTimes
+    loads: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One kind of load: its steps, and the seconds that they took together."""
+
+    steps: tuple[Features, ...]
+    seconds: float
+
+
+def steps_of(workload: Workload, tokens: int, sequences: int, memory: int) -> tuple[Features, ...]:
+    """The steps that count of one run of a workload, all of whose requests come at once."""
+    request = Request(0.0, workload.prompt_length, workload.output_length)
+    found = steps_taken([request] * workload.num_requests, Limits(tokens, sequences, memory, 0, 1))
+    # Generation is timed from the moment when all prompts are through.
+    return found[1:] if workload.measure == "decode" else found
+
+
+def steps_taken(requests: Sequence[Request], limits: Limits) -> tuple[Features, ...]:
+    """The steps that an engine takes for requests that all come at once."""
+    found: list[Features] = []
+
+    def record(new: int, sequences: int, attended: float, cached: float) -> float:
+        found.append((new, sequences, attended, cached))
+        return 1.0
+
+    simulate(requests, limits, record)
+    return tuple(found)
+
+
+def fit(runs: Sequence[Timed]) -> tuple[StepTimes, float]:
+    """The time of a step from measured runs, and by how much it misses the worst of them.
+
+    Raises:
+        SlebError: the runs are of steps of one size alone.
+    """
+    corners = sorted({_usual(run.steps) for run in runs})
+    if len(corners) < 2:
+        raise SlebError(
+            "the records hold steps of one size alone, which does not tell how a step's time grows "
+            "with its tokens; run sleb-serve bench with --workloads prefill,decode"
+        )
+    # Only as many more as there are loads to tell them apart; of these, those that fit best.
+    extras = max(0, min(len(_EXTRAS), len(runs) - len(corners)))
+    fits = [_fitted(runs, corners, chosen) for chosen in combinations(_EXTRAS, extras)]
+    return min(fits, key=lambda found: found[1])
+
+
+def _fitted(
+    runs: Sequence[Timed], corners: Sequence[int], chosen: Sequence[str]
+) -> tuple[StepTimes, float]:
+    """With some of `_EXTRAS`."""
+    rows = []
+    for run in runs:
+        total = [0.0] * (len(corners) + len(chosen))
+        for new, sequences, attended, cached in run.steps:
+            more = {"read": cached, "attended": attended, "sequence": sequences}
+            parts = [*_line(corners, new), *(more[name] for name in chosen)]
+            total = [a + b for a, b in zip(total, parts, strict=True)]
+        rows.append([part / run.seconds for part in total])
+    found = non_negative(rows, [1.0] * len(rows))
+    slopes = found[1 : len(corners)]
+    heights = [found[0]]
+    for slope, (low, high) in zip(slopes, pairwise(corners), strict=True):
+        heights.append(heights[-1] + slope * (high - low))
+    error = max(abs(sum(a * b for a, b in zip(row, found, strict=True)) - 1) for row in rows)
+    more = dict(zip(chosen, found[len(corners) :], strict=True))
+    return StepTimes(tuple(corners), tuple(heights), slopes[-1], **more), error
+
+
+def _usual(steps: Sequence[Features]) -> int:
+    """The new tokens that most steps have; of a tie, the most."""
+    counts = Counter(step[0] for step in steps)
+    return max(counts, key=lambda new: (counts[new], new))
+
+
+def _line(corners: Sequence[int], new: int) -> list[float]:
+    """The constant, and how far ``new`` goes into each piece between corners; the last is open."""
+    pieces = [max(0.0, min(new, high) - low) for low, high in pairwise(corners)]
+    pieces[-1] += max(0, new - corners[-1])
+    return [1.0, *pieces]
+
+
+def read_measured(folders: Sequence[Path]) -> list[Measured]:
+    """The variants that run in vLLM by the records of one model, dense first.
+
+    Args:
+        folders: what `sleb-serve bench` wrote, of one model on one machine.
+
+    Raises:
+        SlebError: there are no such records, or they do not hold enough.
+    """
+    entries = [list(_entries(folder)) for folder in folders]
+    try:
+        return _variants(entries)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise SlebError(
+            f"{', '.join(map(str, folders))}: records of another version ({type(error).__name__} "
+            f"{first_line(error)}); run sleb-serve bench again"
+        ) from error
+
+
+def _variants(entries: Sequence[Sequence[Mapping[str, Any]]]) -> list[Measured]:
+    models = {e["weights_sha256"] for run in entries for e in run if e["record"] == "setting"}
+    if len(models) != 1:
+        raise SlebError("the records are of several models, or of none; give those of one model")
+    names: dict[str, int] = {}
+    for entry in chain(*entries):
+        if entry["record"] == "variant" and entry.get("backend") == "vllm":
+            names.setdefault(entry["variant"], int(entry["blocks"]))
+    if 0 not in names.values():
+        raise SlebError("the records hold no dense model; run sleb-serve bench again")
+    # One of each size: what stands beside for comparison has another name and the same blocks.
+    first = {blocks: name for name, blocks in reversed(names.items())}
+    return [_measured(first[blocks], blocks, entries) for blocks in sorted(first)]
+
+
+def _entries(folder: Path) -> Iterable[Mapping[str, Any]]:
+    try:
+        lines = (folder / RECORDS).read_bytes().splitlines()
+    except OSError as error:
+        raise SlebError(
+            f"cannot read {folder / RECORDS}: {error.strerror}; give a folder that sleb-serve "
+            f"bench wrote"
+        ) from error
+    for number, line in enumerate(lines, 1):
+        entry = strict_json.any_object(strict_json.load(line), f"{folder / RECORDS}:{number}")
+        if not isinstance(entry.get("record"), str):
+            raise SlebError(
+                f"{folder / RECORDS}:{number} is no record of this version; run sleb-serve bench "
+                f"again"
+            )
+        yield entry
+
+
+def _measured(name: str, blocks: int, entries: Sequence[Sequence[Mapping[str, Any]]]) -> Measured:
+    runs: list[Timed] = []
+    kv_tokens: list[int] = []
+    block = 1
+    tokens, sequences = _DEFAULT_TOKENS, _DEFAULT_SEQUENCES
+    for run in entries:
+        own = [entry for entry in run if entry.get("variant") == name]
+        workloads = _workloads(run)
+        memory = [e["kv_cache_tokens"] for e in own if e["record"] == "engine"]
+        if not memory:
+            continue
+        kv_tokens += memory
+        block = max(memory) // max(e["kv_cache_blocks"] for e in own if e["record"] == "engine")
+        (variant,) = (entry for entry in own if entry["record"] == "variant")
+        arguments = variant["engine_arguments"]
+        tokens = int(arguments.get("max_num_batched_tokens") or tokens)
+        sequences = int(arguments.get("max_num_seqs") or sequences)
+        for workload in workloads:
+            times = [
+                float(entry["elapsed_time"])
+                for entry in own
+                if entry["record"] == "sample"
+                and entry["workload"] == workload.name
+                and entry["round"]
+            ]
+            if times:
+                steps = steps_of(workload, tokens, sequences, min(memory))
+                runs.append(Timed(steps, median(times)))
+    if not runs:
+        raise SlebError(f"the records hold no sample of {name}; run sleb-serve bench again")
+    step, error = fit(runs)
+    return Measured(name, blocks, min(kv_tokens), block, tokens, sequences, step, len(runs), error)
+
+
+def _workloads(run: Sequence[Mapping[str, Any]]) -> list[Workload]:
+    fields = Workload.__dataclass_fields__
+    (setting,) = (entry for entry in run if entry["record"] == "setting")
+    return [
+        Workload(**{key: value for key, value in entry.items() if key in fields})
+        for entry in setting["workloads"]
+    ]
