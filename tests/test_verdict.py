@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 
+from sleb_serve.evaluation.answers import ANSWER_LENGTH
 from sleb_serve.evaluation.report import describe
-from sleb_serve.evaluation.verdict import verdict
+from sleb_serve.evaluation.verdict import (
+    HARMFUL_AGREEMENT,
+    HARMFUL_ANSWERS,
+    SAFE_AGREEMENT,
+    SAFE_ANSWERS,
+    verdict,
+)
 from sleb_serve.manifest.schema import Manifest, ModelBinding, Removal
 
 MODEL = ModelBinding("m", None, "LlamaForCausalLM", 4, "0" * 64, "1" * 64)
@@ -48,9 +55,9 @@ def test_limits(same: list[float], accuracies: list[float], expected: str | None
 @pytest.mark.parametrize(
     ("tokens", "same", "expected"),
     [
-        (0.7, [0.95], "safe"),
-        (0.69, [0.95], "check"),
-        (0.29, [0.95], "harmful"),
+        (0.27, [0.95], "safe"),
+        (0.26, [0.95], "check"),
+        (0.08, [0.95], "harmful"),
         (0.9, [], "check"),
     ],
 )
@@ -90,3 +97,12 @@ def test_show_keeps_the_names_of_an_evaluation_off_the_terminal() -> None:
     )
     assert "\x1b" not in text
     assert text.count("evaluated    harmful: 1 removed (hf): perplexity 9.00 on b, 60.0%") == 1
+
+
+def test_the_limits_of_answers_are_those_of_agreement() -> None:
+    for agreement, answers in (
+        (SAFE_AGREEMENT, SAFE_ANSWERS),
+        (HARMFUL_AGREEMENT, HARMFUL_ANSWERS),
+    ):
+        powers = [agreement**n for n in range(1, ANSWER_LENGTH + 1)]
+        assert sum(powers) / len(powers) == pytest.approx(answers, abs=0.005)

@@ -20,6 +20,7 @@ from sleb_serve.utils.distributed import is_first
 from sleb_serve.utils.sizes import format_size
 
 if TYPE_CHECKING:
+    from sleb_serve.roofline.target import SpeedTarget
     from sleb_serve.selection.repair import Gap
 
 
@@ -45,6 +46,13 @@ class SearchBars(SearchProgress):
         self._say(f"scoring: {how}")
         for number, step in enumerate(resumed, 1):
             self._say(f"{self._line(number, step)} (resumed)")
+
+    def aimed(self, target: SpeedTarget, blocks: int) -> None:
+        """How many blocks the speed-up needs."""
+        self._say(
+            f"{target.load} {target.speedup:g} times as fast on {target.gpus} x {target.gpu}: "
+            f"{blocks} blocks must go, by the roofline"
+        )
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
         """A bar for the step."""

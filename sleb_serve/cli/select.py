@@ -8,12 +8,19 @@ from contextlib import ExitStack
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from sleb_serve.cli.arguments import Command, add_model, add_sequence_length
+from sleb_serve.cli.arguments import (
+    Command,
+    add_model,
+    add_sequence_length,
+    add_tensor_parallel,
+)
 from sleb_serve.cli.progress import SearchBars, say
 from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
 from sleb_serve.manifest.schema import OBJECTIVES
+from sleb_serve.roofline.gpu import GPUS
+from sleb_serve.roofline.target import LOADS, SpeedTarget
 from sleb_serve.selection.config import DTYPES, SEARCHES, Progress, SelectConfig
 from sleb_serve.selection.log import log_path
 from sleb_serve.selection.metrics import SearchMetrics
@@ -30,6 +37,7 @@ examples:
       --sequences 16 --sequence-length 1024
   sleb-serve select ./my-model -o m.json --remove 6 --repair fold --repair-sequences 64
   sleb-serve select ./my-model -o m.json --until 'perplexity<1.15x'
+  sleb-serve select ./my-model -o m.json --target-speedup 1.25 --gpu H100-80G -tp 2
   sleb-serve select ./my-model -o m.json --remove 6 --search fast --seeds 3
   sleb-serve select ./huge-model -o m.json --remove 0.2 --memory-budget 16GiB
   accelerate launch --num_processes 2 -m sleb_serve.cli select ./my-model -o m.json --remove 6
@@ -61,6 +69,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         help="remove blocks while the perplexity on the calibration text is less than so many "
         "times the dense model's (and at most --remove, if given)",
     )
+    _add_target(parser.add_argument_group("speed, instead of --remove"))
     _add_text(parser.add_argument_group("calibration text"))
     _add_search(parser.add_argument_group("search"))
     _add_repair(parser.add_argument_group("repair"))
@@ -72,6 +81,26 @@ def _add(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         type=int,
         help="report progress to Prometheus on this port (0 for any that is free)",
+    )
+
+
+def _add_target(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--target-speedup",
+        metavar="X",
+        type=float,
+        help="remove as many blocks as it takes, by the roofline, to be X times as fast as dense",
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", default="A100-80G", help=f"{', '.join(GPUS)} (default: A100-80G)"
+    )
+    add_tensor_parallel(parser)
+    parser.add_argument(
+        "--load",
+        choices=LOADS,
+        default=LOADS[0],
+        help="what must be so much faster: generation of 64 sequences of 64 + 128 tokens, or a "
+        "prompt of 2,048 tokens (default: generation)",
     )
 
 
@@ -188,8 +217,11 @@ def limit(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    names = SelectConfig.__dataclass_fields__
-    config = SelectConfig(**{name: getattr(options, name) for name in names})
+    names = SelectConfig.__dataclass_fields__.keys() - {"target"}
+    target = None
+    if options.target_speedup is not None:
+        target = SpeedTarget(options.target_speedup, options.gpu, options.tp, options.load)
+    config = SelectConfig(target=target, **{name: getattr(options, name) for name in names})
     with ExitStack() as stack:
         bars = stack.enter_context(SearchBars())
         progress: Progress = bars

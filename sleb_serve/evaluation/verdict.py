@@ -10,8 +10,9 @@ from sleb_serve.evaluation.picture import accuracy
 
 SAFE_AGREEMENT, HARMFUL_AGREEMENT = 0.90, 0.75
 """Share of places with the dense model's likeliest token, on the text where it is least."""
-SAFE_ANSWERS, HARMFUL_ANSWERS = 0.70, 0.30
-"""Mean share of the dense model's answers to short questions that is given before they differ."""
+SAFE_ANSWERS, HARMFUL_ANSWERS = 0.27, 0.09
+"""Mean share of the dense model's answers to short questions that is given before they differ: what
+the limits of agreement leave of 32 tokens, the mean of a + a^2 + … + a^32."""
 SAFE_LOSS, HARMFUL_LOSS = 0.01, 0.05
 """Mean accuracy of the tasks that is lost."""
 

@@ -55,5 +55,5 @@ def gpu_named(name: str) -> Gpu:
         SlebError: there is none of that name.
     """
     if name not in GPUS:
-        raise SlebError(f"--gpu {name} is not one of {', '.join(GPUS)}")
+        raise SlebError(f"gpu={name} is not one of {', '.join(GPUS)}")
     return GPUS[name]

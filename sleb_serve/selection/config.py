@@ -13,6 +13,7 @@ from sleb_serve.manifest.schema import OBJECTIVES
 
 if TYPE_CHECKING:
     from sleb_serve.data.calibration import Sequences
+    from sleb_serve.roofline.target import SpeedTarget
     from sleb_serve.selection.repair import Gap
     from sleb_serve.selection.search import Step
 
@@ -29,7 +30,8 @@ class SelectConfig:
 
     Attributes:
         remove: how many blocks (an int), or what share of them (a float below 1, rounded up); at
-            most so many, with `until`. None for as many as `until` allows.
+            most so many, with `until`. None for as many as `until` or `target` ask for.
+        target: remove as many blocks as a speed-up needs, by the roofline.
         until: remove blocks while the perplexity on the calibration text is less than so many times
             that of the dense model.
         calibration: ``wikitext2``, ``c4``, ``python-docs``, or a file of texts or chats (.txt,
@@ -69,6 +71,7 @@ class SelectConfig:
     repair: Literal["none", "fold"] = "none"
     repair_sequences: int | None = None
     until: float | None = None
+    target: SpeedTarget | None = None
     memory_budget: int | None = None
     revision: str | None = None
 
@@ -88,8 +91,10 @@ class SelectConfig:
             if value not in known:
                 there = ", ".join(str(entry) for entry in known if entry is not None)
                 raise SlebError(f"{name}={value}: choose one of {there}")
-        if self.remove is None and self.until is None:
-            raise SlebError("how many blocks? give `remove` or `until`")
+        if self.remove is None and self.until is None and self.target is None:
+            raise SlebError("how many blocks? give `remove`, `until` or `target_speedup`")
+        if self.remove is not None and self.target is not None:
+            raise SlebError("`remove` and `target_speedup` both say how many blocks; give one")
         if self.until is not None and not 1 < self.until < math.inf:
             raise SlebError(f"until={self.until}: give a number above 1")
         if self.until is not None and self.objective not in (None, "nll"):
@@ -108,6 +113,9 @@ class Progress:
 
     def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there; these steps need not be computed again."""
+
+    def aimed(self, target: SpeedTarget, blocks: int) -> None:
+        """So many blocks must go for a speed-up."""
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
         """A step begins: so many candidates, in so many runs of a layer on a sequence's states."""

@@ -14,6 +14,7 @@ from sleb_serve.selection.search import Step
 if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge
 
+    from sleb_serve.roofline.target import SpeedTarget
     from sleb_serve.selection.repair import Gap
 
 
@@ -72,6 +73,10 @@ class SearchMetrics(Progress):
         for step in resumed:
             self._note(step)
         self._shown.loaded(sequences, resumed, how)
+
+    def aimed(self, target: SpeedTarget, blocks: int) -> None:
+        """Nothing to count yet."""
+        self._shown.aimed(target, blocks)
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
         """A step begins."""

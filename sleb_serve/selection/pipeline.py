@@ -19,6 +19,8 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.repair_file import WeightChanges, sidecar_path, write_sidecar
 from sleb_serve.manifest.schema import Manifest, Removal, Repair
+from sleb_serve.roofline.sizes import read_model
+from sleb_serve.roofline.target import blocks_for
 from sleb_serve.selection.config import Progress, SelectConfig
 from sleb_serve.selection.log import log_path
 from sleb_serve.selection.search import blocks_to_remove, candidates
@@ -63,9 +65,9 @@ def select(
 
     output = None if output is None else Path(output)
     beside = None if output is None or is_stream(output) else output
-    task = _task(str(model), config, output, resume)
-    texts = _texts(task.checkpoint, config)
     progress = progress or Progress()
+    task = _task(str(model), config, output, resume, progress)
+    texts = _texts(task.checkpoint, config)
 
     def search(sample: int) -> Search:
         log = None if beside is None else log_path(beside, sample)
@@ -86,7 +88,9 @@ def select(
     return manifest
 
 
-def _task(model: str, config: SelectConfig, output: Path | None, resume: bool) -> Task:
+def _task(
+    model: str, config: SelectConfig, output: Path | None, resume: bool, progress: Progress
+) -> Task:
     """What is searched: the model is found and what is asked of it is possible."""
     from sleb_serve.cut.likeness import transformers_config
     from sleb_serve.selection.run import Task
@@ -105,10 +109,14 @@ def _task(model: str, config: SelectConfig, output: Path | None, resume: bool) -
     count = most
     if config.remove is not None:
         count = blocks_to_remove(config.remove, checkpoint.num_blocks, early, late)
+    if config.target is not None:
+        count = blocks_for(read_model(str(checkpoint.path)), config.target)
+        progress.aimed(config.target, count)
     if count > most:
+        asked = config.remove if config.target is None else count
         raise SlebError(
-            f"remove={config.remove}: {most} of the blocks between the barriers can go, the "
-            f"others hold what later blocks use; ask for fewer"
+            f"remove={asked}: {most} of the blocks between the barriers can go, the others hold "
+            f"what later blocks use; ask for fewer"
         )
     if output is not None:
         check_writable(output)
