@@ -55,8 +55,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "dense, transformers its own generate",
     )
     for name, text in (
-        ("starts", "times that every engine is started"),
-        ("rounds", "interleaved rounds a start, after one to warm up"),
+        ("starts", "times that every engine is started, at least, while there is time"),
         ("prompt_length", "tokens a prompt for prefill"),
         ("batch", "sequences generated at once in decode"),
         ("output_length", "tokens generated each"),
@@ -66,15 +65,17 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         value = getattr(default, name)
         flag = f"--{name.replace('_', '-')}"
         add(flag, type=int, metavar="N", default=value, help=f"{text} (default: {value})")
+    for name, unit, text in (
+        ("precision", "PERCENT", "measure until every ratio's interval reaches no further"),
+        ("minutes", "M", "but no longer than this, engine starts included"),
+    ):
+        value = getattr(default, name)
+        help_text = f"{text} (default: {value:g})"
+        add(f"--{name}", type=float, metavar=unit, default=value, help=help_text)
     add(
         "--one-at-a-time",
         action="store_true",
-        help="one engine at a time, for models of which two do not fit",
-    )
-    add(
-        "--start-together",
-        action="store_true",
-        help="start all engines at the same time: sooner, but start times say nothing",
+        help="one engine at a time, for models of which two do not fit; takes many starts",
     )
     add("--profile", action="store_true", help="also write where the time goes, by operator")
     add(

@@ -30,7 +30,7 @@ class Records:
     def measured(self) -> bool:
         """Whether a report could say anything."""
         return any(
-            entry["record"] == SERVING or (entry["record"] == "sample" and entry["round"])
+            entry["record"] == SERVING or (entry["record"] == "sample" and entry["round"] > 0)
             for entry in self.entries
         )
 

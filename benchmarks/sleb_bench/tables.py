@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sleb_bench.ratios import ABOVE, Ratio
 
 Report = Mapping[str, Any]
 Row = tuple[str, ...]
@@ -57,49 +60,113 @@ def _ratio_cells(ratio: Mapping[str, Any]) -> Row:
         str(ratio["over"]),
         with_interval(ratio["ratio"], ratio["ratio_interval"]),
         _number(ratio["ideal"], ".3f"),
-        _efficiency(ratio),
+        efficiency_cell(ratio),
     )
 
 
-def _efficiency(ratio: Mapping[str, Any]) -> str:
-    if ratio["efficiency"] is None:
-        return ""
-    text = f"{100 * ratio['efficiency']:.0f} %"
-    if ratio["efficiency_interval"] is None:
-        return text
-    low, high = (100 * edge for edge in ratio["efficiency_interval"])
-    return f"{text} ({low:.0f} to {high:.0f})"
+def efficiency_cell(ratio: Mapping[str, Any]) -> str:
+    """What the interval says of the gain that was to be had."""
+    if ratio["efficiency"] is not None:
+        low, high = (100 * edge for edge in ratio["efficiency_interval"])
+        above = f"{ABOVE}: " if ratio["verdict"] == ABOVE else ""
+        return f"{above}{100 * ratio['efficiency']:.0f} % ({low:.0f} to {high:.0f})"
+    if ratio["efficiency_at_least"] is not None:
+        return f"at least {100 * ratio['efficiency_at_least']:.0f} %, {ratio['verdict']}"
+    return str(ratio["verdict"] or "")
 
 
 _NO_RATIO = ("", "", "", "")
 
 
 def _throughput(report: Report) -> Section:
-    rows: list[Row] = [
-        ("workload", "variant", "tokens/s", "over", "ratio (95 % interval)", "ideal", "efficiency")
-    ]
+    head = ("workload", "variant", "tokens/s", "CPU ms/token", "over", "ratio (95 % interval)")
+    rows: list[Row] = [(*head, "ideal", "efficiency", "CPU ratio (95 % interval)")]
     notes = []
     for name, workload in report["workloads"].items():
         for variant, value in workload["throughput"].items():
             own = [ratio for ratio in workload["ratios"] if ratio["variant"] == variant]
+            used = _number(workload["cpu_per_token"][variant], ".3g", 1000)
             for number, ratio in enumerate(own or [None]):
-                first = (name, variant, f"{value:.1f}") if not number else (name, variant, "")
-                rows.append((*first, *(_NO_RATIO if ratio is None else _ratio_cells(ratio))))
-        line = f"{name}: {workload['size']}; {workload['unit']}"
-        outside = workload["outside_blocks"]
-        if outside is not None:
-            least, most = min(outside["starts"]), max(outside["starts"])
-            line += (
-                f"; outside the blocks {100 * outside['measured']:.0f} % of the dense time, "
-                f"{100 * least:.0f} to {100 * most:.0f} % by start"
-            )
-            if outside["by_weights"] is not None:
-                line += f" (by weights {100 * outside['by_weights']:.0f} %)"
-        notes.append(line)
-    options = report["options"]
-    how = "one engine at a time" if options["one_at_a_time"] else "engines side by side, in turns"
-    notes.append(f"{options['starts']} starts of {options['rounds']} rounds, {how}")
+                values = ("", "") if number else (f"{value:.1f}", used)
+                cells = (*_NO_RATIO, "") if ratio is None else (*_ratio_cells(ratio), _cpu(ratio))
+                rows.append((name, variant, *values, *cells))
+        notes.append(f"{name}: {workload['size']}; {workload['unit']}{_outside(workload)}")
+        notes += filter(None, (_pairs_note(name, ratio) for ratio in workload["ratios"]))
+    notes += [*_end_notes(report), _HOW]
     return Section("Throughput", tuple(rows), tuple(notes), "throughput")
+
+
+_HOW = (
+    "Ratio: Hodges-Lehmann estimate over pairs of neighbouring turns; interval: jackknife over "
+    "blocks of neighbouring pairs, or over starts where that is said. CPU ratio: the same, of "
+    "tokens per processor second; threads that spin while they wait count. tokens/s: median turn"
+)
+
+
+def _cpu(ratio: Mapping[str, Any]) -> str:
+    if ratio["cpu_ratio"] is None:
+        return ""
+    return with_interval(ratio["cpu_ratio"], ratio["cpu_interval"])
+
+
+def _outside(workload: Mapping[str, Any]) -> str:
+    """What part of the dense time no removed block saves, as far as the interval tells."""
+    outside = workload["outside_blocks"]
+    if outside is None:
+        return ""
+    by_weights = outside["by_weights"]
+    weights = "" if by_weights is None else f" (by weights {100 * by_weights:.0f} %)"
+    interval = outside["interval"]
+    if interval is None or tuple(interval) == (0.0, 1.0):
+        return f"; outside the blocks: not told{weights}"
+    low, high = (100 * edge for edge in interval)
+    share = f"{low:.0f} to {high:.0f}" if low else f"at most {high:.0f}"
+    return f"; outside the blocks {share} % of the dense time{weights}"
+
+
+def _pairs_note(workload: str, ratio: Mapping[str, Any]) -> str:
+    """How many pairs, and what is to be known of them."""
+    pairs = ratio["pairs"]
+    starts, bad = len({pair["start"] for pair in pairs}), sum(p["disturbed"] for p in pairs)
+    text = f"{workload}, {ratio['variant']} / {ratio['over']}: {len(pairs)} pairs"
+    text += f" in {starts} starts" if starts > 1 else " in one start"
+    if ratio["samples"] == "starts":
+        alone = "; processes of their own, and what starts differ by is not in the interval"
+        text += "; interval over starts" if ratio["count"] > 1 else alone
+    if bad:
+        text += f"; {bad} disturbed: over 5 % of the machine went elsewhere, or the clock changed"
+    if ratio["quiet_ratio"] is not None:
+        quiet = with_interval(ratio["quiet_ratio"], ratio["quiet_interval"])
+        text += f"; without those {quiet}"
+    return text
+
+
+def _end_notes(report: Report) -> list[str]:
+    """Why the turns ended, and which intervals are wider than was asked for."""
+    end, options = report["end"], report["options"]
+    if end is None:
+        return []
+    goal = options["precision"]
+    wide = [
+        f"{name} {ratio['variant']} / {ratio['over']} ({_width(ratio)})"
+        for name, workload in report["workloads"].items()
+        for ratio in workload["ratios"]
+        if not Ratio(
+            ratio["ratio"], ratio["ratio_interval"], ratio["samples"], ratio["count"]
+        ).within(goal / 100)
+    ]
+    spent = f"{end['minutes']:.1f} of {options['minutes']:g} minutes"
+    text = f"Ended after {spent}, {end['starts']} starts"
+    if not wide:
+        return [f"{text}: every interval reaches {goal:g} % or less to a side"]
+    return [f"{text}: time over. Wider than {goal:g} % to a side: {', '.join(wide)}"]
+
+
+def _width(ratio: Mapping[str, Any]) -> str:
+    if ratio["ratio_interval"] is None:
+        return "one sample"
+    low, high = ratio["ratio_interval"]
+    return f"{100 * (math.sqrt(high / low) - 1):.1f} %"
 
 
 def _serving(report: Report) -> list[Section]:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from sleb_serve.errors import SlebError
 from sleb_serve.roofline.workload import OFFICIAL, Workload
 
-DECODE_PROMPT_LENGTH = 16
-"""Short prompts: the decode workload is about generation."""
-PREFILL_PROMPTS = 4
-
+DECODE_PROMPT_LENGTH = 4
+"""Short prompts: the decode workload is about generation, its processor seconds included."""
+PREFILL_PROMPTS = 2
 
 NAMES = ("prefill", "decode", "official", "saturated")
 
