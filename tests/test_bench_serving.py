@@ -19,7 +19,10 @@ psutil = pytest.importorskip("psutil")
 
 from sleb_bench import run as bench_run  # noqa: E402
 from sleb_bench.run import BenchOptions, bench  # noqa: E402
-from sleb_bench.serving import ServingOptions, cli_options, serve_and_load  # noqa: E402
+from sleb_bench.serving import serve_and_load  # noqa: E402
+from sleb_bench.serving_load import cli_options  # noqa: E402
+from sleb_bench.serving_options import ServingOptions  # noqa: E402
+from sleb_bench.slo import bracket, met, next_rate  # noqa: E402
 from sleb_serve.checkpoint.hub import open_checkpoint  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
 from sleb_serve.manifest.binding import bind  # noqa: E402
@@ -67,8 +70,8 @@ def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path
     path, out = models("llama"), tmp_path_factory.mktemp("serving") / "out"
     manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
 
-    def watched(*arguments: Any) -> Iterator[dict[str, Any]]:
-        for record in serve_and_load(*arguments):
+    def watched(*arguments: Any, **more: Any) -> Iterator[dict[str, Any]]:
+        for record in serve_and_load(*arguments, **more):
             # In round 1 the dense model goes first, so the pruned one's load comes next.
             place = tuple(record.get(key) for key in ("variant", "round", "request_rate"))
             yield record
@@ -123,7 +126,7 @@ def test_a_server_that_dies_under_load_is_reported(broken_run: Path) -> None:
     (failure,) = records(broken_run, "failure")
     assert failure["variant"] == "sleb2"
     for part in (
-        "the sleb2 server ended with exit code -9 at 2 requests/s",
+        "the sleb2 server at 2 requests/s ended with exit code -9",
         "of 8 requests failed",
     ):
         assert part in failure["what"]

@@ -30,9 +30,11 @@ class Records:
     def measured(self) -> bool:
         """Whether a report could say anything."""
         return any(
-            entry["record"] == SERVING or (entry["record"] == "sample" and entry["round"] > 0)
+            entry["record"] in {SERVING, SLO}
+            or (entry["record"] == "sample" and entry["round"] > 0)
             for entry in self.entries
         )
 
 
-SERVING = "serving"
+SERVING, SLO = "serving", "slo"
+"""Workloads over HTTP: a ladder of loads, and a search for the highest rate that meets the SLO."""

@@ -11,6 +11,7 @@ from typing import Any
 from sleb_bench.pace import FEWEST
 from sleb_bench.pairs import Pair, are_apart, compared, cpu_ratio, pairs_of, speed_ratio, tokens_of
 from sleb_bench.ratios import Ratio, against_ideal, outside_blocks, paired_ratio
+from sleb_bench.slo import SHARE, bracket
 from sleb_bench.variants import DENSE, is_beside
 from sleb_serve.manifest.schema import perplexity_of
 from sleb_serve.roofline.ideal import ideal_ratio
@@ -58,6 +59,8 @@ def make_report(records: Sequence[Record]) -> dict[str, Any]:
             report["workloads"][workload.name] = _workload(setting, variants, workload, found)
     served = [r for r in records if r["record"] == "serving" and r["round"]]
     report["serving"] = _serving(setting, variants, served) if served else None
+    searched = [r for r in records if r["record"] == "slo"]
+    report["slo"] = _slo(setting, variants, searched) if searched else None
     report["end"] = next((dict(r) for r in records if r["record"] == "end"), None)
     report["failures"] = [record["what"] for record in records if record["record"] == "failure"]
     return report
@@ -101,13 +104,23 @@ def _workload(
         removed, speed = max(own.items())
         interval = outside_blocks(speed, setting["num_blocks"], removed)
         outside = {"interval": interval, "by_weights": share}
+    medians = _medians(workload, [s for s in samples if s["round"] > 0], variants)
     return {
         "unit": workload.unit,
         "size": workload.describe(),
-        **_medians(workload, [s for s in samples if s["round"] > 0], variants),
+        **medians,
+        "cost_per_million": _costs(setting, medians["throughput"]),
         "ratios": ratios,
         "outside_blocks": outside,
     }
+
+
+def _costs(setting: Record, throughput: Mapping[str, float]) -> dict[str, float] | None:
+    """What a million tokens cost at a price per hour; None where none was named."""
+    price = setting["options"].get("gpu_hour")
+    if price is None:
+        return None
+    return {name: 1e6 * price / (3600 * rate) for name, rate in throughput.items()}
 
 
 def _medians(
@@ -196,6 +209,34 @@ def _serving(
             share,
         ),
         "goodput": _served_ratios(setting, variants, _best(served, "request_goodput"), share),
+    }
+
+
+def _slo(
+    setting: Record, variants: Mapping[str, Record], searched: Sequence[Record]
+) -> dict[str, Any]:
+    """The highest rates that met the service level, and the lowest that did not."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in variants:
+        own = [record for record in searched if record["variant"] == name]
+        if own:
+            low, high = bracket([(r["request_rate"], r["met"]) for r in own])
+            found[name] = {"rate": low, "not_at": high, "tried": len(own)}
+    gains = []
+    for name, over in compared({name: v["over"] for name, v in variants.items()}):
+        of, under = found.get(name, {}), found.get(over, {})
+        if of.get("rate") and under.get("rate"):
+            edges = [
+                of["rate"] / under["not_at"] if under["not_at"] else None,
+                of["not_at"] / under["rate"] if of["not_at"] else None,
+            ]
+            ratio = of["rate"] / under["rate"]
+            gains.append({"variant": name, "over": over, "ratio": ratio, "between": edges})
+    return {
+        "limits": setting["options"]["serving"]["slo"],
+        "share": SHARE,
+        "variants": found,
+        "ratios": gains,
     }
 
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from sleb_bench.files import write_report
 from sleb_bench.machine import machine
-from sleb_bench.records import SERVING, Records
-from sleb_bench.serving import ServingOptions, serve_and_load
+from sleb_bench.records import SERVING, SLO, Records
+from sleb_bench.serving import serve_and_load
+from sleb_bench.serving_options import PRUNED, ServingOptions
 from sleb_bench.turns import Plan, Say, measure_by_turns
 from sleb_bench.variants import BESIDE, Variant, make_variants
 from sleb_bench.workloads import DECODE_PROMPT_LENGTH, workloads
@@ -35,11 +36,14 @@ from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share
 from sleb_serve.roofline.workload import Prompts, Workload
+from sleb_serve.serving.client import Client
 from sleb_serve.serving.command import check_plugin
+from sleb_serve.serving.probe import probe
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.extras import require
 
 _LOSS_LENGTH = 512
+_HTTP = frozenset({SERVING, SLO})
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,13 @@ class BenchOptions:
     starts: int = 3
     prompt_length: int = 512
     batch: int = 8
-    output_length: int = 32
+    output_length: int = 16
     requests: int = 64
     perplexity_sequences: int = 8
     one_at_a_time: bool = False
     profile: bool = False
     engine_args: str = "{}"
+    gpu_hour: float | None = None
     serving: ServingOptions = field(default_factory=ServingOptions)
 
     def check(self) -> None:
@@ -73,9 +78,10 @@ class BenchOptions:
         for name in ("starts", "prompt_length", "batch", "requests"):
             if getattr(self, name) < 1:
                 raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
-        for name in ("precision", "minutes"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise SlebError(f"--{name} must be a number above 0")
+        for name in ("precision", "minutes", "gpu_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SlebError(f"--{name.replace('_', '-')} must be a number above 0")
         if self.output_length < 2:
             raise SlebError("--output-length must be at least 2: the first token ends the prefill")
         if not self.workloads:
@@ -84,6 +90,11 @@ class BenchOptions:
             if name not in BESIDE:
                 raise SlebError(f"--beside: {name} is not one of {', '.join(BESIDE)}")
         self.serving.check()
+        if self.serving.urls and (self.beside or not set(self.workloads) <= _HTTP):
+            raise SlebError(
+                f"--dense and --pruned: servers that run already are loaded with --workloads "
+                f"{SERVING},{SLO}, and nothing beside them"
+            )
 
 
 def bench(
@@ -111,6 +122,11 @@ def bench(
     own = strict_json.any_object(strict_json.load(options.engine_args.encode()), "--engine-args")
     strict_json.any_object(own.get("hf_overrides", {}), "--engine-args hf_overrides")
     manifests = [manifest.prefix(count) for count in counts or (len(manifest.removed),)]
+    if options.serving.urls:
+        if len(manifests) > 1:
+            raise SlebError("--pruned is one server: give one number of --blocks")
+        # A dense server in its place would measure nothing.
+        probe(Client(options.serving.urls[PRUNED]), manifests[0])
     revision = revision_of(options.model, manifest, options.revision)
     checkpoint = check_model(options.model, manifests[-1].pruning(), revision, fetch=True)
     check_plugin()
@@ -152,8 +168,16 @@ def _measure(
     if plan.todo:
         records.add("end", measure_by_turns(plan, variants, records, say))
         records.save()
-    if SERVING in options.workloads:
-        for entry in serve_and_load(options.serving, checkpoint, variants, options.output, say):
+    if _HTTP & set(options.workloads):
+        for entry in serve_and_load(
+            options.serving,
+            checkpoint,
+            variants,
+            options.output,
+            say,
+            ladder=SERVING in options.workloads,
+            search=SLO in options.workloads,
+        ):
             # The generator goes on with the entry.
             values = {key: value for key, value in entry.items() if key != "record"}
             records.add(entry["record"], values)
@@ -185,7 +209,7 @@ def _plan(
 
 def _workloads(options: BenchOptions) -> Sequence[Workload]:
     return workloads(
-        [name for name in options.workloads if name != SERVING],
+        [name for name in options.workloads if name not in _HTTP],
         prompt_length=options.prompt_length,
         batch=options.batch,
         output_length=options.output_length,
@@ -248,6 +272,7 @@ def _setting(
     values = {**asdict(options), "output": str(options.output)}
     # JSON has no infinity.
     values["serving"]["rates"] = [str(rate) for rate in options.serving.rates]
+    values["serving"]["dataset"] = options.serving.dataset and str(options.serving.dataset)
     return {
         "command": shlex.join(["sleb-serve", *sys.argv[1:]]),
         "model": manifest.model.id,

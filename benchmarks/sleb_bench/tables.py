@@ -39,6 +39,8 @@ def sections(report: Report) -> list[Section]:
         found.append(_throughput(report))
     if report["serving"]:
         found += _serving(report)
+    if report["slo"]:
+        found.append(_slo(report))
     found.append(_variants(report))
     found.append(_setting(report))
     return found
@@ -91,6 +93,8 @@ def _throughput(report: Report) -> Section:
                 cells = (*_NO_RATIO, "") if ratio is None else (*_ratio_cells(ratio), _cpu(ratio))
                 rows.append((name, variant, *values, *cells))
         notes.append(f"{name}: {workload['size']}; {workload['unit']}{_outside(workload)}")
+        if workload["cost_per_million"] is not None:
+            notes.append(f"{name}, cost of a million tokens: {_costs(workload)}")
         notes += filter(None, (_pairs_note(name, ratio) for ratio in workload["ratios"]))
     notes += [*_end_notes(report), _HOW]
     return Section("Throughput", tuple(rows), tuple(notes), "throughput")
@@ -101,6 +105,12 @@ _HOW = (
     "blocks of neighbouring pairs, or over starts where that is said. CPU ratio: the same, of "
     "tokens per processor second; threads that spin while they wait count. tokens/s: median turn"
 )
+
+
+def _costs(workload: Mapping[str, Any]) -> str:
+    """In the price's currency, of tokens as the workload counts them."""
+    costs = workload["cost_per_million"].items()
+    return ", ".join(f"{variant} {cost:.3g}" for variant, cost in costs)
 
 
 def _cpu(ratio: Mapping[str, Any]) -> str:
@@ -199,8 +209,10 @@ def _serving(report: Report) -> list[Section]:
     slo = ", ".join(f"{name} {limit:g} ms" for name, limit in serving["slo"].items())
     hits = [v["prefix_cache_hit_rate"] for p in serving["points"] for v in p["variants"].values()]
     options = report["options"]["serving"]
+    dataset = options.get("dataset")
+    prompts = f"prompts of {dataset}" if dataset else f"{options['input_length']} tokens in"
     notes = (
-        f"{options['requests']} requests a point, {options['input_length']} tokens in, "
+        f"{options['requests']} requests a point, {prompts}, "
         f"{options['output_length']} out, {options['rounds']} rounds; goodput: requests/s within "
         f"{slo}; prefix cache hits {100 * max(hits):.1f} % at most",
     )
@@ -217,6 +229,27 @@ def _serving(report: Report) -> list[Section]:
         Section("Serving: what it gains", tuple(gains)),
         Section("Serving, load by load", tuple(rows), notes, "latency"),
     ]
+
+
+def _slo(report: Report) -> Section:
+    """The highest rates that met the service level."""
+    slo = report["slo"]
+    rows: list[Row] = [("variant", "requests/s", "not at", "over", "ratio (between)")]
+    for name, found in slo["variants"].items():
+        gain = next((ratio for ratio in slo["ratios"] if ratio["variant"] == name), None)
+        cells: Row = ("", "")
+        if gain is not None:
+            edges = " to ".join(_number(edge, ".3f") or "?" for edge in gain["between"])
+            cells = (gain["over"], f"{gain['ratio']:.3f} ({edges})")
+        rate = _number(found["rate"], ".3g") or "none tried"
+        rows.append((name, rate, _number(found["not_at"], ".3g"), *cells))
+    limits = ", ".join(f"{name} {limit:g} ms" for name, limit in slo["limits"].items())
+    options = report["options"]["serving"]
+    note = (
+        f"The highest rate tried at which {100 * slo['share']:.0f} % of {options['requests']} requests "
+        f"met {limits}, and the lowest at which fewer did; the ratio lies between those of the two"
+    )
+    return Section("Highest rate within the service level", tuple(rows), (note,))
 
 
 def load_name(point: Mapping[str, Any]) -> str:
