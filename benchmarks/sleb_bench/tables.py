@@ -244,10 +244,10 @@ def _slo(report: Report) -> Section:
         rate = _number(found["rate"], ".3g") or "none tried"
         rows.append((name, rate, _number(found["not_at"], ".3g"), *cells))
     limits = ", ".join(f"{name} {limit:g} ms" for name, limit in slo["limits"].items())
-    options = report["options"]["serving"]
+    requests = f"{100 * slo['share']:.0f} % of {report['options']['serving']['requests']} requests"
     note = (
-        f"The highest rate tried at which {100 * slo['share']:.0f} % of {options['requests']} requests "
-        f"met {limits}, and the lowest at which fewer did; the ratio lies between those of the two"
+        f"The highest rate tried at which {requests} met {limits}, and the lowest at which fewer "
+        f"did; the ratio lies between those of the two"
     )
     return Section("Highest rate within the service level", tuple(rows), (note,))
 
