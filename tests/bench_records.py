@@ -19,7 +19,7 @@ def variant(name: str, blocks: int, over: str | None = "dense") -> dict[str, Any
 
 DECODE = (1.0, 1.0, 2.0)
 """Elapsed times of the pruned model's decoding: of the warm-up, and of its rounds."""
-QUIET = {"others": 0.0, "steal": 0.0, "load": 0.5, "mhz": None}
+QUIET = {"others": 0.0, "steal": 0.0, "load": 0.5, "mhz": None, "disturbed": False}
 
 
 def records(

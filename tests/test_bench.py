@@ -87,7 +87,7 @@ def test_a_real_run_says_what_it_used_and_what_shared_a_process(run: Path) -> No
     for sample in (record for record in raw if record["record"] == "sample"):
         # An engine of two cores at most; prompts of decode count, too.
         assert sample["cpu_time"] > 0
-        assert sample["conditions"].keys() == {"others", "steal", "load", "mhz"}
+        assert sample["conditions"].keys() == {"others", "steal", "load", "mhz", "disturbed"}
     ratios = json.loads((run / "report.json").read_text())["workloads"]["saturated"]["ratios"]
     kinds = {ratio["variant"]: ratio["samples"] for ratio in ratios if ratio["over"] == "dense"}
     assert kinds == dict.fromkeys(("dense-again", "sleb2", "sleb2-capped"), "blocks")

@@ -98,7 +98,7 @@ def test_the_report_says_which_pairs_were_disturbed_and_why_the_run_ended() -> N
     many = records((9.0, *(1.0 + number / 100 for number in range(12))), 1.2)
     for sample in many:
         if (sample.get("workload"), sample.get("round")) == ("decode", 3):
-            sample["conditions"] = {**QUIET, "others": 0.3}
+            sample["conditions"] = {**QUIET, "disturbed": True}
     (ratio,) = make_report(many)["workloads"]["decode"]["ratios"]
     assert [pair["disturbed"] for pair in ratio["pairs"]] == [n == 3 for n in range(1, 13)]
     without = [r for r in many if (r.get("workload"), r.get("round")) != ("decode", 3)]
@@ -205,11 +205,12 @@ def test_one_sample_has_no_interval_and_one_start_of_engines_apart_is_never_prec
 
 def test_the_interval_holds_the_truth_on_a_busy_machine() -> None:
     """Simulated runs, ended by the benchmark's own rules; `intervals.py` prints the whole table."""
-    for name in ("quiet", "bursts of 5 s, up to 3 times slower"):
+    for name, precise in (("quiet", 95), ("bursts of 5 s, up to 3 times slower", 40)):
         runs = intervals.coverage(intervals.MACHINES[name], 100, seed=1)
         # Of 100 with 95 % each, fewer than 88 would be seen once in 200 times.
         assert sum(map(intervals.holds, runs)) >= 88, name
-        assert sum(run.precise for run in runs) >= 60, name
+        # The others ended by their time.
+        assert sum(run.precise for run in runs) >= precise, name
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,14 @@ class Conditions:
         steal: share that the hypervisor gave to other machines.
         load: the load average of the last minute at its end.
         mhz: mean clock of the processors at its end.
+        disturbed: over 5 % of the machine went elsewhere: `others` and `steal`.
     """
 
     others: float | None
     steal: float | None
     load: float | None
     mhz: float | None
+    disturbed: bool
 
 
 class Watch:
@@ -52,18 +54,20 @@ class Watch:
             # Ticks are coarse: what is left of them may be a little below zero.
             others, steal = max(0.0, busy - own) / whole, stolen / whole
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        return own, Conditions(_rounded(others), _rounded(steal), _rounded(load), _mhz())
+        elsewhere = (others or 0.0) + (steal or 0.0) > _DISTURBED_SHARE
+        found = Conditions(_rounded(others), _rounded(steal), _rounded(load), _mhz(), elsewhere)
+        return own, found
 
 
 def disturbed(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Whether more than 5 % of the machine went elsewhere in either turn, or the clock changed.
+    """Whether either turn of a pair was disturbed, or their clocks differ by more than 5 %.
 
     Args:
         one: `Conditions` of a pair's one turn, as recorded; None where there are none.
         other: of the other.
     """
     turns = [turn for turn in (one, other) if turn is not None]
-    if any((t["others"] or 0) + (t["steal"] or 0) > _DISTURBED_SHARE for t in turns):
+    if any(turn["disturbed"] for turn in turns):
         return True
     clocks = [turn["mhz"] for turn in turns if turn["mhz"]]
     return len(clocks) == 2 and max(clocks) > (1 + _DISTURBED_CLOCK) * min(clocks)

@@ -19,6 +19,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.roofline.workload import Prompts, Workload
 
 _REASON_LENGTH = 400
+_DEVICES = ("nvidia[0-9]*", "kfd", "accel*")
 _IMPORTED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_model_runner")
 
 
@@ -40,7 +41,7 @@ class Sample:
     num_requests: int
     total_input_tokens: int
     total_output_tokens: int
-    conditions: Mapping[str, float | None]
+    conditions: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class EngineError(SlebError):
 
 
 def has_gpu() -> bool:
-    """Whether NVIDIA's driver shows a device."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether a driver shows a device: NVIDIA's, AMD's, or one of other accelerators."""
+    return any(found for name in _DEVICES for found in Path("/dev").glob(name))
 
 
 def process_context() -> ForkServerContext | SpawnContext:
