@@ -1,9 +1,9 @@
 """How often the benchmark's intervals hold 1 for equal engines while the machine has other work.
 
-Usage: busy.py MODEL M.json FOLDER [--runs 10] [--minutes 4] [--precision 2] [--engine-args JSON]
-[--processes N] [--on S] [--off S]. Each run is `sleb-serve bench --beside dense`: dense over dense,
-and pruned over dense. Beside it processes burn all they can get, for random times with random
-breaks. Runs that FOLDER has are kept. Prints Markdown; SmolLM2 is at .cache/demo after `make demo`.
+Usage: busy.py MODEL M.json FOLDER [--runs 10] [--processes N] [--on S] [--off S] [OPTION…]. Each
+run is `sleb-serve bench --beside dense OPTION…`: dense over dense, and pruned over dense. Beside it
+processes burn all they can get, for random times with random breaks. Runs that FOLDER has are kept.
+Prints Markdown; SmolLM2 is at .cache/demo after `make demo`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sleb_bench.files import RECORDS, report_of
+from sleb_bench.files import report_of
 from sleb_bench.tables import with_interval
 from sleb_serve.utils.markdown import table
 
@@ -33,29 +33,27 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--precision", type=float, default=2)
-    parser.add_argument("--engine-args", default='{"enforce_eager": true}')
     parser.add_argument("--processes", type=int, default=1, help="that burn at once")
     parser.add_argument("--on", type=float, default=5, help="mean seconds that they burn")
     parser.add_argument("--off", type=float, default=10, help="mean seconds that they rest")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     for number in range(options.runs):
         folder = options.folder / str(number)
-        if not (folder / RECORDS).exists():
+        if not (folder / "report.md").exists():
             with burning(options.processes, options.on, options.off, seed=number):
-                _bench(options, folder)
+                _bench(options.model, options.manifest, folder, more)
     print("\n".join(summary([options.folder / str(number) for number in range(options.runs)])))
 
 
-def _bench(options: argparse.Namespace, folder: Path) -> None:
+def _bench(model: str, manifest: Path, folder: Path, more: Sequence[str]) -> None:
     command = [
-        *(sys.executable, "-m", "sleb_serve.cli", "bench", options.model),
-        *("-m", str(options.manifest), "-o", str(folder), "--beside", "dense"),
-        *("--minutes", str(options.minutes), "--precision", str(options.precision)),
-        *("--engine-args", options.engine_args, "--perplexity-sequences", "1"),
+        *(sys.executable, "-m", "sleb_serve.cli", "bench", model, "-m", str(manifest)),
+        *("-o", str(folder), "--beside", "dense", "--perplexity-sequences", "1"),
+        *("--engine-args", '{"enforce_eager": true}', *more),
     ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+    if code:
+        raise SystemExit(f"busy.py: the benchmark ended with exit code {code}")
 
 
 @contextmanager

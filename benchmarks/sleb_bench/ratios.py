@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 BLOCK = 4
 """Neighbouring pairs that are left out together, to allow for what they have in common."""
 _FEWEST_BLOCKS = 8
-_STARTS_DIFFER = 2.0
+_STARTS_DIFFER = 3.0
 """Between starts over within: the ratio of variances from which the starts are the samples."""
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond, 1.96 + 2.4/n is within 0.3 %.
@@ -78,7 +78,8 @@ def paired_ratio(starts: Sequence[Sequence[float]], *, apart: bool = False) -> R
     if apart:
         return _ratio(float(np.mean(centres)), half, "starts", len(logs))
     freedom = int(blocks[-1])
-    if freedom and error**2 > _STARTS_DIFFER * (found[1] / t95(freedom)) ** 2:
+    # Two starts cannot tell: Student's t of one degree of freedom is 12.7.
+    if len(logs) > 2 and error**2 > _STARTS_DIFFER * (found[1] / t95(freedom)) ** 2:
         return _ratio(float(np.mean(centres)), max(half, found[1]), "starts", len(logs))
     return _ratio(*found, "blocks", freedom + 1)
 

@@ -12,7 +12,7 @@ from sleb_serve.utils.atomic_io import write_atomically
 
 
 class Records:
-    """The raw records of a run, on disk after every start, so that a broken run keeps them."""
+    """The raw records of a run, on disk now and then, so that a broken run keeps them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -56,7 +56,7 @@ def measure_by_turns(
     Args:
         plan: what to measure, and how long.
         variants: what takes turns.
-        records: gets every engine, sample and quality; saved after every start.
+        records: gets every engine, sample and quality; saved now and then.
         say: told how it goes.
 
     Returns:
@@ -146,6 +146,7 @@ class _Turns:
             ratios = self._ratios()
             if not done % _NEWS:
                 self.say(_so_far(ratios, done))
+                self.records.save()
             left &= set(self.pace.unfinished(ratios, start, done))
 
     def _warm_up(
