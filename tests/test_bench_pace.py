@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,8 +124,7 @@ def test_a_watch_tells_what_others_did_and_what_was_stolen(
     def machine(seconds: float, own: float, user: int, steal: int) -> None:
         """Ticks of a hundredth of a second, on two processors."""
         stat.write_text(f"cpu  {user} 0 10 500 0 0 0 {steal} 0 0\ncpu0 1 2\ncpu1 1 2\nintr 5\n")
-        monkeypatch.setattr(conditions, "_cpu_seconds", lambda: own)
-        clock = SimpleNamespace(perf_counter=lambda: seconds)
+        clock = SimpleNamespace(perf_counter=lambda: seconds, process_time=lambda: own)
         monkeypatch.setattr(conditions, "time", clock)
 
     monkeypatch.setattr(conditions, "_STAT", stat)
@@ -166,3 +168,16 @@ def test_a_pair_is_disturbed_by_other_work_or_another_clock(
     assert disturbed(steady, {**steady, **change}) == expected
     assert disturbed({**steady, **change}, steady) == expected
     assert not disturbed(None, None)
+
+
+def test_a_watch_counts_the_processes_that_this_one_started() -> None:
+    pytest.importorskip("psutil")
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        try:
+            time.sleep(0.5)  # its own start
+            watch = Watch()
+            time.sleep(0.5)
+            cpu, _ = watch.read()
+        finally:
+            child.kill()
+    assert 0.02 < cpu < 0.7

@@ -39,18 +39,22 @@ class Watch:
     """Begins when it is made; tells of processor time and conditions since then."""
 
     def __init__(self) -> None:
-        self._begin, self._own, self._ticks = time.perf_counter(), _cpu_seconds(), _ticks()
+        # Looking for children takes milliseconds, which must not count.
+        children = _children_seconds()
+        self._begin, self._ticks = time.perf_counter(), _ticks()
+        self._own = time.process_time() + children
 
     def read(self) -> tuple[float, Conditions]:
         """Processor seconds of this process and those it started, and what else went on."""
-        own, ticks = _cpu_seconds() - self._own, _ticks()
+        own, ticks, now = time.process_time(), _ticks(), time.perf_counter()
+        own += _children_seconds() - self._own
         others = steal = None
         if ticks is not None and self._ticks is not None:
             busy, stolen = (
-                (now - before) / os.sysconf("SC_CLK_TCK")
-                for now, before in zip(ticks[:2], self._ticks[:2], strict=True)
+                (new - old) / os.sysconf("SC_CLK_TCK")
+                for new, old in zip(ticks[:2], self._ticks[:2], strict=True)
             )
-            whole = (time.perf_counter() - self._begin) * ticks[2]
+            whole = (now - self._begin) * ticks[2]
             # Ticks are coarse: what is left of them may be a little below zero.
             others, steal = max(0.0, busy - own) / whole, stolen / whole
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -84,17 +88,17 @@ def _ticks() -> tuple[int, int, int] | None:
     return user + nice + system + irq + softirq, steal, processors
 
 
-def _cpu_seconds() -> float:
-    """Of this process and of those that it started and that live."""
-    own = time.process_time()
+def _children_seconds() -> float:
+    """Of the processes that this one started and that live."""
+    seconds = 0.0
     with contextlib.suppress(ImportError):
         import psutil
 
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 times = child.cpu_times()
-                own += times.user + times.system
-    return own
+                seconds += times.user + times.system
+    return seconds
 
 
 def _mhz() -> float | None:
