@@ -107,7 +107,7 @@ def test_the_report_says_which_pairs_were_disturbed_and_why_the_run_ended() -> N
     text = to_markdown(make_report(many))
     assert "12 pairs in one start; 1 disturbed" in text
     assert f"without those {quiet['ratio']:.3f}" in text
-    assert "Ended after 1.5 of 1 minutes, 1 starts: time over. Wider than 2 % to a side:" in text
+    assert "Ended after 1.5 of 1 minutes, 1 start: time over. Wider than 2 % to a side:" in text
 
 
 def test_a_run_that_broke_off_says_so_first(tmp_path: Path) -> None:

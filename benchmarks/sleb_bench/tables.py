@@ -166,7 +166,7 @@ def _end_notes(report: Report) -> list[str]:
         ).within(goal / 100)
     ]
     spent = f"{end['minutes']:.1f} of {options['minutes']:g} minutes"
-    text = f"Ended after {spent}, {end['starts']} starts"
+    text = f"Ended after {spent}, {end['starts']} start{'s' if end['starts'] > 1 else ''}"
     if not wide:
         return [f"{text}: every interval reaches {goal:g} % or less to a side"]
     return [f"{text}: time over. Wider than {goal:g} % to a side: {', '.join(wide)}"]
