@@ -27,7 +27,7 @@ def run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
     assert main([*select, *text]) == 0
     small = [
-        *("--starts", "1", "--rounds", "2", "--prompt-length", "64", "--batch", "2"),
+        *("--starts", "1", "--minutes", "0.001", "--prompt-length", "64", "--batch", "2"),
         *("--output-length", "8", "--requests", "4", "--perplexity-sequences", "3"),
     ]
     work = [
@@ -41,7 +41,9 @@ def run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["bench", str(path), "-m", str(manifest), "-o", str(out), *small, *work, *engine]
     with pytest.MonkeyPatch.context() as patch:
         # The same engines, sooner: six times the import of vLLM is most of their time.
-        patch.setattr("sleb_bench.engine.SpawnContext", forks)
+        patch.setattr("sleb_bench.engine.process_context", forks)
+        # One call a turn.
+        patch.setattr("sleb_bench.pace.TURN", 0.0)
         assert main(arguments) == 0
     return out
 
@@ -58,14 +60,43 @@ def test_a_real_run_measures_every_variant_in_every_round(run: Path) -> None:
     samples = [record for record in raw if record["record"] == "sample"]
     seen = {(s["workload"], s["variant"], s["round"]) for s in samples}
     assert len(seen) == len(samples)
-    assert seen == {
-        (workload, name, number)
+    rounds = {name: {r for w, _, r in seen if w == name} for name in ("prefill", "decode")}
+    for warm_up_and_pairs in rounds.values():
+        # Two turns at least that warm up; the time is over after two pairs.
+        assert warm_up_and_pairs >= {-1, 0, 1, 2}
+        assert max(warm_up_and_pairs) == 2
+    assert {(w, name) for w, name, _ in seen} == {
+        (workload, name)
         for workload in ("prefill", "decode", "saturated")
         for name in NAMES
-        for number in range(3)
         if (workload, name) != ("decode", "sleb2-transformers")
     }
-    expected = {"prefill": (4, 256, 4), "decode": (2, 32, 16), "saturated": (4, 256, 32)}
+    # Turn by turn: in the second round who goes first is not who did in the first.
+    order = [s["variant"] for s in samples if (s["workload"], s["round"]) == ("prefill", 1)]
+    back = [s["variant"] for s in samples if (s["workload"], s["round"]) == ("prefill", 2)]
+    assert back == order[::-1]
+    (end,) = (record for record in raw if record["record"] == "end")
+    assert (end["why"], end["starts"]) == ("time over", 1)
+
+
+def test_a_real_run_says_what_it_used_and_what_shared_a_process(run: Path) -> None:
+    raw = raw_records(run)
+    processes = {r["variant"]: r["process"] for r in raw if r["record"] == "engine"}
+    apart = {name: name for name in ("sleb2-export", "sleb2-transformers")}
+    assert processes == {**dict.fromkeys(NAMES, "shared"), **apart}
+    for sample in (record for record in raw if record["record"] == "sample"):
+        # An engine of two cores at most; prompts of decode count, too.
+        assert sample["cpu_time"] > 0
+        assert sample["conditions"].keys() == {"others", "steal", "load", "mhz", "disturbed"}
+    ratios = json.loads((run / "report.json").read_text())["workloads"]["saturated"]["ratios"]
+    kinds = {ratio["variant"]: ratio["samples"] for ratio in ratios if ratio["over"] == "dense"}
+    assert kinds == dict.fromkeys(("dense-again", "sleb2", "sleb2-capped"), "blocks")
+    assert all(ratio["cpu_ratio"] > 0 for ratio in ratios)
+
+
+def test_a_real_runs_samples_are_what_was_asked_for(run: Path) -> None:
+    samples = [record for record in raw_records(run) if record["record"] == "sample"]
+    expected = {"prefill": (1, 64, 1), "decode": (2, 8, 16), "saturated": (4, 256, 32)}
     for sample in samples:
         found = ("num_requests", "total_input_tokens", "total_output_tokens")
         assert tuple(sample[key] for key in found) == expected[sample["workload"]]
@@ -85,8 +116,10 @@ def test_a_real_run_holds_the_cache_and_the_quality_of_each(run: Path, models: M
     assert tokens["sleb2"] / tokens["dense"] == pytest.approx(8 / 6, rel=0.01)
     assert tokens["sleb2-export"] == tokens["sleb2"]
     assert tokens["sleb2-capped"] == tokens["dense-again"] == tokens["dense"]
-    # Who started, and with what in memory: a tiny model, but all of Python and torch.
-    assert all(r["memory_bytes"] > 1e8 for r in raw if r["record"] == "engine")
+    # With what in memory: a tiny model, but all of Python and torch. Told of who came first.
+    memory = {r["variant"]: r["memory_bytes"] for r in raw if r["record"] == "engine"}
+    assert all(memory[name] > 1e8 for name in ("dense", "sleb2-export", "sleb2-transformers"))
+    assert memory["sleb2"] is None
     read = {r["variant"]: r["weights_bytes"] for r in raw if r["record"] == "variant"}
     block = open_checkpoint(str(path)).parameter_counts()
     assert block is not None
@@ -174,7 +207,8 @@ def test_a_browser_shows_the_page_without_complaint(run: Path) -> None:
     ("options", "message"),
     [
         (["--starts", "0"], "--starts must be at least 1"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--minutes", "0"], "--minutes must be a number above 0"),
+        (["--precision", "nan"], "--precision must be a number above 0"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--output-length", "1"], "--output-length must be at least 2"),
         (["--engine-args", "{"], "not JSON"),
@@ -185,8 +219,24 @@ def test_a_browser_shows_the_page_without_complaint(run: Path) -> None:
         (["--blocks", "2"], "1"),
         (["--request-rates", "0"], "--request-rates are above 0"),
         (["--request-rates", "fast"], "--request-rates fast: give numbers or inf"),
-        (["--slo", "speed:3"], "--slo speed:3: give milliseconds for ttft, tpot, e2el"),
-        (["--slo", "ttft"], "--slo ttft: give milliseconds"),
+        (["--slo", "speed=3ms"], "--slo speed=3ms: give times for ttft, tpot, e2el"),
+        (["--slo", "ttft"], "--slo ttft: give times in ms or s"),
+        (["--slo", "ttft=1h"], "--slo ttft=1h: give times in ms or s"),
+        (["--gpu-hour", "0"], "--gpu-hour must be a number above 0"),
+        (["--dataset", "texts.txt"], "--dataset texts.txt: give a ShareGPT file (.json)"),
+        (["--dataset", "gone.json"], "--dataset gone.json: no such file"),
+        (["--dense", "http://localhost:1"], "--dense and --pruned: give both"),
+        (
+            ["--dense", "http://localhost:1", "--pruned", "http://localhost:2"],
+            "--dense and --pruned: servers that run already are loaded with --workloads",
+        ),
+        (
+            [
+                *("--dense", "http://localhost:1", "--pruned", "http://localhost:2"),
+                *("--workloads", "serving"),
+            ],
+            "http://localhost:2/sleb/manifest: no answer",
+        ),
         (["--serving-output-length", "1"], "--serving-output-length must be at least 2"),
     ],
 )

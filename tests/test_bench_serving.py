@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ from conftest import Models
 pytest.importorskip("vllm")
 psutil = pytest.importorskip("psutil")
 
-from running import ForkedServer  # noqa: E402
+from running import LOCAL, OPTIONS, ForkedServer, printed_command  # noqa: E402
 from sleb_bench import run as bench_run  # noqa: E402
 from sleb_bench import serving as bench_serving  # noqa: E402
 from sleb_bench.run import BenchOptions, bench  # noqa: E402
-from sleb_bench.server import Server  # noqa: E402
-from sleb_bench.serving import ServingOptions, cli_options, serve_and_load  # noqa: E402
+from sleb_bench.server import Server, free_port  # noqa: E402
+from sleb_bench.serving import serve_and_load  # noqa: E402
+from sleb_bench.serving_load import cli_options  # noqa: E402
+from sleb_bench.serving_options import ServingOptions  # noqa: E402
+from sleb_bench.slo import bracket, met, next_rate  # noqa: E402
 from sleb_serve.checkpoint.hub import open_checkpoint  # noqa: E402
+from sleb_serve.cli.main import main  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
 from sleb_serve.manifest.binding import bind  # noqa: E402
 from sleb_serve.manifest.schema import Manifest, Removal  # noqa: E402
+from sleb_serve.serving.command import server_command  # noqa: E402
 
 FAST, SLOW = 20.0, 2.0
 SERVING = ServingOptions(
@@ -69,8 +75,8 @@ def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path
         servers.append(ForkedServer(*arguments))
         return servers[-1]
 
-    def watched(*arguments: Any) -> Iterator[dict[str, Any]]:
-        for record in serve_and_load(*arguments):
+    def watched(*arguments: Any, **more: Any) -> Iterator[dict[str, Any]]:
+        for record in serve_and_load(*arguments, **more):
             # In round 1 the dense model goes first, so the pruned one's load comes next.
             place = tuple(record.get(key) for key in ("variant", "round", "request_rate"))
             yield record
@@ -126,7 +132,7 @@ def test_a_server_that_dies_under_load_is_reported(broken_run: Path) -> None:
     (failure,) = records(broken_run, "failure")
     assert failure["variant"] == "sleb2"
     for part in (
-        "the sleb2 server ended with exit code -9 at 2 requests/s",
+        "the sleb2 server at 2 requests/s ended with exit code -9",
         "of 8 requests failed",
     ):
         assert part in failure["what"]
@@ -159,3 +165,83 @@ def test_an_engines_arguments_become_a_servers_options() -> None:
         *("--hf-overrides", '{"a": [1]}'),
         *("--tensor-parallel-size", "2"),
     ]
+
+
+@pytest.mark.parametrize("truth", [0.3, 7.0, 42.0])
+def test_the_search_ends_close_to_the_highest_rate_that_meets_the_level(truth: float) -> None:
+    tried: list[tuple[float, float]] = []
+    while (rate := next_rate(tried, capacity=10.0)) is not None:
+        tried.append((rate, 1.0 if rate <= truth else 0.5))
+    low, high = bracket(tried)
+    assert low is not None
+    assert high is not None
+    assert low <= truth < high <= 1.1 * low
+    assert len(tried) <= 12
+
+
+def test_a_level_that_no_rate_meets_ends_the_search_too() -> None:
+    tried: list[tuple[float, float]] = []
+    while (rate := next_rate(tried, capacity=10.0)) is not None:
+        tried.append((rate, 0.0))
+    assert bracket(tried) == (None, min(rate for rate, _ in tried))
+    # A lucky load above one that failed is none: the level is met below it.
+    assert bracket([(1.0, 1.0), (2.0, 0.5), (3.0, 1.0)]) == (1.0, 2.0)
+    assert met({"request_goodput": 2.0, "duration": 3.0}, 8) == 0.75
+
+
+@pytest.mark.slow
+def test_servers_that_run_are_searched_with_prompts_of_a_file(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The highest rate within a level that everything meets, of servers that we do not start."""
+    path = models("llama")
+    manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
+    manifest.write(tmp_path / "m.json")
+    prompts = [{"prompt": f"{number} and {number}" * 3} for number in range(20)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    with ExitStack() as stack:
+        urls = {}
+        commands = {
+            "dense": server_command(str(path), OPTIONS),
+            "pruned": printed_command(path, tmp_path / "m.json", *OPTIONS),
+        }
+        for name, command in commands.items():
+            port = free_port()
+            log = tmp_path / f"{name}.log"
+            server = ForkedServer([*command, *LOCAL, str(port)], port, log)
+            stack.callback(server.stop)
+            urls[name] = server
+        for server in urls.values():
+            server.wait(300)
+        arguments = [
+            "bench",
+            str(path),
+            "-m",
+            str(tmp_path / "m.json"),
+            "-o",
+            str(tmp_path / "out"),
+        ]
+        small = ["--serving-requests", "6", "--serving-output-length", "4"]
+        limits = ["--workloads", "slo", "--slo", "ttft=60s,tpot=60000ms"]
+        data = ["--dataset", str(tmp_path / "texts.jsonl")]
+        running = ["--dense", urls["dense"].url, "--pruned", urls["pruned"].url]
+        assert main([*arguments, *small, *limits, *data, *running]) == 0
+        # The wrong way round nothing would be measured, and nothing is.
+        swapped = ["--dense", urls["pruned"].url, "--pruned", urls["dense"].url]
+        assert main([*arguments, *small, *limits, *data, *swapped]) == 2
+        assert "a dense model" in capsys.readouterr().err
+    searched = records(tmp_path / "out", "slo")
+    for name in ("dense", "sleb2"):
+        rates = [r["request_rate"] for r in searched if r["variant"] == name]
+        # All meet the level: the rate grows until the search gives up.
+        assert rates == sorted(rates)
+        assert len(rates) == 12
+    assert all(r["met"] == pytest.approx(1) for r in searched)
+    lengths = {length for r in searched for length in r["result"]["input_lens"]}
+    assert len(lengths) > 0
+    assert max(lengths) < 128
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["slo"]["variants"]
+    assert found["dense"]["not_at"] is None
+    assert (
+        "## Highest rate within the service level" in (tmp_path / "out" / "report.md").read_text()
+    )

@@ -6,7 +6,7 @@ shared machine from second to second. So both are built in one process, which of
 from start to start, and take the same prompts in turns of a second, again by turns. The exported
 checkpoint is run by vLLM's own model class; the plugin is there, but has nothing to do with it. A
 start is a fork of a process that has imported vLLM and nothing else. A line a start; starts that
-OUTPUT has are kept. Prints the ratio of speeds and its interval over starts.
+OUTPUT has are kept. Prints the ratio of speeds and its interval.
 """
 
 from __future__ import annotations

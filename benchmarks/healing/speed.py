@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from sleb_bench.demo_model import demo_model
-from sleb_bench.run import machine
+from sleb_bench.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REMOVED = (5, 12, 16, 17, 18, 25)

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.report import geometric_mean_interval
+from sleb_bench.ratios import paired_ratio
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.schema import Manifest, Removal
@@ -144,8 +144,8 @@ def _report(records: list[dict[str, Any]], kept: int, skipped: int) -> str:
             for variant in ("dense", "pruned")
         }
         ratios = [p / d for d, p in zip(values["dense"], values["pruned"], strict=True)]
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        low, high = geometric_mean_interval([[ratio] for ratio in ratios])
+        found = paired_ratio([[ratio] for ratio in ratios], apart=True)
+        mean, (low, high) = found.mean, found.interval or (math.nan, math.nan)
         dense, pruned = (sum(v) / len(v) / unit for v in values.values())
         lines.append(
             f"| {title} | {dense:.2f} | {pruned:.2f} | {mean:.3f} ({low:.3f} to {high:.3f}) "

@@ -1,7 +1,7 @@
 """What a repair costs to serve: decode throughput of a repaired model over the same one unrepaired.
 
 Usage: measure.py FOLDER [--starts N] [--rounds N]. SmolLM2 with 6 of 30 blocks removed, as it is,
-with a fold and with maps, three engines side by side and measured in turns. What is fitted does not
+and with a fold, engines of one process measured by turns. What is fitted does not
 change the speed, so the repairs are fitted on little text. Records go to FOLDER/records.jsonl.
 """
 
@@ -17,8 +17,8 @@ from statistics import median
 from typing import Any
 
 from sleb_bench.demo_model import demo_model
-from sleb_bench.engine import Engine
-from sleb_bench.run import machine
+from sleb_bench.engine import Engine, EngineSpec, Host
+from sleb_bench.machine import machine
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.data.calibration import make_sequences
@@ -30,6 +30,7 @@ from sleb_serve.manifest.repair_file import sidecar_path, write_sidecar
 from sleb_serve.manifest.schema import Manifest, Removal, Repair
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
+from sleb_serve.roofline.workload import Workload
 from sleb_serve.selection.repair import fit
 from sleb_serve.serving.command import engine_arguments
 
@@ -97,18 +98,19 @@ def measure(
     """One start of all engines, and rounds in which each has its turn, another first each time."""
     generator = random.Random(start)
     with ExitStack() as stack:
+        host = Host({}, folder / "engines.log")
+        stack.callback(host.close)
         engines = {}
         for kind, values in arguments.items():
-            engines[kind] = Engine(kind, dict(values), folder / f"{kind}.log")
-            stack.callback(engines[kind].close)
-        for engine in engines.values():
-            engine.ready()
+            host.start(kind, EngineSpec("vllm", values))
+            engines[kind] = Engine(host, kind)
         for number in range(rounds + 1):
             order = [*KINDS[number % len(KINDS) :], *KINDS[: number % len(KINDS)]]
             for batch in BATCHES:
                 prompts = [[generator.randrange(100, 40000) for _ in range(PROMPT)]] * batch
+                work = Workload("decode", "decode", batch, PROMPT, OUTPUT)
                 for kind in order:
-                    sample = engines[kind].decode(prompts, OUTPUT)
+                    sample = engines[kind].measure(work, [prompts])
                     # The first token of each sequence comes out of the prompt's step.
                     speed = batch * (OUTPUT - 1) / sample.elapsed_time
                     if number:
@@ -117,7 +119,7 @@ def measure(
 
 def ratios(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Repaired over unrepaired within each round: median and range."""
-    lines = ["| batch | fold | map |", "|---|---|---|"]
+    lines = ["| batch | fold |", "|---|---|"]
     samples = {
         (r["start"], r["round"], r["batch"], r["repair"]): r["tokens_s"]
         for r in records

@@ -27,6 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".cache/demo"))
     parser.add_argument("--model", help="checkpoint folder or hub id (default: the demo model)")
+    parser.add_argument("--minutes", type=float, default=2, help="to measure, at most (default: 2)")
     options = parser.parse_args()
     # vLLM's CPU backend takes half of the memory otherwise, and two engines run side by side.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -34,7 +35,7 @@ def main() -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     start = time.monotonic()
     try:
-        _demo(options.folder, options.model)
+        _demo(options.folder, options.model, options.minutes)
     except SlebError as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 2
@@ -42,7 +43,7 @@ def main() -> int:
     return 0
 
 
-def _demo(folder: Path, model: str | None) -> None:
+def _demo(folder: Path, model: str | None, minutes: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _say("1. the model")
     model = model or str(demo_model(folder))
@@ -62,9 +63,10 @@ def _demo(folder: Path, model: str | None) -> None:
     _say("3. serve the pruned and the dense model, ask both the same")
     _ask_both(folder, model, manifest, dtype)
 
-    _say("4. measure both, in turns")
+    _say(f"4. measure both, by turns, for {minutes:g} minutes at most")
     _sleb_serve(
         *("bench", model, "-m", manifest, "-o", str(folder / "bench")),
+        *("--minutes", f"{minutes:g}", "--starts", "2"),
         *("--engine-args", json.dumps({"enforce_eager": True, "dtype": dtype})),
     )
 

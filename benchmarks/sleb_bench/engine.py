@@ -1,32 +1,47 @@
-"""One engine in a process of its own, told over a pipe what to measure."""
+"""Engines in processes of their own, told over a pipe what to measure."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.backends import BACKENDS
+from sleb_bench.backends import BACKENDS, Backend
+from sleb_bench.conditions import Watch
 from sleb_serve.errors import SlebError
 from sleb_serve.roofline.workload import Prompts, Workload
 
 _REASON_LENGTH = 400
+_DEVICES = ("nvidia[0-9]*", "kfd", "accel*")
+_IMPORTED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_model_runner")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement. Times in seconds; field names as in the JSON of ``vllm bench``."""
+    """One turn. Times in seconds; field names as in the JSON of ``vllm bench``.
+
+    Attributes:
+        elapsed_time: of all calls, as the workload counts it.
+        cpu_time: processor seconds of the engine and the processes that it started, of whole calls.
+        num_requests: of all calls.
+        total_input_tokens: of all calls.
+        total_output_tokens: of all calls.
+        conditions: what else the machine did; see `Conditions`.
+    """
 
     elapsed_time: float
+    cpu_time: float
     num_requests: int
     total_input_tokens: int
     total_output_tokens: int
+    conditions: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,103 +64,149 @@ class EngineError(SlebError):
     """An engine that did not start, failed or ended."""
 
 
-class Engine:
-    """An engine in a child process.
+def has_gpu() -> bool:
+    """Whether a driver shows a device: NVIDIA's, AMD's, or one of other accelerators."""
+    return any(found for name in _DEVICES for found in Path("/dev").glob(name))
+
+
+def process_context() -> ForkServerContext | SpawnContext:
+    """How engines' processes begin.
+
+    On a CPU as forks of a process that has vLLM imported and never ran it: importing takes longer
+    than starting a small engine. What touched a GPU must not fork, and who imports might.
+    """
+    if has_gpu():
+        return SpawnContext()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
+    return context
+
+
+class Host:
+    """A child process that holds engines, of which one at a time works.
 
     Args:
-        name: what to call it in messages.
-        spec: what to start.
-        log: where the child's output goes.
+        environment: variables that are set in it.
+        log: where its output goes.
     """
 
-    def __init__(self, name: str, spec: EngineSpec, log: Path) -> None:
-        self.name = name
+    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self._log = log
-        self._begin = time.perf_counter()
-        context = SpawnContext()
+        context = process_context()
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, spec, str(log)))
+        # A fork's environment is that of the process that it is a fork of.
+        values = (theirs, {**os.environ, **environment}, str(log))
+        self._process = context.Process(target=_serve, args=values)
         self._process.start()
         theirs.close()
 
-    def ready(self) -> dict[str, Any]:
-        """Wait for the engine's start; what it says of itself, and the seconds it took.
+    def start(self, name: str, spec: EngineSpec) -> dict[str, Any]:
+        """Start an engine; what it says of itself, and the seconds it took.
 
         Raises:
-            EngineError: it ended instead.
+            EngineError: it did not start.
         """
-        result: dict[str, Any] = self._receive()
-        return {"startup_time": time.perf_counter() - self._begin, **result}
-
-    def measure(self, workload: Workload, prompts: Prompts) -> Sample:
-        """Put `prompts` through `workload`."""
-        return Sample(*self._ask("measure", workload, prompts))
-
-    def loss(self, sequences: Prompts) -> float:
-        """Mean nats per predicted token of sequences of token ids."""
-        result: float = self._ask("loss", sequences)
-        return result
-
-    def profile(self, workload: Workload, prompts: Prompts) -> str:
-        """Where one run of `workload` spends its time: a table of operators."""
-        result: str = self._ask("profile", workload, prompts)
-        return result
+        begin = time.perf_counter()
+        result: dict[str, Any] = self.ask(name, "start", spec)
+        return {"startup_time": time.perf_counter() - begin, **result}
 
     def close(self) -> None:
-        """End the engine; harmless if it has ended."""
+        """End the process and its engines; harmless if it has ended."""
         self._pipe.close()
         self._process.join(30)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
-    def _ask(self, action: str, *values: Any) -> Any:
+    def ask(self, name: str, action: str, *values: Any) -> Any:
+        """What an engine answers.
+
+        Raises:
+            EngineError: it fails, or the process ended.
+        """
         # A child that is gone shows when its answer is read.
         with contextlib.suppress(OSError):
-            self._pipe.send((action, *values))
-        return self._receive()
-
-    def _receive(self) -> Any:
+            self._pipe.send((name, action, *values))
         try:
             result = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(10)
             raise EngineError(
-                f"the {self.name} engine ended without a word; see its log: {self._log}"
+                f"the {name} engine ended without a word; see its log: {self._log}"
             ) from None
         if isinstance(result, _Failure):
             why = " ".join(result.reason.split())
             raise EngineError(
-                f"the {self.name} engine failed: {why[:_REASON_LENGTH]}; its output is in "
-                f"{self._log}"
+                f"the {name} engine failed: {why[:_REASON_LENGTH]}; its output is in {self._log}"
             )
         return result
 
 
-def _serve(pipe: Connection, spec: EngineSpec, log: str) -> None:
-    """The child: start the engine, answer requests until the pipe closes."""
+@dataclass(frozen=True)
+class Engine:
+    """An engine that a `Host` has started. Every method raises `EngineError`."""
+
+    host: Host
+    name: str
+
+    def measure(self, workload: Workload, calls: Sequence[Prompts]) -> Sample:
+        """One turn: put the prompts of each call through `workload`."""
+        found: Sample = self.host.ask(self.name, "measure", workload, calls)
+        return found
+
+    def loss(self, sequences: Prompts) -> float:
+        """Mean nats per predicted token of sequences of token ids."""
+        result: float = self.host.ask(self.name, "loss", sequences)
+        return result
+
+    def profile(self, workload: Workload, prompts: Prompts) -> str:
+        """Where one run of `workload` spends its time: a table of operators."""
+        result: str = self.host.ask(self.name, "profile", workload, prompts)
+        return result
+
+
+def measure(backend: Backend, workload: Workload, calls: Sequence[Prompts]) -> Sample:
+    """One turn of a backend in this process.
+
+    Raises:
+        ValueError: it did not do what was asked.
+    """
+    watch = Watch()
+    found = [backend.measure(workload, prompts) for prompts in calls]
+    cpu, conditions = watch.read()
+    seconds, requests, inputs, outputs = (sum(values) for values in zip(*found, strict=True))
+    return Sample(seconds, cpu, int(requests), int(inputs), int(outputs), asdict(conditions))
+
+
+def _serve(pipe: Connection, environment: Mapping[str, str], log: str) -> None:
+    """The child: start engines and answer requests until the pipe closes."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)
     # One process less to schedule while another engine is measured; several ranks still get
     # processes of their own.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.update(spec.environment)
-    try:
-        backend = BACKENDS[spec.backend](**spec.arguments)
-    except Exception as error:
-        pipe.send(_Failure(str(error) or type(error).__name__))
-        raise
-    pipe.send({**backend.about(), "memory_bytes": _memory()})
+    os.environ.update(environment)
+    engines: dict[str, Backend] = {}
     while True:
         try:
-            action, *values = pipe.recv()
+            name, action, *values = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(getattr(backend, action)(*values))
-        except ValueError as error:
-            pipe.send(_Failure(str(error)))
+            if action == "start":
+                (spec,) = values
+                engines[name] = BACKENDS[spec.backend](**spec.arguments)
+                memory = _memory() if len(engines) == 1 else None
+                pipe.send({**engines[name].about(), "memory_bytes": memory})
+            elif action == "measure":
+                pipe.send(measure(engines[name], *values))
+            else:
+                pipe.send(getattr(engines[name], action)(*values))
+        except Exception as error:
+            pipe.send(_Failure(str(error) or type(error).__name__))
+            if action == "start" or not isinstance(error, ValueError):
+                raise
 
 
 def _memory() -> int | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.records import SERVING
+from sleb_bench.records import SERVING, SLO
 from sleb_bench.run import BenchOptions
-from sleb_bench.serving import ServingOptions
-from sleb_bench.variants import BESIDE
+from sleb_bench.serving_options import PRUNED, ServingOptions
+from sleb_bench.variants import BESIDE, DENSE
 from sleb_bench.workloads import NAMES
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.lists import numbers, words
@@ -19,6 +20,9 @@ examples:
   sleb-serve bench ./my-model -m m.json --blocks 3,6 -o results
   sleb-serve bench ./my-model -m m.json -o results --workloads official --beside transformers
   sleb-serve bench ./my-model -m m.json -o results --workloads serving --request-rates 1,2,4,inf
+  sleb-serve bench ./my-model -m m.json -o results --workloads slo --slo ttft=450ms,tpot=40ms
+  sleb-serve bench ./my-model -m m.json -o results --workloads serving \\
+      --dense http://localhost:8000 --pruned http://localhost:8001
   sleb-serve bench ./my-model -m m.json -o results --beside export,dense    # is it all we think?
   sleb-serve bench ./my-model --removal-list '[5, 4, 9]' -o results \\
       --engine-args '{"tensor_parallel_size": 2}' --one-at-a-time
@@ -43,7 +47,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,…",
         type=words,
         default=default.workloads,
-        help=f"of {', '.join((*NAMES, SERVING))} (default: {','.join(default.workloads)})",
+        help=f"of {', '.join((*NAMES, SERVING, SLO))} (default: {','.join(default.workloads)})",
     )
     add(
         "--beside",
@@ -55,8 +59,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "dense, transformers its own generate",
     )
     for name, text in (
-        ("starts", "times that every engine is started"),
-        ("rounds", "interleaved rounds a start, after one to warm up"),
+        ("starts", "times that every engine is started, at least, while there is time"),
         ("prompt_length", "tokens a prompt for prefill"),
         ("batch", "sequences generated at once in decode"),
         ("output_length", "tokens generated each"),
@@ -66,15 +69,17 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         value = getattr(default, name)
         flag = f"--{name.replace('_', '-')}"
         add(flag, type=int, metavar="N", default=value, help=f"{text} (default: {value})")
+    for name, unit, text in (
+        ("precision", "PERCENT", "measure until every ratio's interval reaches no further"),
+        ("minutes", "M", "but no longer than this, engine starts included"),
+    ):
+        value = getattr(default, name)
+        help_text = f"{text} (default: {value:g})"
+        add(f"--{name}", type=float, metavar=unit, default=value, help=help_text)
     add(
         "--one-at-a-time",
         action="store_true",
-        help="one engine at a time, for models of which two do not fit",
-    )
-    add(
-        "--start-together",
-        action="store_true",
-        help="start all engines at the same time: sooner, but start times say nothing",
+        help="one engine at a time, for models of which two do not fit; takes many starts",
     )
     add("--profile", action="store_true", help="also write where the time goes, by operator")
     add(
@@ -82,6 +87,12 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         default=default.engine_args,
         help='arguments of vllm.LLM for all, as {"enforce_eager": true}',
+    )
+    add(
+        "--gpu-hour",
+        metavar="PRICE",
+        type=float,
+        help="price per hour of what one engine runs on: also report cost per million tokens",
     )
     _add_serving(parser.add_argument_group("serving"))
 
@@ -113,14 +124,24 @@ def _add_serving(group: Any) -> None:
         group.add_argument(
             flag, type=int, metavar="N", default=value, help=f"{text} (default: {value})"
         )
-    slo = ",".join(f"{name}:{limit:g}" for name, limit in default.slo.items())
+    slo = ",".join(f"{name}={limit:g}ms" for name, limit in default.slo.items())
     group.add_argument(
         "--slo",
-        metavar="NAME:MS,…",
+        metavar="NAME=TIME,…",
         type=_slo,
         default=default.slo,
-        help=f"what a request must meet to count for goodput (default: {slo})",
+        help=f"what a request must meet to count for goodput, and what the workload {SLO} searches "
+        f"the highest rate for (default: {slo})",
     )
+    group.add_argument(
+        "--dataset",
+        metavar="FILE",
+        type=Path,
+        help="prompts of a ShareGPT file (.json), or of lines with a prompt each (.jsonl)",
+    )
+    for name in (DENSE, PRUNED):
+        text = f"address of a {name} server that runs already, to be loaded in place of our own"
+        group.add_argument(f"--{name}", metavar="URL", help=text)
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +161,8 @@ def bench_options(options: argparse.Namespace) -> BenchOptions:
         output_length=options.serving_output_length,
         slo=options.slo,
         rounds=options.serving_rounds,
+        dataset=options.dataset,
+        urls={name: url for name in (DENSE, PRUNED) if (url := getattr(options, name))},
     )
     fields = BenchOptions.__dataclass_fields__.keys() - {"serving"}
     return BenchOptions(**{name: getattr(options, name) for name in fields}, serving=serving)
@@ -153,7 +176,12 @@ def _rates(text: str) -> tuple[float, ...]:
 
 
 def _slo(text: str) -> dict[str, float]:
-    try:
-        return {name: float(limit) for name, limit in (part.split(":") for part in text.split(","))}
-    except ValueError:
-        raise SlebError(f"--slo {text}: give milliseconds, as ttft:2000,tpot:200") from None
+    """Milliseconds by metric, of times as 450ms or 2s."""
+    found = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)", value)
+        if match is None:
+            raise SlebError(f"--slo {text}: give times in ms or s, as ttft=450ms,tpot=40ms")
+        found[name] = float(match[1]) * (1000 if match[2] == "s" else 1)
+    return found

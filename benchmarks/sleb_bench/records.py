@@ -12,7 +12,7 @@ from sleb_serve.utils.atomic_io import write_atomically
 
 
 class Records:
-    """The raw records of a run, on disk after every start, so that a broken run keeps them."""
+    """The raw records of a run, on disk now and then, so that a broken run keeps them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,9 +30,11 @@ class Records:
     def measured(self) -> bool:
         """Whether a report could say anything."""
         return any(
-            entry["record"] == SERVING or (entry["record"] == "sample" and entry["round"])
+            entry["record"] in {SERVING, SLO}
+            or (entry["record"] == "sample" and entry["round"] > 0)
             for entry in self.entries
         )
 
 
-SERVING = "serving"
+SERVING, SLO = "serving", "slo"
+"""Workloads over HTTP: a ladder of loads, and a search for the highest rate that meets the SLO."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean, median
 from typing import Any
 
-from sleb_bench.ratios import efficiency, line_fit, paired_ratio
-from sleb_bench.variants import DENSE, is_beside, uncapped
+from sleb_bench.pace import FEWEST
+from sleb_bench.pairs import Pair, are_apart, compared, cpu_ratio, pairs_of, speed_ratio, tokens_of
+from sleb_bench.ratios import Ratio, against_ideal, outside_blocks, paired_ratio
+from sleb_bench.slo import SHARE, bracket
+from sleb_bench.variants import DENSE, is_beside
 from sleb_serve.manifest.schema import perplexity_of
 from sleb_serve.roofline.ideal import ideal_ratio
 from sleb_serve.roofline.workload import Workload
@@ -24,16 +28,14 @@ _SERVED = (
 def make_report(records: Sequence[Record]) -> dict[str, Any]:
     """Sum up the records of one run.
 
-    Throughput of each variant, ratios within rounds with their intervals, the ideal ratios, what
-    the starts cost and hold, the serving ladder, and what failed.
+    Throughput of each variant, ratios of neighbouring turns with their intervals, the ideal ratios,
+    what the starts cost and hold, the serving ladder, why the run ended, and what failed.
     """
     setting = next(record for record in records if record["record"] == "setting")
     variants = {
         record["variant"]: dict(record) for record in records if record["record"] == "variant"
     }
     loss = {r["variant"]: r["loss"] for r in records if r["record"] == "quality"}
-    # Round 0 is the warm-up.
-    samples = [r for r in records if r["record"] == "sample" and r["round"]]
     report = {key: value for key, value in setting.items() if key != "record"}
     report["variants"] = {
         name: {
@@ -52,11 +54,14 @@ def make_report(records: Sequence[Record]) -> dict[str, Any]:
     report["workloads"] = {}
     for entry in setting["workloads"]:
         workload = Workload(**{key: value for key, value in entry.items() if key != "unit"})
-        found = [r for r in samples if r["workload"] == workload.name]
-        if found:
+        found = [r for r in records if r.get("workload", workload.name) == workload.name]
+        if any(r["record"] == "sample" and r["round"] > 0 for r in found):
             report["workloads"][workload.name] = _workload(setting, variants, workload, found)
     served = [r for r in records if r["record"] == "serving" and r["round"]]
     report["serving"] = _serving(setting, variants, served) if served else None
+    searched = [r for r in records if r["record"] == "slo"]
+    report["slo"] = _slo(setting, variants, searched) if searched else None
+    report["end"] = next((dict(r) for r in records if r["record"] == "end"), None)
     report["failures"] = [record["what"] for record in records if record["record"] == "failure"]
     return report
 
@@ -70,15 +75,6 @@ def _engines(starts: Sequence[Record]) -> dict[str, Any]:
     return found
 
 
-def _pairs(variants: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
-    """Which variant's ratio is taken over which."""
-    for name, variant in variants.items():
-        if variant["over"] is not None:
-            yield name, variant["over"]
-        if (base := uncapped(name)) is not None:
-            yield base, name  # what the larger KV cache adds to the cheaper steps
-
-
 def _share(setting: Record, measure: str) -> float | None:
     """The head's share; of a prompt only the last token goes through the head."""
     share: float | None = setting["head_share"]
@@ -86,34 +82,67 @@ def _share(setting: Record, measure: str) -> float | None:
 
 
 def _workload(
-    setting: Record, variants: Mapping[str, Record], workload: Workload, samples: Sequence[Record]
+    setting: Record, variants: Mapping[str, Record], workload: Workload, found: Sequence[Record]
 ) -> dict[str, Any]:
-    rates: dict[str, dict[tuple[int, int], float]] = {}
-    for sample in samples:
-        tokens = workload.tokens(sample["total_input_tokens"], sample["total_output_tokens"])
-        place = (sample["start"], sample["round"])
-        rates.setdefault(sample["variant"], {})[place] = tokens / sample["elapsed_time"]
-    share = _share(setting, workload.measure)
-    ratios = []
-    for name, over in _pairs(variants):
-        starts: dict[int, list[float]] = {}
-        for place, rate in sorted(rates.get(name, {}).items()):
-            if place in rates.get(over, {}):
-                starts.setdefault(place[0], []).append(rate / rates[over][place])
-        if starts:
-            ratios.append(_ratio(setting, variants, name, over, list(starts.values()), share))
+    """One workload, of the samples and the engines' starts."""
+    started = [record for record in found if record["record"] == "engine"]
+    samples = [record for record in found if record["record"] == "sample"]
+    share, ratios, own = _share(setting, workload.measure), [], {}
+    for name, over in compared({name: v["over"] for name, v in variants.items()}):
+        pairs = pairs_of(workload, samples, name, over)
+        if not pairs:
+            continue
+        apart = are_apart(started, name, over)
+        speed = speed_ratio(pairs, apart=apart)
+        if over == DENSE and not is_beside(name):
+            own[variants[name]["blocks"]] = speed
+        entry = _ratio(setting, variants, name, over, speed, share)
+        ratios.append({**entry, **_details(pairs, apart)})
+    outside = None
+    if own:
+        # The most removed tells the most.
+        removed, speed = max(own.items())
+        interval = outside_blocks(speed, setting["num_blocks"], removed)
+        outside = {"interval": interval, "by_weights": share}
+    medians = _medians(workload, [s for s in samples if s["round"] > 0], variants)
     return {
         "unit": workload.unit,
         "size": workload.describe(),
-        "throughput": {name: fmean(rates[name].values()) for name in variants if name in rates},
-        "latency": {
-            name: fmean(s["elapsed_time"] for s in samples if s["variant"] == name)
-            for name in variants
-            if name in rates
-        },
+        **medians,
+        "cost_per_million": _costs(setting, medians["throughput"]),
         "ratios": ratios,
-        "outside_blocks": _outside_blocks(setting, variants, rates, share),
+        "outside_blocks": outside,
     }
+
+
+def _costs(setting: Record, throughput: Mapping[str, float]) -> dict[str, float] | None:
+    """What a million tokens cost at a price per hour; None where none was named."""
+    price = setting["options"].get("gpu_hour")
+    if price is None:
+        return None
+    return {name: 1e6 * price / (3600 * rate) for name, rate in throughput.items()}
+
+
+def _medians(
+    workload: Workload, samples: Sequence[Record], variants: Mapping[str, Record]
+) -> dict[str, Any]:
+    """Tokens/s, seconds a request and processor seconds a token: medians of the turns."""
+    found: dict[str, dict[str, float | None]] = {
+        key: {} for key in ("throughput", "latency", "cpu_per_token")
+    }
+    for name in variants:
+        own = [sample for sample in samples if sample["variant"] == name]
+        if not own:
+            continue
+        tokens = [tokens_of(workload, sample) for sample in own]
+        rates = [n / s["elapsed_time"] for n, s in zip(tokens, own, strict=True)]
+        calls = [s["num_requests"] / workload.num_requests for s in own]
+        times = [s["elapsed_time"] / n for n, s in zip(calls, own, strict=True)]
+        used = [s["cpu_time"] / n for n, s in zip(tokens, own, strict=True) if s.get("cpu_time")]
+        found["throughput"][name] = median(rates)
+        found["latency"][name] = median(times)
+        found["cpu_per_token"][name] = median(used) if used else None
+    return found
 
 
 def _ratio(
@@ -121,10 +150,9 @@ def _ratio(
     variants: Mapping[str, Record],
     name: str,
     over: str,
-    starts: Sequence[Sequence[float]],
+    found: Ratio,
     share: float | None,
 ) -> dict[str, Any]:
-    found = paired_ratio(starts)
     blocks, removed = variants[name]["blocks"], variants[over]["blocks"]
     ideal = None
     if over == DENSE and blocks and share is not None:
@@ -134,42 +162,26 @@ def _ratio(
         "over": over,
         "ratio": found.mean,
         "ratio_interval": found.interval,
-        "ratio_starts": [list(rounds) for rounds in starts],
+        "samples": found.samples,
+        "count": found.count,
         "ideal": ideal,
-        "efficiency": None if ideal is None else efficiency(found.mean, ideal),
-        "efficiency_interval": None
-        if ideal is None or found.interval is None
-        else [efficiency(edge, ideal) for edge in found.interval],
+        **against_ideal(found, ideal),
     }
 
 
-def _outside_blocks(
-    setting: Record,
-    variants: Mapping[str, Record],
-    rates: Mapping[str, Mapping[tuple[int, int], float]],
-    share: float | None,
-) -> dict[str, Any] | None:
-    """What part of the dense model's time is not in its blocks: as measured, and by the weights.
-
-    Time per token is fitted as a + b (L - k) over the prunings of one engine, start by start: a is
-    what no removed block saves. It is what the ideal ratio does not know of.
-    """
-    own = [n for n, v in variants.items() if v["over"] in {None, DENSE} and not is_beside(n)]
-    starts = {place[0] for name in own for place in rates.get(name, {})}
-    shares = []
-    for start in sorted(starts):
-        points = [
-            (setting["num_blocks"] - variants[name]["blocks"], 1 / rate)
-            for name in own
-            for place, rate in rates.get(name, {}).items()
-            if place[0] == start
-        ]
-        fit = line_fit(points)
-        if fit is not None:
-            shares.append(fit[0] / (fit[0] + fit[1] * setting["num_blocks"]))
-    if not shares:
-        return None
-    return {"measured": fmean(shares), "starts": shares, "by_weights": share}
+def _details(pairs: Sequence[Pair], apart: bool) -> dict[str, Any]:
+    """What a ratio was made of: every pair, processor time, and the ratio of quiet pairs alone."""
+    cpu = cpu_ratio(pairs, apart=apart)
+    quiet = [pair for pair in pairs if not pair.disturbed]
+    enough = FEWEST <= len(quiet) < len(pairs)
+    alone = speed_ratio(quiet, apart=apart) if enough else None
+    return {
+        "cpu_ratio": None if cpu is None else cpu.mean,
+        "cpu_interval": None if cpu is None else cpu.interval,
+        "quiet_ratio": None if alone is None else alone.mean,
+        "quiet_interval": None if alone is None else alone.interval,
+        "pairs": [asdict(pair) for pair in pairs],
+    }
 
 
 def _serving(
@@ -200,6 +212,34 @@ def _serving(
     }
 
 
+def _slo(
+    setting: Record, variants: Mapping[str, Record], searched: Sequence[Record]
+) -> dict[str, Any]:
+    """The highest rates that met the service level, and the lowest that did not."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in variants:
+        own = [record for record in searched if record["variant"] == name]
+        if own:
+            low, high = bracket([(r["request_rate"], r["met"]) for r in own])
+            found[name] = {"rate": low, "not_at": high, "tried": len(own)}
+    gains = []
+    for name, over in compared({name: v["over"] for name, v in variants.items()}):
+        of, under = found.get(name, {}), found.get(over, {})
+        if of.get("rate") and under.get("rate"):
+            edges = [
+                of["rate"] / under["not_at"] if under["not_at"] else None,
+                of["not_at"] / under["rate"] if of["not_at"] else None,
+            ]
+            ratio = of["rate"] / under["rate"]
+            gains.append({"variant": name, "over": over, "ratio": ratio, "between": edges})
+    return {
+        "limits": setting["options"]["serving"]["slo"],
+        "share": SHARE,
+        "variants": found,
+        "ratios": gains,
+    }
+
+
 def _mean_result(results: Sequence[Record]) -> dict[str, Any]:
     values = {key: fmean(result[key] for result in results) for key in _SERVED if key in results[0]}
     for key in ("completed", "failed"):
@@ -223,12 +263,13 @@ def _served_ratios(
     share: float | None,
 ) -> dict[str, Any]:
     ratios = []
-    for name, over in _pairs(variants):
+    for name, over in compared({name: v["over"] for name, v in variants.items()}):
         rounds = sorted(set(best.get(name, {})) & set(best.get(over, {})))
         values = [(best[name][number], best[over][number]) for number in rounds]
         if values and all(math.prod(pair) > 0 for pair in values):
-            starts = [[of / under for of, under in values]]
-            ratios.append(_ratio(setting, variants, name, over, starts, share))
+            # One start of each server.
+            found = paired_ratio([[of / under for of, under in values]], apart=True)
+            ratios.append(_ratio(setting, variants, name, over, found, share))
     return {
         "best": {name: fmean(best[name].values()) for name in variants if name in best},
         "ratios": ratios,

@@ -1,28 +1,31 @@
-"""The paired benchmark: engines side by side, measured in turns, every sample kept.
+"""The paired benchmark: engines measured by turns, every sample kept.
 
 A record is a JSON object with a key ``record``: ``setting`` (one, first), ``variant`` (what is
-compared), ``engine`` (one start of one), ``sample``, ``quality``, ``serving`` and ``failure``. The
-report is made from them alone.
+compared), ``engine`` (one start of one), ``sample`` (one turn; rounds up to 0 warm up),
+``quality``, ``end`` (why the turns ended), ``serving`` and ``failure``. The report is made from
+them alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.engine import Engine, EngineSpec
 from sleb_bench.files import write_report
 from sleb_bench.machine import machine
-from sleb_bench.records import SERVING, Records
-from sleb_bench.serving import ServingOptions, serve_and_load
-from sleb_bench.variants import BESIDE, DENSE, Variant, make_variants
+from sleb_bench.records import SERVING, SLO, Records
+from sleb_bench.serving import serve_and_load
+from sleb_bench.serving_options import PRUNED, ServingOptions
+from sleb_bench.turns import Plan, Say, measure_by_turns
+from sleb_bench.variants import BESIDE, Variant, make_variants
 from sleb_bench.workloads import DECODE_PROMPT_LENGTH, workloads
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.data.calibration import held_out_sequences
@@ -33,13 +36,14 @@ from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share
 from sleb_serve.roofline.workload import Prompts, Workload
+from sleb_serve.serving.client import Client
 from sleb_serve.serving.command import check_plugin
+from sleb_serve.serving.probe import probe
 from sleb_serve.utils import strict_json
-from sleb_serve.utils.atomic_io import write_atomically
 from sleb_serve.utils.extras import require
 
 _LOSS_LENGTH = 512
-Say = Callable[[str], None]
+_HTTP = frozenset({SERVING, SLO})
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,18 @@ class BenchOptions:
     revision: str | None = None
     workloads: tuple[str, ...] = ("prefill", "decode")
     beside: tuple[str, ...] = ()
-    starts: int = 5
-    rounds: int = 2
+    precision: float = 2.0
+    minutes: float = 10.0
+    starts: int = 3
     prompt_length: int = 512
     batch: int = 8
-    output_length: int = 64
+    output_length: int = 16
     requests: int = 64
     perplexity_sequences: int = 8
     one_at_a_time: bool = False
-    start_together: bool = False
     profile: bool = False
     engine_args: str = "{}"
+    gpu_hour: float | None = None
     serving: ServingOptions = field(default_factory=ServingOptions)
 
     def check(self) -> None:
@@ -70,9 +75,13 @@ class BenchOptions:
         Raises:
             SlebError: naming the option.
         """
-        for name in ("starts", "rounds", "prompt_length", "batch", "requests"):
+        for name in ("starts", "prompt_length", "batch", "requests"):
             if getattr(self, name) < 1:
                 raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
+        for name in ("precision", "minutes", "gpu_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SlebError(f"--{name.replace('_', '-')} must be a number above 0")
         if self.output_length < 2:
             raise SlebError("--output-length must be at least 2: the first token ends the prefill")
         if not self.workloads:
@@ -81,6 +90,11 @@ class BenchOptions:
             if name not in BESIDE:
                 raise SlebError(f"--beside: {name} is not one of {', '.join(BESIDE)}")
         self.serving.check()
+        if self.serving.urls and (self.beside or not set(self.workloads) <= _HTTP):
+            raise SlebError(
+                f"--dense and --pruned: servers that run already are loaded with --workloads "
+                f"{SERVING},{SLO}, and nothing beside them"
+            )
 
 
 def bench(
@@ -108,12 +122,18 @@ def bench(
     own = strict_json.any_object(strict_json.load(options.engine_args.encode()), "--engine-args")
     strict_json.any_object(own.get("hf_overrides", {}), "--engine-args hf_overrides")
     manifests = [manifest.prefix(count) for count in counts or (len(manifest.removed),)]
+    if options.serving.urls:
+        if len(manifests) > 1:
+            raise SlebError("--pruned is one server: give one number of --blocks")
+        # A dense server in its place would measure nothing.
+        probe(Client(options.serving.urls[PRUNED]), manifests[0])
     revision = revision_of(options.model, manifest, options.revision)
     checkpoint = check_model(options.model, manifests[-1].pruning(), revision, fetch=True)
     check_plugin()
     todo = _workloads(options)
     arguments = _engine_arguments(options, checkpoint, todo, own)
     sequences = _sequences(options, checkpoint, manifest) if todo else ()
+    plan = _plan(options, checkpoint, todo, sequences)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,7 +147,7 @@ def bench(
             read = checkpoint.tensor_bytes(removed)
             records.add("variant", {**variant.about(), "weights_bytes": read[0] if read else None})
         with _report_if_broken(records, say):
-            _measure(_Run(options, checkpoint, todo, sequences, records, say), variants)
+            _measure(options, checkpoint, plan, variants, records, say)
     records.save()
     write_report(options.output)
     failures = [entry for entry in records.entries if entry["record"] == "failure"]
@@ -136,16 +156,27 @@ def bench(
     return options.output / "report.md"
 
 
-def _measure(run: _Run, variants: Sequence[Variant]) -> None:
-    """Engines in turns, then servers under load; what is measured is saved at once."""
-    options, records = run.options, run.records
-    if run.todo:
-        for start in range(1, options.starts + 1):
-            run.start(start, variants)
-            records.save()
-    if SERVING in options.workloads:
+def _measure(
+    options: BenchOptions,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    variants: Sequence[Variant],
+    records: Records,
+    say: Say,
+) -> None:
+    """Engines by turns, then servers under load; what is measured is saved at once."""
+    if plan.todo:
+        records.add("end", measure_by_turns(plan, variants, records, say))
+        records.save()
+    if _HTTP & set(options.workloads):
         for entry in serve_and_load(
-            options.serving, run.checkpoint, variants, options.output, run.say
+            options.serving,
+            checkpoint,
+            variants,
+            options.output,
+            say,
+            ladder=SERVING in options.workloads,
+            search=SLO in options.workloads,
         ):
             # The generator goes on with the entry.
             values = {key: value for key, value in entry.items() if key != "record"}
@@ -153,9 +184,32 @@ def _measure(run: _Run, variants: Sequence[Variant]) -> None:
             records.save()
 
 
+def _plan(
+    options: BenchOptions, checkpoint: Checkpoint, todo: Sequence[Workload], sequences: Prompts
+) -> Plan:
+    size = checkpoint.decoder_config.get("vocab_size")
+    if not isinstance(size, int) or size < 2:
+        raise SlebError(f"{checkpoint.path}/config.json does not say the vocabulary's size")
+
+    def draw(workload: Workload, seed: str) -> Prompts:
+        return workload.prompts(size, seed)
+
+    return Plan(
+        todo,
+        draw,
+        sequences,
+        options.output,
+        options.precision / 100,
+        options.minutes,
+        options.starts,
+        options.one_at_a_time,
+        options.profile,
+    )
+
+
 def _workloads(options: BenchOptions) -> Sequence[Workload]:
     return workloads(
-        [name for name in options.workloads if name != SERVING],
+        [name for name in options.workloads if name not in _HTTP],
         prompt_length=options.prompt_length,
         batch=options.batch,
         output_length=options.output_length,
@@ -218,6 +272,7 @@ def _setting(
     values = {**asdict(options), "output": str(options.output)}
     # JSON has no infinity.
     values["serving"]["rates"] = [str(rate) for rate in options.serving.rates]
+    values["serving"]["dataset"] = options.serving.dataset and str(options.serving.dataset)
     return {
         "command": shlex.join(["sleb-serve", *sys.argv[1:]]),
         "model": manifest.model.id,
@@ -230,111 +285,3 @@ def _setting(
         "evaluation": json.loads(manifest.to_json()).get("evaluation", {}),
         "machine": machine(),
     }
-
-
-class _Run:
-    """Starts the engines of all variants and measures them in turns."""
-
-    def __init__(
-        self,
-        options: BenchOptions,
-        checkpoint: Checkpoint,
-        todo: Sequence[Workload],
-        sequences: Prompts,
-        records: Records,
-        say: Say,
-    ) -> None:
-        self.options, self.todo, self._sequences = options, todo, sequences
-        self.records, self.say = records, say
-        self.checkpoint = checkpoint
-        size = checkpoint.decoder_config.get("vocab_size")
-        if not isinstance(size, int) or size < 2:
-            raise SlebError(f"{checkpoint.path}/config.json does not say the vocabulary's size")
-        self._vocabulary = size
-        self._dense_blocks: int | None = None
-
-    def start(self, start: int, variants: Sequence[Variant]) -> None:
-        """One start of every engine, and its rounds."""
-        say, options = self.say, self.options
-        say(f"start {start} of {options.starts}; engines log to {options.output}")
-        groups = [[variant] for variant in variants] if options.one_at_a_time else [variants]
-        for group in groups:
-            with ExitStack() as stack:
-                engines = {}
-
-                def begin(variant: Variant, stack: ExitStack = stack) -> Engine:
-                    log = options.output / f"{variant.name}.log"
-                    engine = Engine(variant.name, self._spec(variant), log)
-                    stack.callback(engine.close)
-                    return engine
-
-                # One after another unless asked for, so that each has the machine to itself while
-                # it starts. How large a cap is, only the dense engine knows.
-                together = [v for v in group if options.start_together and not v.capped]
-                begun = {variant.name: begin(variant) for variant in together}
-                for variant in group:
-                    engine = begun.get(variant.name) or begin(variant)
-                    about = engine.ready()
-                    if variant.name in begun:
-                        about["startup_time"] = None  # that of all of them
-                    if variant.name == DENSE:
-                        self._dense_blocks = about["kv_cache_blocks"]
-                    self.records.add("engine", {"start": start, "variant": variant.name, **about})
-                    say(_ready(variant, about))
-                    engines[variant.name] = engine
-                for number in range(options.rounds + 1):
-                    self._round(start, number, group, engines)
-                if start == 1:
-                    self._once(group, engines)
-
-    def _spec(self, variant: Variant) -> EngineSpec:
-        if not variant.capped:
-            return variant.spec
-        arguments = {**variant.spec.arguments, "num_gpu_blocks_override": self._dense_blocks}
-        return replace(variant.spec, arguments=arguments)
-
-    def _round(
-        self, start: int, number: int, group: Sequence[Variant], engines: Mapping[str, Engine]
-    ) -> None:
-        """Each workload on each engine; round 0 is the warm-up, which the report leaves out."""
-        shown = []
-        # Who goes first changes from round to round, so that drift favours none.
-        order = list(group) if (start + number) % 2 else list(group)[::-1]
-        for workload in self.todo:
-            prompts = workload.prompts(self._vocabulary, f"{start} {number}")
-            times = {}
-            for variant in order:
-                if not variant.can(workload.measure):
-                    continue
-                sample = engines[variant.name].measure(workload, prompts)
-                times[variant.name] = sample.elapsed_time
-                place = {"variant": variant.name, "start": start, "round": number}
-                self.records.add("sample", {"workload": workload.name, **place, **asdict(sample)})
-            shown += [
-                f"{workload.name} {v.name} {times[v.over] / times[v.name]:.3f}x"
-                for v in group
-                if v.over in times and v.name in times
-            ]
-        title = f"round {number} of {self.options.rounds}" if number else "warm-up"
-        self.say(f"{title}: {', '.join(shown) or 'done'}")
-
-    def _once(self, group: Sequence[Variant], engines: Mapping[str, Engine]) -> None:
-        """What every start would give again: the quality, and where the time goes."""
-        for variant in group:
-            engine = engines[variant.name]
-            if self._sequences:
-                loss = engine.loss(self._sequences)
-                self.records.add("quality", {"variant": variant.name, "loss": loss})
-                self.say(f"{variant.name}: held-out loss {loss:.4f} nats per token")
-            for workload in self.todo if self.options.profile else ():
-                if variant.can(workload.measure):
-                    table = engine.profile(workload, workload.prompts(self._vocabulary, "profile"))
-                    name = f"profile-{variant.name}-{workload.name}.txt"
-                    write_atomically(self.options.output / name, table.encode())
-
-
-def _ready(variant: Variant, about: Mapping[str, Any]) -> str:
-    cache = about.get("kv_cache_tokens")
-    size = "" if cache is None else f", KV cache {cache} tokens"
-    took = about["startup_time"]
-    return f"{variant.name}: ready{'' if took is None else f' in {took:.0f} s'}{size}"

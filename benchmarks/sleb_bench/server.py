@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from sleb_serve.errors import SlebError
+from sleb_serve.serving.client import Client
 
 
 def free_port() -> int:
@@ -23,6 +24,14 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            return int(reply.status) == 200
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 class Server:
@@ -54,11 +63,13 @@ class Server:
 
     def answers(self) -> bool:
         """Whether the server is up: a port that is open but not ready does not count."""
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
-                return int(reply.status) == 200
-        except (urllib.error.URLError, OSError):
-            return False
+        return _healthy(self.url)
+
+    def state(self) -> str:
+        """What became of it, in words."""
+        code = self.process.poll()
+        how = "does not answer" if code is None else f"ended with exit code {code}"
+        return f"{how}; its output is in {self.log}"
 
     def wait(self, timeout: float = 600) -> None:
         """Wait until the server answers.
@@ -85,3 +96,30 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+class RunningServer:
+    """A server that somebody else started; it is asked for its model, and left alone.
+
+    Raises:
+        SlebError: no address, or no vLLM server there.
+    """
+
+    def __init__(self, url: str) -> None:
+        client = Client(url)
+        self.url, self.model = client.url, client.model()
+        self.command = (self.url,)
+
+    def answers(self) -> bool:
+        """Whether it is up."""
+        return _healthy(self.url)
+
+    def wait(self) -> None:
+        """It was up when it was asked for its model."""
+
+    def stop(self) -> None:
+        """Not ours to stop."""
+
+    def state(self) -> str:
+        """What became of it, in words."""
+        return "does not answer"

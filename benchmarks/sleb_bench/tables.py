@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sleb_bench.ratios import ABOVE, Ratio
 
 Report = Mapping[str, Any]
 Row = tuple[str, ...]
@@ -36,6 +39,8 @@ def sections(report: Report) -> list[Section]:
         found.append(_throughput(report))
     if report["serving"]:
         found += _serving(report)
+    if report["slo"]:
+        found.append(_slo(report))
     found.append(_variants(report))
     found.append(_setting(report))
     return found
@@ -57,49 +62,121 @@ def _ratio_cells(ratio: Mapping[str, Any]) -> Row:
         str(ratio["over"]),
         with_interval(ratio["ratio"], ratio["ratio_interval"]),
         _number(ratio["ideal"], ".3f"),
-        _efficiency(ratio),
+        efficiency_cell(ratio),
     )
 
 
-def _efficiency(ratio: Mapping[str, Any]) -> str:
-    if ratio["efficiency"] is None:
-        return ""
-    text = f"{100 * ratio['efficiency']:.0f} %"
-    if ratio["efficiency_interval"] is None:
-        return text
-    low, high = (100 * edge for edge in ratio["efficiency_interval"])
-    return f"{text} ({low:.0f} to {high:.0f})"
+def efficiency_cell(ratio: Mapping[str, Any]) -> str:
+    """What the interval says of the gain that was to be had."""
+    if ratio["efficiency"] is not None:
+        low, high = (100 * edge for edge in ratio["efficiency_interval"])
+        above = f"{ABOVE}: " if ratio["verdict"] == ABOVE else ""
+        return f"{above}{100 * ratio['efficiency']:.0f} % ({low:.0f} to {high:.0f})"
+    if ratio["efficiency_at_least"] is not None:
+        return f"at least {100 * ratio['efficiency_at_least']:.0f} %, {ratio['verdict']}"
+    return str(ratio["verdict"] or "")
 
 
 _NO_RATIO = ("", "", "", "")
 
 
 def _throughput(report: Report) -> Section:
-    rows: list[Row] = [
-        ("workload", "variant", "tokens/s", "over", "ratio (95 % interval)", "ideal", "efficiency")
-    ]
+    head = ("workload", "variant", "tokens/s", "CPU ms/token", "over", "ratio (95 % interval)")
+    rows: list[Row] = [(*head, "ideal", "efficiency", "CPU ratio (95 % interval)")]
     notes = []
     for name, workload in report["workloads"].items():
         for variant, value in workload["throughput"].items():
             own = [ratio for ratio in workload["ratios"] if ratio["variant"] == variant]
+            used = _number(workload["cpu_per_token"][variant], ".3g", 1000)
             for number, ratio in enumerate(own or [None]):
-                first = (name, variant, f"{value:.1f}") if not number else (name, variant, "")
-                rows.append((*first, *(_NO_RATIO if ratio is None else _ratio_cells(ratio))))
-        line = f"{name}: {workload['size']}; {workload['unit']}"
-        outside = workload["outside_blocks"]
-        if outside is not None:
-            least, most = min(outside["starts"]), max(outside["starts"])
-            line += (
-                f"; outside the blocks {100 * outside['measured']:.0f} % of the dense time, "
-                f"{100 * least:.0f} to {100 * most:.0f} % by start"
-            )
-            if outside["by_weights"] is not None:
-                line += f" (by weights {100 * outside['by_weights']:.0f} %)"
-        notes.append(line)
-    options = report["options"]
-    how = "one engine at a time" if options["one_at_a_time"] else "engines side by side, in turns"
-    notes.append(f"{options['starts']} starts of {options['rounds']} rounds, {how}")
+                values = ("", "") if number else (f"{value:.1f}", used)
+                cells = (*_NO_RATIO, "") if ratio is None else (*_ratio_cells(ratio), _cpu(ratio))
+                rows.append((name, variant, *values, *cells))
+        notes.append(f"{name}: {workload['size']}; {workload['unit']}{_outside(workload)}")
+        if workload["cost_per_million"] is not None:
+            notes.append(f"{name}, cost of a million tokens: {_costs(workload)}")
+        notes += filter(None, (_pairs_note(name, ratio) for ratio in workload["ratios"]))
+    notes += [*_end_notes(report), _HOW]
     return Section("Throughput", tuple(rows), tuple(notes), "throughput")
+
+
+_HOW = (
+    "Ratio: Hodges-Lehmann estimate over pairs of neighbouring turns; interval: jackknife over "
+    "blocks of neighbouring pairs, or over starts where that is said. CPU ratio: the same, of "
+    "tokens per processor second; threads that spin while they wait count. tokens/s: median turn"
+)
+
+
+def _costs(workload: Mapping[str, Any]) -> str:
+    """In the price's currency, of tokens as the workload counts them."""
+    costs = workload["cost_per_million"].items()
+    return ", ".join(f"{variant} {cost:.3g}" for variant, cost in costs)
+
+
+def _cpu(ratio: Mapping[str, Any]) -> str:
+    if ratio["cpu_ratio"] is None:
+        return ""
+    return with_interval(ratio["cpu_ratio"], ratio["cpu_interval"])
+
+
+def _outside(workload: Mapping[str, Any]) -> str:
+    """What part of the dense time no removed block saves, as far as the interval tells."""
+    outside = workload["outside_blocks"]
+    if outside is None:
+        return ""
+    by_weights = outside["by_weights"]
+    weights = "" if by_weights is None else f" (by weights {100 * by_weights:.0f} %)"
+    interval = outside["interval"]
+    if interval is None or tuple(interval) == (0.0, 1.0):
+        return f"; outside the blocks: not told{weights}"
+    low, high = (100 * edge for edge in interval)
+    share = f"{low:.0f} to {high:.0f}" if low else f"at most {high:.0f}"
+    return f"; outside the blocks {share} % of the dense time{weights}"
+
+
+def _pairs_note(workload: str, ratio: Mapping[str, Any]) -> str:
+    """How many pairs, and what is to be known of them."""
+    pairs = ratio["pairs"]
+    starts, bad = len({pair["start"] for pair in pairs}), sum(p["disturbed"] for p in pairs)
+    text = f"{workload}, {ratio['variant']} / {ratio['over']}: {len(pairs)} pairs"
+    text += f" in {starts} starts" if starts > 1 else " in one start"
+    if ratio["samples"] == "starts":
+        alone = "; processes of their own, and what starts differ by is not in the interval"
+        text += "; interval over starts" if ratio["count"] > 1 else alone
+    if bad:
+        text += f"; {bad} disturbed: over 5 % of the machine went elsewhere, or the clock changed"
+    if ratio["quiet_ratio"] is not None:
+        quiet = with_interval(ratio["quiet_ratio"], ratio["quiet_interval"])
+        text += f"; without those {quiet}"
+    return text
+
+
+def _end_notes(report: Report) -> list[str]:
+    """Why the turns ended, and which intervals are wider than was asked for."""
+    end, options = report["end"], report["options"]
+    if end is None:
+        return []
+    goal = options["precision"]
+    wide = [
+        f"{name} {ratio['variant']} / {ratio['over']} ({_width(ratio)})"
+        for name, workload in report["workloads"].items()
+        for ratio in workload["ratios"]
+        if not Ratio(
+            ratio["ratio"], ratio["ratio_interval"], ratio["samples"], ratio["count"]
+        ).within(goal / 100)
+    ]
+    spent = f"{end['minutes']:.1f} of {options['minutes']:g} minutes"
+    text = f"Ended after {spent}, {end['starts']} start{'s' if end['starts'] > 1 else ''}"
+    if not wide:
+        return [f"{text}: every interval reaches {goal:g} % or less to a side"]
+    return [f"{text}: time over. Wider than {goal:g} % to a side: {', '.join(wide)}"]
+
+
+def _width(ratio: Mapping[str, Any]) -> str:
+    if ratio["ratio_interval"] is None:
+        return "one sample"
+    low, high = ratio["ratio_interval"]
+    return f"{100 * (math.sqrt(high / low) - 1):.1f} %"
 
 
 def _serving(report: Report) -> list[Section]:
@@ -132,8 +209,10 @@ def _serving(report: Report) -> list[Section]:
     slo = ", ".join(f"{name} {limit:g} ms" for name, limit in serving["slo"].items())
     hits = [v["prefix_cache_hit_rate"] for p in serving["points"] for v in p["variants"].values()]
     options = report["options"]["serving"]
+    dataset = options.get("dataset")
+    prompts = f"prompts of {dataset}" if dataset else f"{options['input_length']} tokens in"
     notes = (
-        f"{options['requests']} requests a point, {options['input_length']} tokens in, "
+        f"{options['requests']} requests a point, {prompts}, "
         f"{options['output_length']} out, {options['rounds']} rounds; goodput: requests/s within "
         f"{slo}; prefix cache hits {100 * max(hits):.1f} % at most",
     )
@@ -150,6 +229,27 @@ def _serving(report: Report) -> list[Section]:
         Section("Serving: what it gains", tuple(gains)),
         Section("Serving, load by load", tuple(rows), notes, "latency"),
     ]
+
+
+def _slo(report: Report) -> Section:
+    """The highest rates that met the service level."""
+    slo = report["slo"]
+    rows: list[Row] = [("variant", "requests/s", "not at", "over", "ratio (between)")]
+    for name, found in slo["variants"].items():
+        gain = next((ratio for ratio in slo["ratios"] if ratio["variant"] == name), None)
+        cells: Row = ("", "")
+        if gain is not None:
+            edges = " to ".join(_number(edge, ".3f") or "?" for edge in gain["between"])
+            cells = (gain["over"], f"{gain['ratio']:.3f} ({edges})")
+        rate = _number(found["rate"], ".3g") or "none tried"
+        rows.append((name, rate, _number(found["not_at"], ".3g"), *cells))
+    limits = ", ".join(f"{name} {limit:g} ms" for name, limit in slo["limits"].items())
+    requests = f"{100 * slo['share']:.0f} % of {report['options']['serving']['requests']} requests"
+    note = (
+        f"The highest rate tried at which {requests} met {limits}, and the lowest at which fewer "
+        f"did; the ratio lies between those of the two"
+    )
+    return Section("Highest rate within the service level", tuple(rows), (note,))
 
 
 def load_name(point: Mapping[str, Any]) -> str:

@@ -60,6 +60,23 @@ class Variant:
         }
 
 
+def processes(variants: Sequence[Variant], *, gpu: bool) -> dict[str, str]:
+    """The process of each variant's engine, by a name of it.
+
+    Engines of one process differ from start to start by less than can be measured; in processes of
+    their own, the same two differed by up to a quarter. One process holds what runs on one CPU in
+    the same environment. Several ranks have processes of their own anyway, and on a GPU each engine
+    measures what memory its process may have.
+    """
+    found = {}
+    for variant in variants:
+        values = variant.spec.arguments
+        ranks = [values.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline", "data")]
+        alone = gpu or variant.spec.backend != "vllm" or variant.spec.environment
+        found[variant.name] = variant.name if alone or ranks != [1, 1, 1] else "shared"
+    return found
+
+
 def is_beside(name: str) -> bool:
     """Whether a variant is something held against the dense model or a pruning, not one itself."""
     return "-" in name

@@ -51,13 +51,6 @@ class Workload:
             for _ in range(self.num_requests)
         ]
 
-    def tokens(self, total_input: int, total_output: int) -> int:
-        """The tokens that count, of what went in and came out."""
-        if self.measure == "prefill":
-            return total_input
-        # The first token of each sequence belongs to the prefill.
-        return total_output - (self.num_requests if self.measure == "decode" else 0)
-
 
 OFFICIAL = (
     Workload("official-prompt", "prefill", 1, 2048, 1),

@@ -1,0 +1,183 @@
+"""How often the benchmark's interval holds the truth, simulated, on quiet and on busy machines.
+
+Usage: intervals.py [--runs 300] [--seed 1]. Two engines whose speeds have a known ratio take turns
+on a machine whose other load comes and goes. Pairs are made, and a run is ended, by the benchmark's
+own rules: `sleb_bench.pace` and `sleb_bench.ratios`. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from sleb_bench.pace import PRECISE, Pace
+from sleb_bench.ratios import Ratio, paired_ratio
+from sleb_serve.utils.markdown import table
+
+TRUTH = 1.19
+STARTING = 12.0
+"""Seconds that it takes to start the engines."""
+OTHER = 1.0
+"""Seconds of a turn of another workload, which comes between two pairs."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What disturbs the engines.
+
+    Attributes:
+        noise: standard deviation of a turn's logarithm on a quiet machine.
+        on: mean seconds of a burst of other load; 0 for none.
+        off: mean seconds between two.
+        slower: how many times longer a turn takes in a burst, at most; at least 1.3.
+        spikes: the share of turns that take some 30 % longer, each by itself.
+        starts: standard deviation, from start to start, of the ratio's logarithm.
+        apart: engines have processes of their own.
+    """
+
+    noise: float = 0.02
+    on: float = 0.0
+    off: float = 0.0
+    slower: float = 1.0
+    spikes: float = 0.0
+    starts: float = 0.0
+    apart: bool = False
+
+
+MACHINES = {
+    "quiet": Machine(),
+    "noisy, 5 % a turn": Machine(noise=0.05),
+    "spikes of 30 % in a tenth of the turns": Machine(noise=0.03, spikes=0.1),
+    "bursts of 2 s, up to 6 times slower": Machine(0.03, 2, 6, 6),
+    "bursts of 5 s, up to 3 times slower": Machine(0.03, 5, 10, 3),
+    "bursts of 30 s, up to 3 times slower": Machine(0.03, 30, 60, 3),
+    "the same, starts differ by 1 %": Machine(0.03, 30, 60, 3, starts=0.01),
+    "the same, starts differ by 3 %": Machine(0.03, 30, 60, 3, starts=0.03),
+    "processes of their own, starts differ by 6 %": Machine(
+        0.03, 5, 10, 3, starts=0.06, apart=True
+    ),
+}
+
+
+class Clock:
+    """The time of the simulated machine, on which work takes longer while others work, too."""
+
+    def __init__(self, machine: Machine, source: np.random.Generator) -> None:
+        self.now = 0.0
+        self._machine, self._source = machine, source
+        self._busy = machine.on > 0 and source.random() < machine.on / (machine.on + machine.off)
+        self._until, self._speed = 0.0, 1.0
+
+    def work(self, seconds: float) -> float:
+        """Do what takes so many seconds on a quiet machine; the seconds that it took."""
+        begin = self.now
+        while seconds > 0:
+            if self.now >= self._until:
+                self._change()
+            step = min(seconds / self._speed, self._until - self.now)
+            self.now += step
+            seconds -= step * self._speed
+            if seconds < 1e-9:
+                break
+        return self.now - begin
+
+    def _change(self) -> None:
+        """The next burst, or the next quiet time."""
+        machine = self._machine
+        if not machine.on:
+            self._until = math.inf
+            return
+        self._until = self.now + self._source.exponential(machine.on if self._busy else machine.off)
+        self._speed = 1 / self._source.uniform(1.3, machine.slower) if self._busy else 1.0
+        self._busy = not self._busy
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one simulated run ended with."""
+
+    found: Ratio
+    pairs: int
+    minutes: float
+    precise: bool
+
+
+def simulate(
+    machine: Machine,
+    source: np.random.Generator,
+    *,
+    precision: float = 0.02,
+    minutes: float = 5.0,
+    starts: int = 3,
+) -> Run:
+    """One run of the benchmark on a machine."""
+    clock = Clock(machine, source)
+    pace = Pace(precision, minutes, starts, machine.apart, lambda: clock.now)
+    found: list[list[float]] = []
+    while True:
+        clock.work(STARTING)
+        ratio = TRUTH * math.exp(source.normal(0, machine.starts))
+        found.append([])
+        while True:
+            found[-1].append(_pair(machine, clock, source, ratio, len(found[-1]) + 1))
+            so_far = {"": [paired_ratio(found, apart=machine.apart)]}
+            if not pace.unfinished(so_far, len(found), len(found[-1])):
+                break
+            clock.work(OTHER)
+        why = pace.verdict(so_far, len(found), STARTING)
+        if why is not None:
+            pairs = sum(map(len, found))
+            return Run(so_far[""][0], pairs, clock.now / 60, why == PRECISE)
+
+
+def _pair(
+    machine: Machine, clock: Clock, source: np.random.Generator, ratio: float, number: int
+) -> float:
+    """A turn of each engine; which is first changes. The ratio of speeds."""
+    seconds = {}
+    for work in (ratio, 1.0) if number % 2 else (1.0, ratio):
+        noise = math.exp(source.normal(0, machine.noise))
+        if source.random() < machine.spikes:
+            noise *= 1 + source.exponential(0.3)
+        seconds[work] = clock.work(work * noise)
+    return seconds[ratio] / seconds[1.0]
+
+
+def coverage(machine: Machine, runs: int, seed: int) -> list[Run]:
+    """Many runs on one kind of machine."""
+    source = np.random.default_rng(seed)
+    return [simulate(machine, source) for _ in range(runs)]
+
+
+def holds(run: Run) -> bool:
+    """Whether its interval holds the truth."""
+    assert run.found.interval is not None
+    return run.found.interval[0] <= TRUTH <= run.found.interval[1]
+
+
+def main() -> None:
+    """Print how often the interval held the truth, how wide it was, what it took."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    rows = [("machine", "interval holds the truth", "reaches to a side", "pairs", "minutes")]
+    for name, machine in MACHINES.items():
+        runs = coverage(machine, options.runs, options.seed)
+        held = sum(map(holds, runs)) / len(runs)
+        edges = [run.found.interval or (0.0, math.inf) for run in runs]
+        sides = [math.sqrt(high / low) - 1 for low, high in edges]
+        numbers = (f"{median(r.pairs for r in runs):.0f}", f"{median(r.minutes for r in runs):.1f}")
+        rows.append((name, f"{100 * held:.0f} %", f"±{100 * median(sides):.1f} %", *numbers))
+    print("\n".join(table(rows)))
+    print(
+        f"\n{options.runs} runs each, truth {TRUTH}; asked for: ±2 %, 5 minutes, 3 starts; medians."
+    )
+
+
+if __name__ == "__main__":
+    main()

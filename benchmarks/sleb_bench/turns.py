@@ -1,0 +1,240 @@
+"""Engines measured by turns: starts, warm-up, pairs, until the intervals are narrow enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sleb_bench.engine import Engine, EngineSpec, Host, has_gpu
+from sleb_bench.pace import FEWEST, Pace, Ratios, calls_a_turn, warms_up
+from sleb_bench.pairs import are_apart, compared, pairs_of, speed_ratio
+from sleb_bench.records import Records
+from sleb_bench.variants import DENSE, Variant, processes
+from sleb_serve.roofline.workload import Prompts, Workload
+from sleb_serve.utils.atomic_io import write_atomically
+
+Say = Callable[[str], None]
+Draw = Callable[[Workload, str], Prompts]
+_NEWS = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured by turns.
+
+    Attributes:
+        todo: the workloads.
+        draw: the prompts of one call of a workload, by a seed.
+        sequences: held-out text for the perplexity; may be empty.
+        output: where logs and profiles go.
+        precision: how far an interval may reach to a side, as 0.02.
+        minutes: to spend.
+        starts: of every engine, at least.
+        one_at_a_time: no two engines at once.
+        profile: also profile each workload once.
+    """
+
+    todo: Sequence[Workload]
+    draw: Draw
+    sequences: Prompts
+    output: Path
+    precision: float
+    minutes: float
+    starts: int
+    one_at_a_time: bool
+    profile: bool
+
+
+def measure_by_turns(
+    plan: Plan, variants: Sequence[Variant], records: Records, say: Say
+) -> dict[str, Any]:
+    """Start engines and measure them until the intervals are narrow or the time is over.
+
+    Args:
+        plan: what to measure, and how long.
+        variants: what takes turns.
+        records: gets every engine, sample and quality; saved now and then.
+        say: told how it goes.
+
+    Returns:
+        Why it ended, and the minutes it took.
+
+    Raises:
+        SlebError: an engine failed.
+    """
+    return _Turns(plan, variants, records, say).run()
+
+
+class _Turns:
+    def __init__(self, plan: Plan, variants: Sequence[Variant], records: Records, say: Say) -> None:
+        self.plan, self.variants, self.records, self.say = plan, variants, records, say
+        self._gpu = has_gpu()
+        self._processes = processes(variants, gpu=self._gpu)
+        apart = plan.one_at_a_time or len(set(self._processes.values())) > 1
+        self.pace = Pace(plan.precision, plan.minutes, plan.starts, apart)
+        self._over = {variant.name: variant.over for variant in variants}
+        self._dense_blocks: int | None = None
+
+    def run(self) -> dict[str, Any]:
+        """All starts."""
+        plan, pace, start = self.plan, self.pace, 0
+        groups = [[v] for v in self.variants] if plan.one_at_a_time else [list(self.variants)]
+        while True:
+            start += 1
+            self.say(f"start {start}; engines log to {plan.output}")
+            starting = 0.0
+            for group in groups:
+                begin = pace.spent()
+                with self._engines(start, group) as engines:
+                    starting += 60 * (pace.spent() - begin)
+                    self._measure(start, group, engines)
+                    if start == 1:
+                        self._once(group, engines)
+            self.records.save()
+            why = pace.verdict(self._ratios(), start, starting)
+            if why is not None:
+                self.say(f"{why} after {start} starts and {pace.spent():.1f} minutes")
+                return {"why": why, "minutes": round(pace.spent(), 2), "starts": start}
+
+    @contextmanager
+    def _engines(self, start: int, group: Sequence[Variant]) -> Iterator[dict[str, Engine]]:
+        """The engines of a group; which of them starts first changes."""
+        with ExitStack() as stack:
+            hosts: dict[str, Host] = {}
+            engines: dict[str, Engine] = {}
+            turn = (start - 1) % len(group)
+            order = [*group[turn:], *group[:turn]]
+            # How large a cap is, only the dense engine knows.
+            for variant in sorted(order, key=lambda v: v.capped):
+                name = variant.name
+                process = name if self.plan.one_at_a_time else self._processes[name]
+                if process not in hosts:
+                    environment = variant.spec.environment
+                    hosts[process] = Host(environment, self.plan.output / f"{process}.log")
+                    stack.callback(hosts[process].close)
+                about = hosts[process].start(name, self._spec(variant))
+                if name == DENSE:
+                    self._dense_blocks = about["kv_cache_blocks"]
+                place = {"start": start, "variant": name, "process": process}
+                self.records.add("engine", {**place, **about})
+                self.say(_ready(name, about))
+                engines[name] = Engine(hosts[process], name)
+            yield engines
+
+    def _spec(self, variant: Variant) -> EngineSpec:
+        if not variant.capped:
+            return variant.spec
+        arguments = {**variant.spec.arguments, "num_gpu_blocks_override": self._dense_blocks}
+        return replace(variant.spec, arguments=arguments)
+
+    def _measure(self, start: int, group: Sequence[Variant], engines: Mapping[str, Engine]) -> None:
+        """Warm up, then rounds until this start is over."""
+        calls = {w.name: self._warm_up(start, w, group, engines) for w in self.plan.todo}
+        left, done = {workload.name for workload in self.plan.todo}, 0
+        while left:
+            done += 1
+            for workload in self.plan.todo:
+                if workload.name in left:
+                    number = calls[workload.name]
+                    self._round(start, done, workload, number, _order(group, done), engines)
+            if self.plan.one_at_a_time:
+                left = left if done < FEWEST else set()
+                continue
+            ratios = self._ratios()
+            if not done % _NEWS:
+                self.say(_so_far(ratios, done))
+                self.records.save()
+            left &= set(self.pace.unfinished(ratios, start, done))
+
+    def _warm_up(
+        self,
+        start: int,
+        workload: Workload,
+        group: Sequence[Variant],
+        engines: Mapping[str, Engine],
+    ) -> int:
+        """Turns until they get no faster; how many calls make a turn of a second."""
+        seconds: list[float] = []
+        calls, number = 1, 0
+        # The sum of all engines: on a busy machine a single one is often the fastest by chance.
+        while warms_up(seconds):
+            found = self._round(start, number, workload, calls, group, engines)
+            seconds.append(sum(found.values()) / calls)
+            calls = calls_a_turn(min(seconds) / len(found))
+            number -= 1
+        return calls
+
+    def _round(
+        self,
+        start: int,
+        number: int,
+        workload: Workload,
+        calls: int,
+        order: Sequence[Variant],
+        engines: Mapping[str, Engine],
+    ) -> dict[str, float]:
+        """A turn of a workload on each engine: the same prompts; seconds by variant."""
+        seeds = [f"{start} {number} {call}" for call in range(calls)]
+        prompts = [self.plan.draw(workload, seed) for seed in seeds]
+        times = {}
+        for variant in order:
+            if not variant.can(workload.measure):
+                continue
+            sample = engines[variant.name].measure(workload, prompts)
+            place = {"workload": workload.name, "variant": variant.name, "start": start}
+            self.records.add("sample", {**place, "round": number, **asdict(sample)})
+            times[variant.name] = sample.elapsed_time
+        return times
+
+    def _ratios(self) -> Ratios:
+        """What the samples give so far, by workload; as the report will say it."""
+        samples = [r for r in self.records.entries if r["record"] == "sample"]
+        started = [r for r in self.records.entries if r["record"] == "engine"]
+        found = {}
+        for workload in self.plan.todo:
+            pairs = [
+                (pairs_of(workload, samples, name, over), are_apart(started, name, over))
+                for name, over in compared(self._over)
+            ]
+            found[workload.name] = [speed_ratio(p, apart=apart) for p, apart in pairs if p]
+        return found
+
+    def _once(self, group: Sequence[Variant], engines: Mapping[str, Engine]) -> None:
+        """What every start would give again: the quality, and where the time goes."""
+        for variant in group:
+            engine = engines[variant.name]
+            if self.plan.sequences:
+                loss = engine.loss(self.plan.sequences)
+                self.records.add("quality", {"variant": variant.name, "loss": loss})
+                self.say(f"{variant.name}: held-out loss {loss:.4f} nats per token")
+            for workload in self.plan.todo if self.plan.profile else ():
+                if variant.can(workload.measure):
+                    table = engine.profile(workload, self.plan.draw(workload, "profile"))
+                    name = f"profile-{variant.name}-{workload.name.replace('/', '-')}.txt"
+                    write_atomically(self.plan.output / name, table.encode())
+
+
+def _order(group: Sequence[Variant], number: int) -> list[Variant]:
+    """Who goes first changes, so that drift favours none: reversed from one round to the next."""
+    turn = (number - 1) // 2 % len(group)
+    order = [*group[turn:], *group[:turn]]
+    return order if number % 2 else order[::-1]
+
+
+def _ready(name: str, about: Mapping[str, Any]) -> str:
+    cache = about.get("kv_cache_tokens")
+    size = "" if cache is None else f", KV cache {cache} tokens"
+    return f"{name}: ready in {about['startup_time']:.0f} s{size}"
+
+
+def _so_far(ratios: Ratios, done: int) -> str:
+    """The ratios in one line."""
+    texts = []
+    for name, found in ratios.items():
+        for ratio in found:
+            low, high = ratio.interval or (0.0, float("inf"))
+            texts.append(f"{name} {ratio.mean:.3f}x ({low:.3f} to {high:.3f})")
+    return f"{done} pairs: {', '.join(texts)}"
