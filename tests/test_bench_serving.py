@@ -20,7 +20,7 @@ psutil = pytest.importorskip("psutil")
 
 from running import LOCAL, OPTIONS, ForkedServer, printed_command  # noqa: E402
 from sleb_bench import run as bench_run  # noqa: E402
-from sleb_bench import serving as bench_serving  # noqa: E402
+from sleb_bench import serving_load  # noqa: E402
 from sleb_bench.run import BenchOptions, bench  # noqa: E402
 from sleb_bench.server import Server, free_port  # noqa: E402
 from sleb_bench.serving import serve_and_load  # noqa: E402
@@ -92,7 +92,7 @@ def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_run, "serve_and_load", watched)
-        patch.setattr(bench_serving, "Server", start)
+        patch.setattr(serving_load, "Server", start)
         with pytest.raises(SlebError, match="the sleb2 server"):
             bench(options, manifest, None, lambda text: None)
     return out

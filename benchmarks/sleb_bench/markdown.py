@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sleb_bench.tables import sections, title
+from sleb_bench.tables import Section, sections, title
 from sleb_serve.utils.markdown import table
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """All of a report's tables."""
-    lines = [f"# {title(report)}", ""]
-    for section in sections(report):
+    return markdown(title(report), sections(report))
+
+
+def markdown(heading: str, content: Sequence[Section]) -> str:
+    """Sections under a heading."""
+    lines = [f"# {heading}", ""]
+    for section in content:
         lines += [f"## {section.title}", ""]
         if section.rows:
             lines += [*table(section.rows), ""]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from sleb_bench.tables import Row, sections, title
+from sleb_bench.tables import Row, Section, sections, title
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -26,9 +26,14 @@ ul { color: color-mix(in srgb, currentColor 75%, transparent); padding-left: 1.2
 
 def to_html(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The page; `pictures` are PNG by name."""
-    heading = escape(title(report))
+    return page(title(report), sections(report), pictures)
+
+
+def page(title: str, content: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
+    """Sections under a heading; `pictures` are PNG by name."""
+    heading = escape(title)
     body = [f"<h1>{heading}</h1>"]
-    for section in sections(report):
+    for section in content:
         broken = ' class="broken"' if section.title == "Broken off" else ""
         body.append(f"<section{broken}><h2>{escape(section.title)}</h2>")
         if section.rows:
@@ -45,9 +50,10 @@ def to_html(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<title>{heading}</title><link rel="icon" href="data:,"><style>{_STYLE}</style>'
     )
-    page = "\n".join(body)
+    inside = "\n".join(body)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{page}\n</body></html>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{inside}\n'
+        f"</body></html>\n"
     )
 
 

@@ -30,7 +30,8 @@ def pictures(report: Report) -> dict[str, bytes]:
     return found
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as a file's content; it is closed."""
     from matplotlib import pyplot
 
     buffer = io.BytesIO()
@@ -39,7 +40,8 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _subplots(count: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
+def subplots(count: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
+    """A figure with panels side by side, each so many inches wide and high."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
@@ -52,7 +54,7 @@ def _throughput(report: Report) -> bytes:
     """A panel a workload: bars, the ratio and its interval, and the ideal as a tick."""
     workloads = report["workloads"]
     names = list(report["variants"])
-    figure, axes = _subplots(len(workloads), max(3.6, 0.9 * len(names) + 1.2), 4.2)
+    figure, axes = subplots(len(workloads), max(3.6, 0.9 * len(names) + 1.2), 4.2)
     for axis, (title, workload) in zip(axes, workloads.items(), strict=True):
         shown = [name for name in names if name in workload["throughput"]]
         values = [workload["throughput"][name] for name in shown]
@@ -87,7 +89,7 @@ def _throughput(report: Report) -> bytes:
         axis.set_title(title)
         axis.set_ylabel(workload["unit"])
     figure.suptitle("Line: 95 % interval of the ratio. Dotted: ideal.", fontsize="small")
-    return _png(figure)
+    return png(figure)
 
 
 def _latency(report: Report) -> bytes:
@@ -99,7 +101,7 @@ def _latency(report: Report) -> bytes:
         ("TPOT, ms", "tpot"),
         ("generated tokens/s", "output_throughput"),
     )
-    figure, axes = _subplots(len(panels), 5.0, 4.6)
+    figure, axes = subplots(len(panels), 5.0, 4.6)
     names = [name for name in report["variants"] if any(name in p["variants"] for p in points)]
     for axis, (label, key) in zip(axes, panels, strict=True):
         for number, name in enumerate(names):
@@ -123,7 +125,7 @@ def _latency(report: Report) -> bytes:
         axis.set_xticks(range(len(points)), labels, rotation=30, ha="right")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    return _png(figure)
+    return png(figure)
 
 
 def _speeds(report: Report) -> dict[int, float]:
@@ -143,7 +145,7 @@ def _speeds(report: Report) -> dict[int, float]:
 def _frontier(report: Report, speeds: Mapping[int, float]) -> bytes:
     """Perplexity, and accuracy where the manifest has been evaluated, over measured speed."""
     accuracies = _accuracies(report, speeds)
-    figure, axes = _subplots(2 if accuracies else 1, 5.2, 4.4)
+    figure, axes = subplots(2 if accuracies else 1, 5.2, 4.4)
     perplexity = {
         variant["blocks"]: variant["perplexity"]
         for name, variant in report["variants"].items()
@@ -167,7 +169,7 @@ def _frontier(report: Report, speeds: Mapping[int, float]) -> bytes:
         axis.set_ylabel(label)
         axis.margins(0.18)
         axis.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def _accuracies(report: Report, speeds: Mapping[int, float]) -> dict[int, float]:

@@ -10,7 +10,18 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from sleb_serve import __version__
-from sleb_serve.cli import bench, convert, evaluate, heal, inspect, plan, select, serve, watch
+from sleb_serve.cli import (
+    bench,
+    convert,
+    evaluate,
+    heal,
+    inspect,
+    plan,
+    select,
+    serve,
+    study,
+    watch,
+)
 from sleb_serve.cli.arguments import Parser
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.extras import extras_named
@@ -24,6 +35,7 @@ COMMANDS = (
     *watch.COMMANDS,
     *convert.COMMANDS,
     *bench.COMMANDS,
+    *study.COMMANDS,
 )
 _LONGEST_WORD, _LONGEST = 300, 1000
 """Characters; what of an error message is longer is cut short."""
