@@ -96,10 +96,8 @@ def recommended(found: Sequence[Depth]) -> tuple[Depth | None, str]:
         fit = [depth for depth in found if depth.verdict == word and depth.faster]
         if fit:
             return max(fit, key=lambda depth: (depth.gain, depth.model == "healed")), why
-    return (
-        None,
-        "no depth is shown to be faster without harm by some measure: remove fewer, or heal more",
-    )
+    why = "no depth is shown to be faster without harm by some measure: remove fewer, or heal more"
+    return None, why
 
 
 def write_page(
