@@ -17,6 +17,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gguf": ("bench",),
         "lm_eval": ("eval",),
         "matplotlib": ("bench", "eval"),
+        "numpy": ("bench",),
         "openai": ("bench",),
         "peft": ("heal",),
         "prometheus_client": ("select", "bench"),
