@@ -40,7 +40,7 @@ def bytes_of(config: Config, rows: int, columns: int, scale: int) -> float:
     found = _METHODS.get(method) if isinstance(method, str) else None
     if found is None:
         raise SlebError(
-            f"the size of {method or 'so quantised'} weights cannot be told from config.json alone; "
+            f"the size of {method or 'so quantised'} weights cannot be told from a config alone; "
             f"give a folder or a hub id with the safetensors files"
         )
     try:
