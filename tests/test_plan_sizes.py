@@ -104,7 +104,7 @@ def elements(layer: Any) -> float:
                 continue
             keys = name in {"keys", "values"}
             length = tensor.shape[-2 if keys else -1]
-            # Transformers leaves out a full window's oldest token, and keeps a convolution's newest.
+            # Transformers keeps one token less of a full window, and one more of a convolution.
             change = (keys and length < LENGTH) - ("conv" in name)
             total += tensor.numel() * (length + change) / length
     return total
