@@ -197,6 +197,19 @@ def test_a_step_time_is_found_again_from_records(tmp_path: Path) -> None:
     assert list(found) == pytest.approx(list(simulate(mixed, limits, linear).last), rel=1e-4)
 
 
+def test_several_runs_of_one_model_are_read_as_one(tmp_path: Path) -> None:
+    whole = bench_records(tmp_path / "whole", LOADS, {0: linear})
+    parts = [
+        bench_records(tmp_path / "a", LOADS[:5], {0: linear}),
+        bench_records(tmp_path / "b", LOADS[5:], {0: linear}),
+    ]
+    assert read_measured(parts) == read_measured([whole])
+    file = parts[1] / "records.jsonl"
+    file.write_text(file.read_text().replace('"weights_sha256": "a"', '"weights_sha256": "b"'))
+    with pytest.raises(SlebError, match="of several models"):
+        read_measured(parts)
+
+
 def test_a_fit_never_lets_more_work_take_less_time() -> None:
     source = random.Random(0)
     for _ in range(20):

@@ -102,12 +102,10 @@ def elements(layer: Any) -> float:
         for tensor in value.values() if isinstance(value, dict) else [value]:
             if not torch.is_tensor(tensor) or tensor.ndim < 2:
                 continue
-            # Transformers leaves out a window's newest token, and keeps a convolution's.
-            change = (name in {"keys", "values"} and "Sliding" in type(layer).__name__) - (
-                "conv" in name
-            )
-            place = -2 if name in {"keys", "values"} else -1
-            length = tensor.shape[place]
+            keys = name in {"keys", "values"}
+            length = tensor.shape[-2 if keys else -1]
+            # Transformers keeps one token less of a full window, and one more of a convolution.
+            change = (keys and length < LENGTH) - ("conv" in name)
             total += tensor.numel() * (length + change) / length
     return total
 

@@ -40,8 +40,8 @@ def bytes_of(config: Config, rows: int, columns: int, scale: int) -> float:
     found = _METHODS.get(method) if isinstance(method, str) else None
     if found is None:
         raise SlebError(
-            f"the size of {method or 'so quantised'} weights cannot be told from config.json "
-            f"alone; give a folder or a hub id with the safetensors files"
+            f"the size of {method or 'so quantised'} weights cannot be told from a config alone; "
+            f"give a folder or a hub id with the safetensors files"
         )
     try:
         return found(config, rows, columns, scale)
