@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sleb_serve.healing.pipeline import heal
     from sleb_serve.manifest.reader import read_manifest
     from sleb_serve.manifest.schema import Manifest
+    from sleb_serve.publishing.push import push
     from sleb_serve.selection.config import SelectConfig
     from sleb_serve.selection.pipeline import select
     from sleb_serve.serving.command import serve_command
@@ -34,6 +35,7 @@ __all__ = [
     "evaluate",
     "export",
     "heal",
+    "push",
     "read_manifest",
     "select",
     "serve_command",
@@ -48,6 +50,7 @@ _HOMES = {
     "evaluate": "sleb_serve.evaluation.evaluate",
     "export": "sleb_serve.convert.export",
     "heal": "sleb_serve.healing.pipeline",
+    "push": "sleb_serve.publishing.push",
     "read_manifest": "sleb_serve.manifest.reader",
     "select": "sleb_serve.selection.pipeline",
     "serve_command": "sleb_serve.serving.command",

@@ -10,7 +10,17 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from sleb_serve import __version__
-from sleb_serve.cli import bench, convert, evaluate, heal, inspect, select, serve, watch
+from sleb_serve.cli import (
+    bench,
+    convert,
+    evaluate,
+    heal,
+    inspect,
+    publish,
+    select,
+    serve,
+    watch,
+)
 from sleb_serve.cli.arguments import Parser
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.extras import extras_named
@@ -22,6 +32,7 @@ COMMANDS = (
     *evaluate.COMMANDS,
     *watch.COMMANDS,
     *convert.COMMANDS,
+    *publish.COMMANDS,
     *bench.COMMANDS,
 )
 _LONGEST = 300

@@ -29,6 +29,7 @@ examples:
   sleb-serve serve meta-llama/Llama-2-70b-hf -m llama-70b.json --tensor-parallel-size 2
   sleb-serve serve ./my-model -m m.json --blocks 4 --port 8001 --max-model-len 4096
   sleb-serve serve ./my-model -m m.json --dry-run      # print the vLLM command, start nothing
+  sleb-serve serve meta-llama/Llama-2-70b-hf -m org/llama-70b-sleb16    # a manifest on the hub
   sleb-serve serve ./my-model -m m.json --as-draft     # the dense model, drafted for by the pruned
 
 Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
@@ -75,7 +76,9 @@ def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     else:
         check_plugin()
     role = "draft for the whole model" if options.as_draft else "served"
-    say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}, {role}")
+    source = "" if manifest.source is None else f", by {manifest.source}"
+    kept = f"{pruning.num_kept} of {pruning.num_blocks} blocks of {model}"
+    say(f"{pruning.tag}: {kept}, {role}{source}")
     print(shlex.join(command), flush=True)
     environment = plugin_environment()
     if options.dry_run:

@@ -26,6 +26,8 @@ def describe(manifest: Manifest) -> str:
         f"{pruning.num_kept} kept: {pruning.tag}",
         f"blocks       {_block_map(manifest)}",
     ]
+    if manifest.source is not None:
+        lines.append(f"read from    {manifest.source}")
     if manifest.calibration is not None:
         text = manifest.calibration
         source = text.source + (f" {text.split}" if text.split else "")

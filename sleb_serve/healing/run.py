@@ -37,6 +37,7 @@ def run(work: Work) -> Manifest:
         repairs=tuple(repair for repair, _ in healed),
         golden=golden(dense, prompt, manifest.blocks, WeightChanges(changes)),
         folder=work.output.parent,
+        source=None,
     )
     if work.ranks.index == 0:
         result.write(work.output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +13,8 @@ from types import MappingProxyType
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.blocks import block_count, check_blocks
 from sleb_serve.manifest.pruning import repair_kind
+from sleb_serve.manifest.repair_file import check_sidecar
+from sleb_serve.manifest.repository import Fetched, HubFile, fetch, fetch_beside, hub_file
 from sleb_serve.manifest.schema import (
     MAX_BYTES,
     OBJECTIVES,
@@ -27,26 +31,67 @@ from sleb_serve.manifest.schema import (
 )
 from sleb_serve.utils import strict_json
 
+_LOG = logging.getLogger(__name__)
 
-def read_manifest(path: Path) -> Manifest:
-    """Read and validate the manifest file at `path`.
+
+def read_manifest(source: str | Path, *, repairs: bool = True) -> Manifest:
+    """Read and validate a manifest.
+
+    Args:
+        source: a file; or ``org/name`` or ``hf://org/name@revision/file.json``, in a repository of
+            the Hugging Face hub, see `sleb_serve.manifest.repository`.
+        repairs: of a repository, bring what repairs the model to this machine, too, and compare it.
 
     Raises:
-        SlebError: the file cannot be read or is not a valid manifest; the message names the file.
+        SlebError: it cannot be read or is not a valid manifest, or one of a repository's repairs is
+            missing or another; the message names the file.
     """
+    asked = hub_file(source) if isinstance(source, str) else None
+    if asked is None:
+        return _read(Path(source), str(source))
+    found = fetch(asked)
+    manifest = replace(_read(found.path, str(found.source)), source=str(found.source))
+    if found.before is not None:
+        _tell_moved(asked, found.before, manifest)
+    for repair in manifest.repairs if repairs else ():
+        fetch_beside(found.source, repair.file)
+        check_sidecar(manifest.repair_file(repair))
+    return manifest
+
+
+def _read(path: Path, name: str) -> Manifest:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise SlebError(
-            f"cannot read manifest {path}: {first_line(error)}; "
-            f"`sleb-serve select` writes manifests"
-        ) from error
+        advice = "`sleb-serve select` writes manifests"
+        if path.is_dir():
+            advice = "give a file in it, or hf://organisation/name for the hub"
+        raise SlebError(f"cannot read manifest {name}: {first_line(error)}; {advice}") from error
     try:
         return replace(parse_manifest(data), folder=path.parent)
     except SlebError as error:
         advice = "" if ";" in str(error) else "; restore the file, or re-run `sleb-serve select`"
-        raise SlebError(f"{path}: {error}{advice}") from None
+        raise SlebError(f"{name}: {error}{advice}") from None
+
+
+def _tell_moved(asked: HubFile, before: Fetched, manifest: Manifest) -> None:
+    """Say that a name means another commit than when it was last read here."""
+    changed = "an invalid manifest became a valid one"
+    with contextlib.suppress(SlebError):
+        old = _read(before.path, str(before.source))
+        changed = ", ".join(
+            f"{name} was {list(was)}, is {list(now)}" if name == "blocks" else f"{name} changed"
+            for name in ("blocks", "model", "repairs", "golden", "evaluation")
+            if (was := getattr(old, name)) != (now := getattr(manifest, name))
+        )
+    _LOG.warning(
+        "%s has moved to %s: %s; to stay with what was read here before, give %s",
+        asked,
+        manifest.source,
+        changed or "the manifest serves the same",
+        before.source,
+    )
 
 
 def parse_manifest(data: bytes) -> Manifest:

@@ -156,6 +156,8 @@ class Manifest:
     golden: Golden | None = None
     folder: Path | None = field(default=None, compare=False)
     """Where the manifest was read from, and its sidecar lies; not part of the file."""
+    source: str | None = field(default=None, compare=False)
+    """Of a hub repository, the file it was read from, by its commit; not part of the file."""
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -213,7 +215,7 @@ class Manifest:
             weights_sha256=self.model.weights_sha256,
             removed=removed,
             removed_sha256=() if digests is None else tuple(digests[block] for block in removed),
-            repair=None if self.repair is None else self._repair_file(self.repair),
+            repair=None if self.repair is None else self.repair_file(self.repair),
         )
 
     def perplexity(self, loss: float | None) -> float | None:
@@ -221,7 +223,8 @@ class Manifest:
         is_loss = self.selection is None or self.selection.objective == "nll"
         return perplexity_of(loss) if is_loss else None
 
-    def _repair_file(self, repair: Repair) -> RepairFile:
+    def repair_file(self, repair: Repair) -> RepairFile:
+        """Where one of the repairs lies on this machine."""
         path = (self.folder or Path()).resolve() / repair.file
         return RepairFile(repair.kind, repair.sha256, str(path))
 
