@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sleb_serve.convert.export import export
+    from sleb_serve.convert.rebind import rebind
     from sleb_serve.errors import SlebError
     from sleb_serve.evaluation.evaluate import EvalConfig, evaluate
     from sleb_serve.healing.config import HealConfig
@@ -37,6 +38,7 @@ __all__ = [
     "heal",
     "push",
     "read_manifest",
+    "rebind",
     "select",
     "serve_command",
 ]
@@ -52,6 +54,7 @@ _HOMES = {
     "heal": "sleb_serve.healing.pipeline",
     "push": "sleb_serve.publishing.push",
     "read_manifest": "sleb_serve.manifest.reader",
+    "rebind": "sleb_serve.convert.rebind",
     "select": "sleb_serve.selection.pipeline",
     "serve_command": "sleb_serve.serving.command",
 }

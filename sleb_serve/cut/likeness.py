@@ -181,6 +181,37 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
     return True
 
 
+def check_alike(one: Any, other: Any, architecture: str) -> None:
+    """Refuse a model whose layers are of other kinds or shapes than another model's.
+
+    Args:
+        one: a model's Transformers config.
+        other: the config of the model that may have other weights, and nothing else.
+        architecture: the class of both in Transformers.
+
+    Raises:
+        SlebError: naming the layer's attribute; or Transformers cannot build one of them.
+    """
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    try:
+        first, second = _shell(kind, one), _shell(kind, other)
+        path = layers_path(first)
+        layers, others = first.get_submodule(path), second.get_submodule(path)
+    except Exception as error:
+        raise SlebError(
+            f"Transformers cannot build {architecture} to compare them: {first_line(error)}"
+        ) from error
+    whole = Cut(len(layers), ())
+    shares = any(getattr(decoder_of(one), key, None) for key in LAST_LAYERS)
+    for index in range(len(layers)):
+        for name, why in _differences(layers[index], others[index], whole, shares):
+            raise SlebError(f"in layer {index}, {name} {why}")
+    for name, why in _outside(first, second, layers, others):
+        raise SlebError(f"outside the layers, {name} {why}")
+
+
 def decoder_layers(model: Any) -> Any:
     """The list of decoder layers; see `layers_path`."""
     return model.get_submodule(layers_path(model))

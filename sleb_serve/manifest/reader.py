@@ -23,6 +23,7 @@ from sleb_serve.manifest.schema import (
     Golden,
     Manifest,
     ModelBinding,
+    Origin,
     Removal,
     Repair,
     Selection,
@@ -109,8 +110,8 @@ def parse_manifest(data: bytes) -> Manifest:
         "manifest",
         required=("schema_version", "model", "removed"),
         optional=(
-            *("dense", "calibration", "selection", "repairs", "golden", "evaluation"),
-            "created_by",
+            *("dense", "calibration", "selection", "repairs", "golden", "rebound_from"),
+            *("evaluation", "created_by"),
         ),
     )
     version = strict_json.integer(fields["schema_version"], "schema_version", 0, 1 << 31)
@@ -135,6 +136,7 @@ def parse_manifest(data: bytes) -> Manifest:
         removed=removed,
         repairs=_parse_repairs(fields.get("repairs", []), len(removed)),
         golden=_parse_golden(fields["golden"]) if "golden" in fields else None,
+        rebound_from=_parse_origin(fields["rebound_from"]) if "rebound_from" in fields else None,
         dense_loss=None if dense is None else _parse_loss(dense, "dense"),
         calibration=None if calibration is None else _parse_calibration(calibration),
         selection=None if selection is None else _parse_selection(selection, model.num_blocks),
@@ -168,6 +170,19 @@ def _parse_model(value: object) -> ModelBinding:
         config_sha256=strict_json.sha256(fields["config_sha256"], "model.config_sha256"),
         weights_sha256=strict_json.sha256(fields["weights_sha256"], "model.weights_sha256"),
         block_sha256=digests,
+    )
+
+
+def _parse_origin(value: object) -> Origin:
+    where = "rebound_from"
+    keys = ("id", "revision", "config_sha256", "weights_sha256")
+    fields = strict_json.object_(value, where, required=keys)
+    revision = fields["revision"]
+    return Origin(
+        id=strict_json.line(fields["id"], f"{where}.id"),
+        revision=None if revision is None else strict_json.line(revision, f"{where}.revision"),
+        config_sha256=strict_json.sha256(fields["config_sha256"], f"{where}.config_sha256"),
+        weights_sha256=strict_json.sha256(fields["weights_sha256"], f"{where}.weights_sha256"),
     )
 
 

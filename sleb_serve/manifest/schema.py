@@ -51,6 +51,16 @@ class ModelBinding:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The model whose losses a manifest holds that was bound to another form of it."""
+
+    id: str
+    revision: str | None
+    config_sha256: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
 class Removal:
     """One removed block, and the model's calibration loss once it and all before it are gone."""
 
@@ -154,6 +164,7 @@ class Manifest:
     created_by: Mapping[str, str] = field(default_factory=_nothing)
     repairs: tuple[Repair, ...] = ()
     golden: Golden | None = None
+    rebound_from: Origin | None = None
     folder: Path | None = field(default=None, compare=False)
     """Where the manifest was read from, and its sidecar lies; not part of the file."""
     source: str | None = field(default=None, compare=False)
@@ -264,6 +275,8 @@ class Manifest:
             ]
         if self.golden is not None:
             value["golden"] = {name: _thaw(entry) for name, entry in vars(self.golden).items()}
+        if self.rebound_from is not None:
+            value["rebound_from"] = dict(vars(self.rebound_from))
         value["evaluation"] = _thaw(self.evaluation)
         value["created_by"] = dict(self.created_by)
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
