@@ -196,6 +196,56 @@ def test_a_model_that_does_not_fit_is_refused_by_name(
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("int8", lambda t: t.pop(UP), f"the tensor {UP} is there and not here"),
+        (
+            "fp8",
+            lambda t: t.update({"model.layers.3.mlp.norm.weight": torch.ones(8)}),
+            "the tensor model.layers.3.mlp.norm.weight is here and not there",
+        ),
+        ("gptq", lambda t: None, None),
+        (
+            "gptq",
+            lambda t: t.pop(UP.replace("weight", "qweight")),
+            f"the tensor {UP} is there and not here",
+        ),
+    ],
+)
+def test_a_quantised_forms_own_tensors_are_its_modules(
+    bound: Bound,
+    tmp_path: Path,
+    capsys: Capture,
+    form: str,
+    change: Callable[[dict[str, Any]], None],
+    message: str | None,
+) -> None:
+    """Without the golden prompt, whose measurement would stumble over a broken checkpoint, too."""
+    other = getattr(checkpoints, form)(bound.model, tmp_path / form)
+    tensor_change(change)(other)
+    plain = tmp_path / "plain.json"
+    replace(read_manifest(bound.manifest), golden=None).write(plain)
+    asked = rebind_arguments(plain, other, tmp_path / "out.json", bound.model)
+    if message is None:
+        assert main(asked) == 0
+    else:
+        assert message in refused(asked, capsys)
+
+
+def test_a_form_that_cannot_be_run_here_has_no_golden_prompt(
+    bound: Bound, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sleb_serve.selection.memory
+
+    monkeypatch.setattr(sleb_serve.selection.memory, "default_budget", lambda: 1 << 10)
+    output = tmp_path / "out.json"
+    asked = rebind_arguments(bound.manifest, bound.forms["fp8"], output, bound.model)
+    assert main(asked) == 0
+    assert "no golden prompt" in capsys.readouterr().err
+    assert read_manifest(output).golden is None
+
+
 def test_what_cannot_be_compared_is_refused(
     bound: Bound, models: Models, tmp_path: Path, capsys: Capture
 ) -> None:

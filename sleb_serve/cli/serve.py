@@ -52,7 +52,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="what --dry-run prints: a shell command, JSON, a file for `vllm serve --config`, or "
+        help="what --dry-run prints: a shell command, JSON, a file for vLLM's --config, or "
         "YAML for Ray Serve LLM and KServe (default: shell)",
     )
     parser.add_argument(

@@ -27,6 +27,7 @@ from sleb_serve.manifest.repository import is_repository
 from sleb_serve.manifest.schema import Golden, Manifest, Origin
 from sleb_serve.utils.atomic_io import check_writable
 from sleb_serve.utils.extras import require
+from sleb_serve.utils.sizes import format_size
 
 _PACKED = ("qweight", "weight_packed")
 """What stands in the place of a ``weight`` that several numbers share words in."""
@@ -59,7 +60,7 @@ def rebind(
         SlebError: the models differ in more than the values and the form of their weights; the
             message names the field, the tensor or the shape. Or the manifest is repaired.
     """
-    require("rebind", "torch", "transformers", "safetensors")
+    require("rebind", "torch", "transformers", "accelerate", "psutil")
     output = None if output is None else Path(output)
     if output is not None:
         check_writable(output)
@@ -75,7 +76,7 @@ def rebind(
     result = replace(
         manifest,
         model=bind(str(model), other),
-        golden=_golden(manifest, other, note),
+        golden=_golden(manifest, first, other, note),
         evaluation=MappingProxyType({}),
         # Of one that was bound to another model before: its losses are the very first model's.
         rebound_from=manifest.rebound_from or own,
@@ -195,21 +196,28 @@ def _refuse(first: Checkpoint, other: Checkpoint, name: str, why: str) -> None:
     )
 
 
-def _golden(manifest: Manifest, other: Checkpoint, note: Callable[[str], None]) -> Golden | None:
+def _golden(
+    manifest: Manifest, first: Checkpoint, other: Checkpoint, note: Callable[[str], None]
+) -> Golden | None:
     """The golden prompt in the other model; None where it cannot be run here."""
     from sleb_serve.manifest.repair_file import WeightChanges
     from sleb_serve.models.golden import golden
     from sleb_serve.models.loading import load_model
+    from sleb_serve.selection.memory import default_budget
 
     if manifest.golden is None:
         return None
-    try:
-        model = load_model(other, "auto")
-        found = golden(model, manifest.golden.tokens, manifest.blocks, WeightChanges({}))
-        why = "it gives no finite log-probabilities"
-    except Exception as error:
-        # Kernels of other machines, packages of other forms: any library's own error.
-        found, why = None, first_line(error)
+    # Some quantised forms are run as if they were not: the first model's size counts.
+    size = sum(file.stat().st_size for file in first.weight_files())
+    found, why = None, f"it takes {format_size(size)}, more than the free memory"
+    if size <= default_budget():
+        try:
+            model = load_model(other, "auto")
+            found = golden(model, manifest.golden.tokens, manifest.blocks, WeightChanges({}))
+            why = "it gives no finite log-probabilities"
+        except Exception as error:
+            # Kernels of other machines, packages of other forms: any library's own error.
+            why = first_line(error)
     if found is None:
         note(
             f"no golden prompt: Transformers cannot run {other.path} here ({why}); `sleb-serve "
