@@ -102,6 +102,7 @@ def test_the_golden_prompt_is_measured_again(bound: Bound) -> None:
     assert golden.logprobs == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_another_form_is_served_as_its_physically_pruned_twin_and_known_by_its_prompt(
     bound: Bound, tmp_path: Path
 ) -> None:
