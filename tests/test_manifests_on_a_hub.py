@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,18 @@ import yaml
 
 import hub
 from commands import Capture, Done, refused, run_in_one, select_arguments
-from conftest import Models
+from conftest import ROOT, Models
+from engines import Case, run_jobs
 from exports import manifest_for
+from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
+from sleb_serve.evaluation.evaluate import with_evaluation
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.repository import MANIFEST_NAME, HubFile, hub_file
+from sleb_serve.publishing.card import is_ours, model_card
+from sleb_serve.serving.command import pruned_overrides
 from sleb_serve.serving.options import taken
 
 A, B = "a" * 40, "b" * 40
@@ -202,10 +208,55 @@ def test_the_card_says_what_is_removed_and_how_to_serve_it(
     assert not machine.hub.repositories
 
 
+def test_the_card_of_a_healed_model_says_how_and_how_well(tmp_path: Path) -> None:
+    records = ROOT / "benchmarks" / "records" / "healing" / "3"
+    report = json.loads((records / "healed.eval.json").read_text())
+    healed = with_evaluation(read_manifest(records / "healed.json"), report)
+    model = replace(healed.model, id="org/dense", revision=A)
+    card = model_card(replace(healed, model=model), "org/healed")
+    file = tmp_path / "README.md"
+    file.write_text(card)
+    assert is_ours(file)
+    for theirs in ("---\nlibrary_name: transformers\n---\n", "# plain", "---\n[broken\n---\n"):
+        file.write_text(theirs)
+        assert not is_ours(file)
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "org/dense"
+    assert "heal" in head["tags"]
+    assert "sleb-serve serve org/dense -m org/healed" in card
+    assert healed.repair is not None
+    assert healed.repair.training is not None
+    assert f"{healed.repair.training.perplexity['healed']:.2f} healed" in card
+    for entry in report["results"]:
+        for value in entry["perplexity"].values():
+            assert f"{value:.2f}" in card
+    broken = replace(healed, evaluation={"hf": {"results": []}})
+    with pytest.raises(SlebError, match=r"evaluation.hf is no result"):
+        model_card(broken, "org/healed")
+
+
+@pytest.mark.slow
+def test_workers_read_the_repair_from_the_cache(machine: Machine, models: Models) -> None:
+    pytest.importorskip("vllm")
+    path = models("llama")
+    machine.put("org/tiny", {A: machine.files()}, A)
+    (done,) = machine.run(["serve", str(path), "-m", f"hf://org/tiny@{A}", "--dry-run"])
+    cached, local = served(done)[1], read_manifest(machine.manifest).pruning()
+    job = Case("llama", local.removed).job(path)
+    jobs = [
+        {**job, "overrides": pruned_overrides(pruning, open_checkpoint(str(path)))}
+        for pruning in (cached, local, replace(local, repair=None))
+    ]
+    found, expected, plain = run_jobs(jobs, machine.folder)
+    assert "error" not in found, found["error"]
+    assert found["logprobs"] == expected["logprobs"] != plain["logprobs"]
+
+
 def test_what_cannot_be_pushed_is_refused(machine: Machine, capsys: Capture) -> None:
     push = ["push", str(machine.manifest)]
     assert "is no repository's name" in refused([*push, "no/such/name"], capsys)
     assert "is no repository's name" in refused([*push, "name"], capsys)
+    assert "HF_HUB_OFFLINE forbids asking the hub" in refused([*push, "org/name"], capsys)
     (machine.folder / SIDECAR).write_bytes(b"short")
     assert "is not the manifest's" in refused([*push, "org/name", "--dry-run"], capsys)
     (machine.folder / SIDECAR).unlink()

@@ -21,6 +21,7 @@ from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.checkpoint.safetensors import tensors_of
 from sleb_serve.cut.likeness import check_alike, transformers_config
 from sleb_serve.cut.servable import check_servable
+from sleb_serve.cut.written import with_quantisation
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.binding import bind, check_model, revision_of
 from sleb_serve.manifest.repository import is_repository
@@ -68,7 +69,10 @@ def rebind(
     first, other = _models(manifest, str(model), revision, origin)
     _check_layers(first, other)
     _check_tensors(first, other)
-    check_servable(other, manifest.pruning().cut)
+    cut = manifest.pruning().cut
+    check_servable(other, cut)
+    # What it says of layers by name must be sayable once they are renumbered.
+    with_quantisation(other, other.config, cut)
     if manifest.evaluation:
         note("the evaluation is the first model's and is left out; run `sleb-serve eval`")
     before = manifest.model

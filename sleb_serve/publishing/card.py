@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from sleb_serve.errors import SlebError
@@ -37,14 +38,16 @@ def model_card(manifest: Manifest, repository: str) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(manifest, repository))
 
 
-def is_ours(card: str) -> bool:
-    """Whether a README.md was made by `model_card`."""
-    from huggingface_hub import ModelCard
+def is_ours(card: Path) -> bool:
+    """Whether a README.md was made of a `model_card`."""
+    import yaml
+    from huggingface_hub import metadata_load
 
     try:
-        return bool(ModelCard(card, ignore_metadata_errors=True).data.library_name == LIBRARY)
-    except (ValueError, TypeError, AttributeError):
+        found = metadata_load(card)
+    except (yaml.YAMLError, ValueError):
         return False
+    return found is not None and bool(found.get("library_name") == LIBRARY)
 
 
 def _base_model(manifest: Manifest) -> str | None:

@@ -116,7 +116,7 @@ def _has_own_card(repository: str, revision: str | None) -> bool:
         card = Path(hf_hub_download(repository, CARD, revision=revision))
     except EntryNotFoundError:
         return False
-    return not is_ours(card.read_text(encoding="utf-8"))
+    return not is_ours(card)
 
 
 def _why(error: Exception) -> str:
