@@ -251,10 +251,10 @@ def test_what_cannot_be_compared_is_refused(
     bound: Bound, models: Models, tmp_path: Path, capsys: Capture
 ) -> None:
     output = tmp_path / "out.json"
-    ask = [bound.manifest, bound.forms["tuned"], output]
-    line = refused(["rebind", *map(str, ask[:2]), "-o", str(output)], capsys)
+    asked = rebind_arguments(bound.manifest, bound.forms["tuned"], output, bound.forms["int8"])
+    line = refused(asked[:-2], capsys)
     assert "give its folder as --origin" in line
-    line = refused(rebind_arguments(*ask, bound.forms["int8"]), capsys)
+    line = refused(asked, capsys)
     assert "the manifest is for another model" in line
     same = rebind_arguments(bound.manifest, bound.model, output, bound.model)
     assert "is the manifest's own model" in refused(same, capsys)
@@ -268,7 +268,7 @@ def test_a_repair_does_not_carry_over(models: Models, tmp_path: Path, capsys: Ca
     model, source, output = models("llama"), tmp_path / "m.json", tmp_path / "out.json"
     options = ["--repair", "fold", "--sequences", "4"]
     assert main(select_arguments(model, source, *options)) == 0
-    results = {"settings": {}, "results": []}
+    results: dict[str, Any] = {"settings": {}, "results": []}
     replace(read_manifest(source), evaluation={"hf": results}).write(source)
     asked = rebind_arguments(source, tuned(model, tmp_path / "tuned"), output, model)
     capsys.readouterr()

@@ -26,7 +26,7 @@ from sleb_serve.serving.formats import FORMATS, by_name, platform_yaml, vllm_con
 from sleb_serve.serving.options import value_of
 
 HELP = "serve a pruned model with vLLM"
-USAGE = "%(prog)s MODEL -m M.json [--blocks K] [--as-draft] [--dry-run] [any option of vllm serve]"
+USAGE = "%(prog)s MODEL -m M.json [--blocks K] [--as-draft] [--dry-run [--format F]] [vLLM options]"
 EXAMPLES = """\
 examples:
   sleb-serve serve meta-llama/Llama-2-70b-hf -m llama-70b.json --tensor-parallel-size 2

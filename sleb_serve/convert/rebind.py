@@ -145,14 +145,14 @@ def _models(
 
 def _check_layers(first: Checkpoint, other: Checkpoint) -> None:
     """Refuse other kinds or shapes of layers, as Transformers builds both models."""
-    configs = [transformers_config(checkpoint.path) for checkpoint in (first, other)]
-    if None in configs:
+    one, two = transformers_config(first.path), transformers_config(other.path)
+    if one is None or two is None:
         raise SlebError(
             f"Transformers does not know {first.architecture}, so the two models' layers cannot be "
             f"compared; select for {other.path} itself"
         )
     try:
-        check_alike(*configs, first.architecture)
+        check_alike(one, two, first.architecture)
     except SlebError as error:
         raise SlebError(f"{other.path} is no other form of {first.path}: {error}") from None
 
