@@ -158,13 +158,19 @@ def test_what_is_not_as_pinned_or_not_whole_is_refused(machine: Machine, models:
     assert "HF_HUB_OFFLINE forbids asking the hub" in offline.error
 
 
-def test_a_manifest_on_a_hub_is_not_written_to(machine: Machine, models: Models) -> None:
+def test_a_manifest_on_a_hub_is_named_in_results_and_not_written_to(
+    machine: Machine, models: Models
+) -> None:
     machine.put("org/tiny", {A: machine.files()}, A)
     text = ["--perplexity", "python-docs", "--sequence-length", "48", "--sequences", "1"]
-    model = str(models("llama"))
-    (done,) = machine.run(["eval", model, "-m", "org/tiny", *text, "--write-back"])
+    ask = ["eval", str(models("llama")), "-m", "org/tiny", *text]
+    report = machine.folder / "e.json"
+    done, written = machine.run([*ask, "--write-back"], [*ask, "-o", str(report)])
     assert done.code == 2
     assert f"cannot write to hf://org/tiny@{A}/" in done.error
+    assert written.code == 0, written.error
+    made_from = json.loads(report.read_text())["created_by"]["made_from"]
+    assert made_from == f"hf://org/tiny@{A}/{MANIFEST_NAME}"
 
 
 def test_a_card_of_ones_own_stays_and_a_public_repository_is_not_private(machine: Machine) -> None:

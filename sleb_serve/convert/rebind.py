@@ -85,7 +85,7 @@ def rebind(
         # Of one that was bound to another model before: its losses are the very first model's.
         rebound_from=manifest.rebound_from or own,
         created_by={name: version(name) for name in ("torch", "transformers")}
-        | {"sleb_serve": __version__},
+        | {"sleb_serve": __version__, **manifest.made_from},
         folder=None if output is None else output.parent,
         source=None,
     )

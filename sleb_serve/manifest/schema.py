@@ -171,6 +171,11 @@ class Manifest:
     """Of a hub repository, the file it was read from, by its commit; not part of the file."""
 
     @property
+    def made_from(self) -> dict[str, str]:
+        """For ``created_by`` of what is made of this manifest: where it was read from, on a hub."""
+        return {} if self.source is None else {"made_from": self.source}
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         """The removed blocks, in order of removal."""
         return tuple(removal.block for removal in self.removed)
