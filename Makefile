@@ -74,7 +74,7 @@ lint-deploy: $(VENV)-deploy/.installed
 	$(VENV)-deploy/bin/check-jsonschema --builtin-schema vendor.github-workflows \
 	  .github/workflows/*.yml
 	$(VENV)-deploy/bin/kubernetes-validate --strict \
-	  $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.yaml))
+	  $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/base/*.yaml))
 
 $(VENV)-deploy/.installed: requirements/deploy.lock
 	$(PYTHON) -m venv $(VENV)-deploy

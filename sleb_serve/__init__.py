@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sleb_serve.convert.export import export
+    from sleb_serve.convert.rebind import rebind
     from sleb_serve.errors import SlebError
     from sleb_serve.evaluation.evaluate import EvalConfig, evaluate
     from sleb_serve.healing.config import HealConfig
     from sleb_serve.healing.pipeline import heal
     from sleb_serve.manifest.reader import read_manifest
     from sleb_serve.manifest.schema import Manifest
+    from sleb_serve.publishing.push import push
     from sleb_serve.selection.config import SelectConfig
     from sleb_serve.selection.pipeline import select
     from sleb_serve.serving.command import serve_command
@@ -34,7 +36,9 @@ __all__ = [
     "evaluate",
     "export",
     "heal",
+    "push",
     "read_manifest",
+    "rebind",
     "select",
     "serve_command",
 ]
@@ -48,7 +52,9 @@ _HOMES = {
     "evaluate": "sleb_serve.evaluation.evaluate",
     "export": "sleb_serve.convert.export",
     "heal": "sleb_serve.healing.pipeline",
+    "push": "sleb_serve.publishing.push",
     "read_manifest": "sleb_serve.manifest.reader",
+    "rebind": "sleb_serve.convert.rebind",
     "select": "sleb_serve.selection.pipeline",
     "serve_command": "sleb_serve.serving.command",
 }

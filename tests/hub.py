@@ -1,7 +1,8 @@
-"""A model hub on this machine: as much of the Hugging Face hub's API as downloads need."""
+"""A model hub on this machine: as much of the Hugging Face hub's API as the library needs."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -9,82 +10,169 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+Files = dict[str, bytes | Path]
 
 
-class Repository(ThreadingHTTPServer):
-    """A repository's files by revision; what of them was fetched is in `fetched`."""
+class Repository:
+    """A repository: the files of each commit, and the commits that names mean."""
 
-    def __init__(self, name: str, main: str, folders: dict[str, Path]) -> None:
+    def __init__(self, commits: dict[str, Files], main: str, private: bool = False) -> None:
+        self.commits, self.private = commits, private
+        self.names = {"main": main}
+
+    def commit(self, revision: str) -> str | None:
+        found = self.names.get(revision, revision)
+        return found if found in self.commits else None
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by name; the names of the files that were fetched are in `fetched`."""
+
+    def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.name, self.main, self.folders = name, main, folders
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
         self.fetched: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def files(self, revision: str) -> dict[str, Path]:
-        return {file.name: file for file in self.folders[revision].iterdir() if file.is_file()}
-
-    def info(self, revision: str) -> bytes:
-        info = {
-            "_id": "1",
-            "id": self.name,
-            "sha": self.main if revision == "main" else revision,
-            "siblings": [{"rfilename": name} for name in self.files(revision)],
-            "tags": [],
-        }
-        return json.dumps(info).encode()
-
-    def tree(self, revision: str) -> bytes:
-        entries = [
-            {
-                "type": "file",
-                "path": name,
-                "size": file.stat().st_size,
-                "oid": hashlib.sha1(name.encode()).hexdigest(),
-            }
-            for name, file in self.files(revision).items()
-        ]
-        return json.dumps(entries).encode()
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Repository
+    server: Hub
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        self._get(body=False)
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        self._get(body=True)
 
-    def _answer(self, body: bool) -> None:
-        path, own = self.path.partition("?")[0], self.server
-        api, resolve = f"/api/models/{own.name}", f"/{own.name}/resolve/"
-        parts = path.removeprefix(api).strip("/").split("/")
-        if path.startswith(api) and parts in ([""], ["revision", parts[-1]]):
-            return self._send(own.info(parts[-1] or "main"), body)
-        if path.startswith(f"{api}/tree/"):
-            return self._send(own.tree(parts[1]), body)
-        revision, _, name = path.removeprefix(resolve).partition("/")
-        if path.startswith(resolve) and name in own.files(revision):
-            if body:
-                own.fetched.append(name)
-            return self._send(own.files(revision)[name].read_bytes(), body, revision=revision)
-        return self._send(b"Entry not found", body, 404, {"X-Error-Code": "EntryNotFound"})
+    def do_PUT(self) -> None:
+        data = self._body()
+        digest = self.path.rpartition("/")[2]
+        assert hashlib.sha256(data).hexdigest() == digest
+        self.server.objects[digest] = data
+        self._send(b"", True)
+
+    def do_POST(self) -> None:
+        parts, data = self._parts(), self._body()
+        if parts == ["api", "repos", "create"]:
+            return self._create(json.loads(data))
+        if parts == ["api", "validate-yaml"]:
+            return self._json({})
+        if parts[2:] == ["info", "lfs", "objects", "batch"]:
+            return self._batch(json.loads(data))
+        _, _, *name, what, revision = parts
+        own = self.server.repositories["/".join(name)]
+        if what == "branch":
+            status = 409 if revision in own.names else 200
+            own.names.setdefault(revision, own.names["main"])
+            return self._json({}, status)
+        if what == "preupload":
+            return self._preupload(json.loads(data))
+        assert what == "commit"
+        lines = [json.loads(line) for line in data.splitlines()]
+        url = f"{self.server.url}/{'/'.join(name)}"
+        return self._json(self._commit(own, revision, lines, url))
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        known = name in self.server.repositories
+        if not known:
+            private = asked.get("visibility") == "private" or bool(asked.get("private"))
+            self.server.repositories[name] = Repository({COMMIT: {}}, COMMIT, private)
+        self._json({"url": f"{self.server.url}/{name}"}, 409 if known else 200)
+
+    def _batch(self, asked: dict[str, Any]) -> None:
+        def action(oid: str) -> dict[str, Any]:
+            return {"upload": {"href": f"{self.server.url}/lfs/{oid}", "header": {}}}
+
+        objects = [{**entry, "actions": action(entry["oid"])} for entry in asked["objects"]]
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _preupload(self, asked: dict[str, Any]) -> None:
+        def mode(path: str) -> str:
+            return "lfs" if path.endswith(".safetensors") else "regular"
+
+        files = [
+            {"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False}
+            for f in asked["files"]
+        ]
+        self._json({"files": files})
+
+    def _commit(
+        self, own: Repository, revision: str, lines: list[dict[str, Any]], url: str
+    ) -> dict[str, Any]:
+        files = dict(own.commits[own.names[revision]])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+        commit = hashlib.sha1(repr((len(own.commits), sorted(files))).encode()).hexdigest()
+        own.commits[commit] = files
+        own.names[revision] = commit
+        return {"success": True, "commitOid": commit, "commitUrl": f"{url}/commit/{commit}"}
+
+    def _get(self, body: bool) -> None:
+        parts = self._parts()
+        api = parts[:2] == ["api", "models"]
+        name = "/".join(parts[2:4] if api else parts[:2])
+        own = self.server.repositories.get(name)
+        if own is None:
+            return self._missing("RepoNotFound", body)
+        what, revision, *path = [*(parts[4:] if api else parts[2:]), "main", "main"]
+        if what == "main":
+            revision = "main"
+        commit = own.commit(revision)
+        if commit is None:
+            return self._missing("RevisionNotFound", body)
+        files = own.commits[commit]
+        if api:
+            found = _tree(files) if what == "tree" else _info(name, own, commit)
+            return self._send(json.dumps(found).encode(), body, commit=commit)
+        file = "/".join(path[:-2])
+        if file not in files:
+            return self._missing("EntryNotFound", body, commit)
+        if body:
+            self.server.fetched.append(file)
+        return self._send(_content(files[file]), body, commit=commit)
+
+    def _parts(self) -> list[str]:
+        return [unquote(part) for part in self.path.partition("?")[0].strip("/").split("/")]
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    def _missing(self, code: str, body: bool, commit: str = COMMIT) -> None:
+        self._send(b"not found", body, 404, commit, {"X-Error-Code": code})
+
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(json.dumps(value).encode(), True, status)
 
     def _send(
         self,
         data: bytes,
         body: bool,
         status: int = 200,
+        commit: str = COMMIT,
         more: dict[str, str] | None = None,
-        revision: str = "main",
     ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", self.server.main if revision == "main" else revision)
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Type", "application/json")
         for name, value in (more or {}).items():
             self.send_header(name, value)
@@ -94,6 +182,49 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
+
+
+def _content(file: bytes | Path) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def _info(name: str, own: Repository, commit: str) -> dict[str, Any]:
+    return {
+        "_id": "1",
+        "id": name,
+        "sha": commit,
+        "private": own.private,
+        "siblings": [{"rfilename": file} for file in own.commits[commit]],
+        "tags": [],
+    }
+
+
+def _tree(files: Files) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "file",
+            "path": name,
+            "size": len(_content(file)),
+            "oid": hashlib.sha1(name.encode()).hexdigest(),
+        }
+        for name, file in files.items()
+    ]
+
+
+def files_of(folder: Path) -> Files:
+    return {file.name: file for file in folder.iterdir() if file.is_file()}
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
+    """A hub without repositories; what it holds may be changed."""
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextmanager
@@ -111,9 +242,18 @@ def serving(
     Yields:
         The hub's address, for ``HF_ENDPOINT``, and the names of the files that were fetched.
     """
-    server = Repository(repository, main, {**(older or {}), main: folder, "main": folder})
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.url, server.fetched
-    finally:
-        server.shutdown()
+    with running() as hub:
+        folders = {**(older or {}), main: folder}
+        commits = {commit: files_of(path) for commit, path in folders.items()}
+        hub.repositories[repository] = Repository(commits, main)
+        yield hub.url, hub.fetched
+
+
+def environment(address: str, cache: Path) -> dict[str, str]:
+    """What makes a process ask the hub at `address`, with a cache of its own."""
+    return {
+        "HF_ENDPOINT": address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+    }

@@ -61,12 +61,7 @@ def test_a_hub_model_is_the_manifests_revision_and_a_moved_branch_is_refused(
     manifest = tmp_path / "m.json"
 
     def run(address: str, commands: list[list[str]]) -> list[Done]:
-        environment = {
-            "HF_ENDPOINT": address,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": "1",
-        }
+        environment = hub.environment(address, tmp_path / "cache")
         (results,) = run_in_one(commands, tmp_path / "run", **environment)
         return results
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,11 @@ from conftest import ROOT
 from sleb_serve import __version__
 from sleb_serve.cli.main import parsers
 from sleb_serve.compat.vllm_versions import ledger
+from sleb_serve.manifest.repository import hub_file
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
+WAYS = ("configmap", "hub")
+"""How the manifest comes to the server."""
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
@@ -25,9 +31,24 @@ def read(path: Path) -> Any:
 
 
 def container() -> dict[str, Any]:
-    pod = read(KUBERNETES / "deployment.yaml")["spec"]["template"]["spec"]
+    pod = read(KUBERNETES / "base" / "deployment.yaml")["spec"]["template"]["spec"]
     (found,) = pod["containers"]
     return dict(found)
+
+
+def generated(way: str) -> dict[str, Any]:
+    """The ConfigMaps of a way to give the manifest, by name."""
+    maps = read(KUBERNETES / way / "kustomization.yaml")["configMapGenerator"]
+    return {entry["name"]: entry for entry in maps}
+
+
+def manifest_of(way: str) -> str:
+    """What the server and its probe are told of the manifest."""
+    (source,) = container()["envFrom"]
+    (literal,) = generated(way)[source["configMapRef"]["name"]]["literals"]
+    name, _, value = literal.partition("=")
+    assert name == "MANIFEST"
+    return str(value)
 
 
 def services() -> dict[str, Any]:
@@ -42,7 +63,13 @@ def entrypoint() -> list[str]:
 def server_commands() -> list[list[str]]:
     pruned = services()["pruned"]
     return [
-        [*entrypoint(), *container()["args"]],
+        *(
+            [
+                *entrypoint(),
+                *(a.replace("$(MANIFEST)", manifest_of(w)) for a in container()["args"]),
+            ]
+            for w in WAYS
+        ),
         [*pruned["entrypoint"], *pruned["command"]],
     ]
 
@@ -50,10 +77,16 @@ def server_commands() -> list[list[str]]:
 def probes() -> list[list[str]]:
     health = services()["pruned"]["healthcheck"]["test"]
     assert health[0] == "CMD"
-    return [container()["readinessProbe"]["exec"]["command"], health[1:]]
+    shell = container()["readinessProbe"]["exec"]["command"]
+    assert shell[:2] == ["sh", "-c"]
+    command = shell[2].removeprefix("exec ")
+    return [
+        *(shlex.split(command.replace("$MANIFEST", manifest_of(way))) for way in WAYS),
+        health[1:],
+    ]
 
 
-@pytest.mark.parametrize("command", server_commands(), ids=["kubernetes", "compose"])
+@pytest.mark.parametrize("command", server_commands(), ids=[*WAYS, "compose"])
 def test_a_servers_command_is_one(command: Sequence[str]) -> None:
     assert command[:2] == ["sleb-serve", "serve"]
     assert not command[2].startswith("-")
@@ -62,7 +95,7 @@ def test_a_servers_command_is_one(command: Sequence[str]) -> None:
     assert not options.dry_run
 
 
-@pytest.mark.parametrize("command", probes(), ids=["kubernetes", "compose"])
+@pytest.mark.parametrize("command", probes(), ids=[*WAYS, "compose"])
 def test_a_probes_command_is_one(command: Sequence[str]) -> None:
     assert command[0] == "sleb-serve"
     options = parsers()[0].parse_args(command[1:])
@@ -81,17 +114,43 @@ def test_a_probe_asks_for_the_manifest_that_is_served(
 
 
 def test_the_manifest_is_mounted_where_it_is_read() -> None:
-    pod = read(KUBERNETES / "deployment.yaml")["spec"]["template"]["spec"]
-    (generated,) = read(KUBERNETES / "kustomization.yaml")["configMapGenerator"]
-    volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    mounts = {mount["name"]: mount["mountPath"] for mount in container()["volumeMounts"]}
-    assert volumes["manifest"]["configMap"]["name"] == generated["name"]
-    options, _ = parsers()[1].parse_known_args(container()["args"][2:])
-    assert [f"{mounts['manifest']}/{file}" for file in generated["files"]] == [
-        str(options.manifest)
-    ]
+    kustomization = read(KUBERNETES / "configmap" / "kustomization.yaml")
+    (patch,) = kustomization["patches"]
+    pod = yaml.safe_load(patch["patch"])["spec"]["template"]["spec"]
+    (volume,), (changed,) = pod["volumes"], pod["containers"]
+    (mount,) = changed["volumeMounts"]
+    assert (changed["name"], mount["name"]) == (container()["name"], volume["name"])
+    (file,) = generated("configmap")[volume["configMap"]["name"]]["files"]
+    assert f"{mount['mountPath']}/{file}" == manifest_of("configmap")
     target = services()["pruned"]["volumes"][-1].split(":")[1]
-    assert target == str(parsers()[1].parse_known_args(server_commands()[1][3:])[0].manifest)
+    assert target == parsers()[1].parse_known_args(server_commands()[-1][3:])[0].manifest
+
+
+def test_the_manifest_on_the_hub_is_named_by_its_commit() -> None:
+    asked = hub_file(manifest_of("hub"))
+    assert asked is not None
+    assert re.fullmatch("[0-9a-f]{40}", asked.revision or "")
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.parametrize("way", WAYS)
+def test_kustomize_builds_what_is_applied(way: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    (folder / "configmap" / "m.json").write_text("{}")
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder / way)], capture_output=True, text=True, check=True
+    )
+    built = {(r["kind"], r["metadata"]["name"]): r for r in yaml.safe_load_all(done.stdout)}
+    pod = built["Deployment", "sleb-serve"]["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
+    (source,) = server["envFrom"]
+    name = source["configMapRef"]["name"]
+    assert name.startswith("sleb-manifest-")
+    assert built["ConfigMap", name]["data"] == {"MANIFEST": manifest_of(way)}
+    mounts = {mount["name"] for mount in server["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    assert ("manifest" in mounts) == (way == "configmap")
+    assert server["image"].endswith(f":{__version__}")
 
 
 def test_the_pods_gpus_are_those_that_share_the_model() -> None:
@@ -101,8 +160,8 @@ def test_the_pods_gpus_are_those_that_share_the_model() -> None:
 
 
 def test_the_service_finds_the_pods() -> None:
-    template = read(KUBERNETES / "deployment.yaml")["spec"]["template"]
-    service = read(KUBERNETES / "service.yaml")["spec"]
+    template = read(KUBERNETES / "base" / "deployment.yaml")["spec"]["template"]
+    service = read(KUBERNETES / "base" / "service.yaml")["spec"]
     assert service["selector"].items() <= template["metadata"]["labels"].items()
     ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
     assert [ports[port["targetPort"]] for port in service["ports"]] == [8000]
@@ -111,8 +170,11 @@ def test_the_service_finds_the_pods() -> None:
 
 
 def test_all_resources_are_applied_in_one_version() -> None:
-    files = {file.name for file in KUBERNETES.glob("*.yaml")} - {"kustomization.yaml"}
-    kustomization = read(KUBERNETES / "kustomization.yaml")
+    base = KUBERNETES / "base"
+    files = {file.name for file in base.glob("*.yaml")} - {"kustomization.yaml"}
+    kustomization = read(base / "kustomization.yaml")
+    for way in WAYS:
+        assert read(KUBERNETES / way / "kustomization.yaml")["resources"] == ["../base"]
     assert set(kustomization["resources"]) == files
     assert [(i["name"], i["newTag"]) for i in kustomization["images"]] == [
         (container()["image"], __version__)

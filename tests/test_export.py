@@ -27,8 +27,9 @@ from forking import run_fork, start_fork
 from memory import measure_memory
 from repairs import manifest_of, repaired
 from sleb_serve.cli.main import main
-from sleb_serve.convert.export import MANIFEST_NAME, export
+from sleb_serve.convert.export import export
 from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.manifest.repository import MANIFEST_NAME
 
 REMOVED = {"llama": (2, 5), "gemma3": (1, 4), "qwen2": (1, 3), "opt": (2, 4)}
 

@@ -89,6 +89,8 @@ def full() -> dict[str, Any]:
     healed = {"kind": "heal", "blocks": 2, "training": copy.deepcopy(TRAINING)}
     value["repairs"] = [fold, {name: fold[name] for name in fold if name != "loss"} | healed]
     value["golden"] = {"tokens": [1, 2, 3], "logprobs": [-1.0, -2.5]}
+    digests = {"config_sha256": SHA, "weights_sha256": SHA}
+    value["rebound_from"] = {"id": "org/first", "revision": None, **digests}
     return value
 
 

@@ -27,6 +27,7 @@ BASE = "dependencies"
 ENOUGH = {
     "sleb_serve": (BASE, "select"),
     "sleb_serve/healing": (BASE, "heal"),
+    "sleb_serve/serving": (BASE, "cuda"),
     "sleb_serve/evaluation": (BASE, "eval", "cuda"),
     "sleb_vllm": (BASE, "cuda"),
     "sleb_bench": (BASE, "bench", "cuda"),

@@ -70,10 +70,7 @@ def test_a_shard_of_removed_layers_alone_is_not_downloaded(
         (result,) = run_jobs(
             [{**job, "model": "org/sharded"}],
             tmp_path,
-            HF_ENDPOINT=address,
-            HF_HUB_OFFLINE="0",
-            HF_HOME=str(tmp_path / "hub"),
-            HF_HUB_DISABLE_XET="1",
+            **hub.environment(address, tmp_path / "hub"),
         )
     check_equal(result, models("llama"), Case("llama", (2, 3)))
     shards = {f"model-0000{i}-of-00004.safetensors" for i in (1, 3, 4)}

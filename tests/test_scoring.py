@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import oracle
 from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
-from sleb_serve.cut.likeness import decoder_layers
+from sleb_serve.cut.layers import decoder_layers
 from sleb_serve.errors import SlebError
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model

@@ -14,7 +14,8 @@ from sleb_serve.checkpoint.hub import download_weights, fetch_index, open_checkp
 from sleb_serve.checkpoint.quantisation import QUANTISATION_KEYS
 from sleb_serve.compat.architectures import check_supported
 from sleb_serve.compat.vllm_versions import check_version, vllm_version
-from sleb_serve.cut.likeness import apply, compared, decoder_of
+from sleb_serve.cut.layers import decoder_of
+from sleb_serve.cut.likeness import apply, compared
 from sleb_serve.cut.written import with_quantisation
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import check_config_binding

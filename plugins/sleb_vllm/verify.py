@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sleb_serve.checkpoint.decoder import TOWERS
-from sleb_serve.cut.likeness import decoder_of as decoder_config_of
+from sleb_serve.cut.layers import decoder_of as decoder_config_of
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.protocol import FORMAT

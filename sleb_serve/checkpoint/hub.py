@@ -87,10 +87,16 @@ def _hub_file(model: str, name: str, revision: str | None, cache_dir: str | None
         raise _no_such_model(model, error) from error
 
 
-def _no_such_model(model: str, error: Exception) -> SlebError:
-    why = "the Hugging Face hub is unreachable and the model is not cached"
+def why_not(error: Exception) -> str:
+    """Why the hub gave nothing, in a few words."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        why = "no such folder here, and HF_HUB_OFFLINE forbids asking the hub"
-    elif type(error).__name__ not in {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
-        why = first_line(error)
-    return SlebError(f"no such model: {model} ({why}); give a checkpoint folder or a hub id")
+        return "not here, and HF_HUB_OFFLINE forbids asking the hub"
+    if type(error).__name__ in {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        return "the Hugging Face hub is unreachable and it is not cached"
+    return first_line(error)
+
+
+def _no_such_model(model: str, error: Exception) -> SlebError:
+    return SlebError(
+        f"no such model: {model} ({why_not(error)}); give a checkpoint folder or a hub id"
+    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.lists import numbers
 
 MODEL_HELP = "checkpoint folder or hub id"
+MANIFEST_HELP = "a file, or on the hub org/name or hf://org/name@revision/file.json"
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
 
 def add_manifest(parser: argparse.ArgumentParser) -> None:
     """-m alone, for commands that need a whole manifest."""
-    parser.add_argument("-m", "--manifest", metavar="M.json", type=Path, required=True)
+    parser.add_argument("-m", "--manifest", metavar="M.json", required=True, help=MANIFEST_HELP)
 
 
 def add_removal(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """-m, or a bare list of blocks in its place."""
     given = parser.add_mutually_exclusive_group(required=required)
-    given.add_argument("-m", "--manifest", metavar="M.json", type=Path)
+    given.add_argument("-m", "--manifest", metavar="M.json", help=MANIFEST_HELP)
     given.add_argument(
         "--removal-list",
         "--removal_list",

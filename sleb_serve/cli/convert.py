@@ -1,4 +1,4 @@
-"""``sleb-serve export`` and ``sleb-serve import``."""
+"""``sleb-serve export``, ``sleb-serve import`` and ``sleb-serve rebind``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import argparse
 from pathlib import Path
 
 from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
-from sleb_serve.cli.arguments import Command, add_blocks, add_model, add_removal
-from sleb_serve.cli.progress import ShardBar
+from sleb_serve.cli.arguments import (
+    MANIFEST_HELP,
+    Command,
+    add_blocks,
+    add_model,
+    add_removal,
+)
+from sleb_serve.cli.progress import ShardBar, say
 from sleb_serve.cli.removal import manifest_of_options
 from sleb_serve.convert.export import export
 from sleb_serve.convert.lists import imported, llama_cpp_list
 from sleb_serve.convert.mergekit import mergekit_config
+from sleb_serve.convert.rebind import rebind
 from sleb_serve.cut.servable import check_countable, check_servable
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
 from sleb_serve.manifest.binding import check_model, revision_of
+from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.utils.atomic_io import check_writable, write_atomically
 from sleb_serve.utils.sizes import format_size
@@ -36,6 +44,14 @@ examples:
 
 Blocks keep the order of the source. A source that says more than whole blocks of one model (halves,
 scaled weights, adapters, another number of blocks) is refused.
+"""
+_REBIND_EXAMPLES = """\
+examples:
+  sleb-serve rebind m.json ./my-model-FP8 -o fp8.json --origin ./my-model
+  sleb-serve rebind llama-70b.json org/Llama-2-70b-FP8 -o fp8.json
+
+Architecture, layers and tensors must agree with those of the manifest's own model; what does not
+fit is refused by its name. The losses stay the first model's. A repair does not carry over.
 """
 
 
@@ -130,6 +146,37 @@ def _import(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_rebind(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", metavar="M.json", help=MANIFEST_HELP)
+    add_model(parser)
+    parser.add_argument("-o", "--output", metavar="M2.json", type=Path, required=True)
+    parser.add_argument(
+        "--origin",
+        metavar="MODEL",
+        help="the manifest's own model, to compare with (default: the hub id that it names)",
+    )
+    parser.add_argument(
+        "--drop-repair",
+        action="store_true",
+        help="leave a repair out, which does not carry over, rather than refuse",
+    )
+
+
+def _rebind(options: argparse.Namespace) -> int:
+    manifest = rebind(
+        read_manifest(options.manifest, repairs=False),
+        options.model,
+        options.output,
+        revision=options.revision,
+        origin=options.origin,
+        drop_repair=options.drop_repair,
+        note=say,
+    )
+    print(describe(manifest))
+    print(f"\nwrote {options.output}; its quality was not measured on this model")
+    return 0
+
+
 COMMANDS = (
     Command(
         "export",
@@ -144,5 +191,12 @@ COMMANDS = (
         _add_import,
         _import,
         _IMPORT_EXAMPLES,
+    ),
+    Command(
+        "rebind",
+        "bind a manifest to a quantised or fine-tuned form of its model",
+        _add_rebind,
+        _rebind,
+        _REBIND_EXAMPLES,
     ),
 )

@@ -108,6 +108,11 @@ def _run(options: argparse.Namespace) -> int:
     manifest = None
     if options.manifest is not None or options.removal_list is not None:
         manifest = manifest_of_options(options)
+        if options.write_back and manifest.source is not None:
+            raise SlebError(
+                f"--write-back cannot write to {manifest.source}: give a file, and push it again "
+                f"(`sleb-serve push`)"
+            )
     names = EvalConfig.__dataclass_fields__.keys() - {"perplexity", "engine_args"}
     engine = strict_json.load(options.engine_args.encode())
     config = EvalConfig(
@@ -138,7 +143,7 @@ def _run(options: argparse.Namespace) -> int:
             draw(report, picture)
             say(f"wrote {picture}")
     if options.write_back and manifest is not None:
-        with_evaluation(manifest, report).write(options.manifest)
+        with_evaluation(manifest, report).write(Path(options.manifest))
         say(f"wrote the results into {options.manifest}")
     return 0
 

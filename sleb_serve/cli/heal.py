@@ -182,7 +182,7 @@ def _run(options: argparse.Namespace) -> int:
 
     names = HealConfig.__dataclass_fields__
     config = HealConfig(**{name: getattr(options, name) for name in names})
-    manifest = read_manifest(options.manifest)
+    manifest = read_manifest(options.manifest, repairs=False)
     with HealBars() as bars:
         healed = heal(
             options.model, manifest, config, options.output, resume=options.resume, progress=bars

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from sleb_serve.cli.arguments import (
+    MANIFEST_HELP,
     Command,
     add_blocks,
     add_json,
@@ -32,13 +32,13 @@ could not be checked.
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", metavar="M.json", type=Path)
+    parser.add_argument("manifest", metavar="M.json", help=MANIFEST_HELP)
     add_blocks(parser)
     parser.add_argument("--json", action="store_true", help="print the manifest, validated")
 
 
 def _show(options: argparse.Namespace) -> int:
-    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    manifest = read_manifest(options.manifest, repairs=False).prefix(options.blocks)
     print(manifest.to_json().decode() if options.json else describe(manifest))
     return 0
 

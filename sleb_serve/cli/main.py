@@ -17,6 +17,7 @@ from sleb_serve.cli import (
     heal,
     inspect,
     plan,
+    publish,
     select,
     serve,
     study,
@@ -34,6 +35,7 @@ COMMANDS = (
     *evaluate.COMMANDS,
     *watch.COMMANDS,
     *convert.COMMANDS,
+    *publish.COMMANDS,
     *bench.COMMANDS,
     *study.COMMANDS,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -16,19 +17,23 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import revision_of
 from sleb_serve.serving.command import (
     check_plugin,
-    draft_command,
     plugin_environment,
-    serve_command,
+    server_command,
+    with_draft,
+    with_manifest,
 )
+from sleb_serve.serving.formats import FORMATS, by_name, platform_yaml, vllm_config
 from sleb_serve.serving.options import value_of
 
 HELP = "serve a pruned model with vLLM"
-USAGE = "%(prog)s MODEL -m M.json [--blocks K] [--as-draft] [--dry-run] [any option of vllm serve]"
+USAGE = "%(prog)s MODEL -m M.json [--blocks K] [--as-draft] [--dry-run [--format F]] [vLLM options]"
 EXAMPLES = """\
 examples:
   sleb-serve serve meta-llama/Llama-2-70b-hf -m llama-70b.json --tensor-parallel-size 2
   sleb-serve serve ./my-model -m m.json --blocks 4 --port 8001 --max-model-len 4096
   sleb-serve serve ./my-model -m m.json --dry-run      # print the vLLM command, start nothing
+  sleb-serve serve meta-llama/Llama-2-70b-hf -m org/llama-70b-sleb16    # a manifest on the hub
+  sleb-serve serve ./my-model -m m.json --dry-run --format vllm-config >serve.yaml
   sleb-serve serve ./my-model -m m.json --as-draft     # the dense model, drafted for by the pruned
 
 Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
@@ -43,6 +48,12 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add_blocks(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print the vLLM command, start nothing"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="what --dry-run prints: a shell command, JSON, a file for vLLM's --config, or "
+        "YAML for Ray Serve LLM and KServe (default: shell)",
     )
     parser.add_argument(
         "--as-draft",
@@ -64,25 +75,31 @@ def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(arguments[1:])
     options.revision = value_of(rest, "--revision")
     manifest = manifest_of_options(options, model).prefix(options.blocks)
+    if options.format is not None and not options.dry_run:
+        raise SlebError("--format is how --dry-run prints: give both, or neither")
     if options.as_draft:
-        command = draft_command(model, manifest, rest, options.draft_tokens)
+        rest = with_draft(model, manifest, rest, options.draft_tokens)
     else:
-        command = serve_command(model, manifest, rest)
+        rest = with_manifest(model, manifest, rest)
     pruning = manifest.pruning()
     if options.dry_run:
         revision = revision_of(model, manifest, options.revision)
         check_servable(open_checkpoint(model, revision), pruning.cut)
     else:
         check_plugin()
+    text = _formatted(options.format or FORMATS[0], model, rest)
     role = "draft for the whole model" if options.as_draft else "served"
-    say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}, {role}")
-    print(shlex.join(command), flush=True)
+    source = "" if manifest.source is None else f", by {manifest.source}"
+    kept = f"{pruning.num_kept} of {pruning.num_blocks} blocks of {model}"
+    say(f"{pruning.tag}: {kept}, {role}{source}")
+    print(text, flush=True)
     environment = plugin_environment()
     if options.dry_run:
         for name, value in environment.items():
             say(f"for GET /sleb/manifest and its metrics, set {name}={value}")
         return 0
     os.environ.update(environment)
+    command = server_command(model, rest)
     try:
         # In place of this process: signals and the exit code are vLLM's own.
         os.execvp(command[0], command)
@@ -90,3 +107,20 @@ def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         raise SlebError(
             f"cannot start {command[0]}: {error.strerror}; is vLLM installed?"
         ) from error
+
+
+def _formatted(form: str, model: str, options: Sequence[str]) -> str:
+    command, environment = server_command(model, options), plugin_environment()
+    if form == "json":
+        values = {
+            "command": command,
+            "environment": environment,
+            "model": model,
+            "arguments": by_name(options),
+        }
+        return json.dumps(values, indent=2)
+    if form == "vllm-config":
+        return vllm_config(model, options, environment).rstrip()
+    if form == "yaml":
+        return platform_yaml(model, options, environment, say).rstrip()
+    return shlex.join(command)

@@ -50,7 +50,7 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    manifest = read_manifest(options.manifest).prefix(options.blocks)
+    manifest = read_manifest(options.manifest, repairs=False).prefix(options.blocks)
     try:
         found = probe(Client(options.url), manifest, options.tolerance)
     except (NotReadyError, ServerError) as error:

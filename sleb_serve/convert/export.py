@@ -30,10 +30,8 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.repair_file import WeightChanges, read_sidecar
+from sleb_serve.manifest.repository import MANIFEST_NAME
 from sleb_serve.manifest.schema import Manifest
-
-MANIFEST_NAME = "sleb_manifest.json"
-"""The manifest inside an exported folder."""
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|index\.json|ot)|config\.json|\..*"

@@ -8,7 +8,6 @@ shapes of weights. What differs is refused by its name.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import math
@@ -17,12 +16,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sleb_serve.checkpoint.decoder import COUNT_KEYS, count_of, decoder_path
+from sleb_serve.checkpoint.decoder import COUNT_KEYS, count_of
 from sleb_serve.compat.architectures import check_known
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.errors import INSTEAD
 from sleb_serve.cut.fed import check_entries, cut_entries
 from sleb_serve.cut.keys import BY_LAYER, FROM_ONE, LAST_LAYERS, SLICED
+from sleb_serve.cut.layers import decoder_of, layers_path, meta_model
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils.extras import COMPARES, install_hint, missing
 
@@ -85,14 +85,6 @@ def compared(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
     if not found:
         check_known(architecture)
     return found
-
-
-def decoder_of(config: Any) -> Any:
-    """The part of a Transformers config that is the decoder's: itself, or a nested config."""
-    path = decoder_path(config.to_dict())
-    for key in path or ():
-        config = getattr(config, key)
-    return config
 
 
 def apply(config: Any, cut: Cut) -> dict[str, Any]:
@@ -192,52 +184,35 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
     return True
 
 
-def decoder_layers(model: Any) -> Any:
-    """The list of decoder layers; see `layers_path`."""
-    return model.get_submodule(layers_path(model))
-
-
-def layers_path(model: Any) -> str:
-    """The name of the list of decoder layers: the outermost as long as the config's layer count.
-
-    Raises:
-        SlebError: there is none, or more than one.
-    """
-    from torch import nn
-
-    count = decoder_of(model.config).num_hidden_layers
-    decoder = getattr(model, "get_decoder", lambda: None)() or model
-    inside = {id(module) for module in decoder.modules()}
-    lists: list[tuple[str, Any]] = []
-    for name, module in model.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer, _ in lists)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
-            lists.append((name, module))
-    for found in ([(n, m) for n, m in lists if id(m) in inside], lists):
-        if len(found) == 1:
-            return found[0][0]
-    names = ", ".join(name for name, _ in found) or "none"
-    raise SlebError(
-        f"{type(model).__name__}: found {len(found)} lists of {count} layers ({names}) where a "
-        f"decoder has one; this architecture cannot be pruned"
-    )
-
-
-def meta_model(kind: Any, config: Any) -> Any:
-    """A model on the meta device, its weights not quantised.
+def check_alike(one: Any, other: Any, architecture: str) -> None:
+    """Refuse a model whose layers are of other kinds or shapes than another model's.
 
     Args:
-        kind: its class in Transformers.
-        config: its config in Transformers, which is left as it is.
-    """
-    import torch
+        one: a model's Transformers config.
+        other: the config of the model that may have other weights, and nothing else.
+        architecture: the class of both in Transformers.
 
-    config = copy.deepcopy(config)
-    for part in {id(c): c for c in (config, decoder_of(config))}.values():
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    with torch.device("meta"):
-        return kind(config)
+    Raises:
+        SlebError: naming the layer's attribute; or Transformers cannot build one of them.
+    """
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    try:
+        first, second = meta_model(kind, one), meta_model(kind, other)
+        path = layers_path(first)
+        layers, others = first.get_submodule(path), second.get_submodule(path)
+    except Exception as error:
+        raise SlebError(
+            f"Transformers cannot build {architecture} to compare them: {first_line(error)}"
+        ) from error
+    whole = Cut(len(layers), ())
+    shares = any(getattr(decoder_of(one), key, None) for key in LAST_LAYERS)
+    for index in range(len(layers)):
+        for name, why in _differences(layers[index], others[index], whole, shares):
+            raise SlebError(f"in layer {index}, {name} {why}")
+    for name, why in _outside(first, second, layers, others):
+        raise SlebError(f"outside the layers, {name} {why}")
 
 
 def _differences(layer: Any, other: Any, cut: Cut, shares: bool) -> Iterator[tuple[str, str]]:

@@ -295,7 +295,7 @@ def _empty(work: Evaluation) -> dict[str, Any]:
             }
             for blocks in work.blocks
         ],
-        "created_by": {"sleb_serve": __version__} | _versions(config),
+        "created_by": {"sleb_serve": __version__} | _versions(config, manifest),
     }
 
 
@@ -303,9 +303,9 @@ def _digest(manifest: Manifest | None, blocks: int) -> str | None:
     return None if manifest is None or blocks == 0 else manifest.prefix(blocks).pruning().digest
 
 
-def _versions(config: EvalConfig) -> dict[str, str]:
+def _versions(config: EvalConfig, manifest: Manifest | None) -> dict[str, str]:
     names = ["torch", "transformers"] + (["lm_eval"] if config.tasks else [])
-    found = {name: version(name) for name in names}
+    found = {name: version(name) for name in names} | (manifest.made_from if manifest else {})
     if config.backend == "vllm":
         from sleb_serve.compat.vllm_versions import vllm_version
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.registry import register_model
@@ -49,7 +48,7 @@ class PrunedVLLM(VLLM):
 
     Args:
         pretrained: the dense model, a folder or hub id.
-        manifest: path of the manifest.
+        manifest: its file, or its name on the hub, see `read_manifest`.
         blocks: only its first so many removals.
         kwargs: what lm-eval's ``vllm`` model takes.
 
@@ -65,7 +64,7 @@ class PrunedVLLM(VLLM):
         **kwargs: Any,
     ) -> None:
         check_plugin()
-        pruning = read_manifest(Path(manifest)).prefix(blocks).pruning()
+        pruning = read_manifest(manifest).prefix(blocks).pruning()
         checkpoint = check_model(pretrained, pruning, revision=kwargs.get("revision"))
         super().__init__(pretrained=pretrained, **engine_arguments(pruning, checkpoint, kwargs))
 

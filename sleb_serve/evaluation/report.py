@@ -29,6 +29,15 @@ def describe(manifest: Manifest) -> str:
         f"{pruning.num_kept} kept: {pruning.tag}",
         f"blocks       {_block_map(manifest)}",
     ]
+    if manifest.rebound_from is not None:
+        first = manifest.rebound_from
+        at = f" at {first.revision}" if first.revision else ""
+        lines.append(
+            f"rebound      from {first.id}{at}, weights {first.weights_sha256[:8]}: blocks were "
+            f"selected there, and losses are that model's"
+        )
+    if manifest.source is not None:
+        lines.append(f"read from    {manifest.source}")
     if manifest.calibration is not None:
         text = manifest.calibration
         source = text.source + (f" {text.split}" if text.split else "")

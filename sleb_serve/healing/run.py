@@ -41,7 +41,9 @@ def run(work: Work) -> Manifest:
         manifest,
         repairs=tuple(repair for repair, _ in healed),
         golden=golden(dense, prompt, manifest.blocks, WeightChanges(changes)),
+        created_by={**manifest.created_by, **manifest.made_from},
         folder=work.output.parent,
+        source=None,
     )
     if work.ranks.index == 0:
         result.write(work.output)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.safetensors import tensors_of
-from sleb_serve.cut.likeness import decoder_layers
+from sleb_serve.cut.layers import decoder_layers
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.repair_file import LORA_A, LORA_B
 from sleb_serve.models.pruned import blocks_deleted

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.blocks import block_count, check_blocks
-from sleb_serve.manifest.pruning import repair_kind
+from sleb_serve.manifest.repair_entries import parse_repairs
+from sleb_serve.manifest.repair_file import check_sidecar
+from sleb_serve.manifest.repository import Fetched, HubFile, fetch, fetch_beside, hub_file
 from sleb_serve.manifest.schema import (
     MAX_BYTES,
     OBJECTIVES,
@@ -19,34 +23,74 @@ from sleb_serve.manifest.schema import (
     Golden,
     Manifest,
     ModelBinding,
+    Origin,
     Removal,
-    Repair,
     Selection,
-    Training,
     perplexity_of,
 )
 from sleb_serve.utils import strict_json
 
+_LOG = logging.getLogger(__name__)
 
-def read_manifest(path: Path) -> Manifest:
-    """Read and validate the manifest file at `path`.
+
+def read_manifest(source: str | Path, *, repairs: bool = True) -> Manifest:
+    """Read and validate a manifest.
+
+    Args:
+        source: a file; or ``org/name`` or ``hf://org/name@revision/file.json``, in a repository of
+            the Hugging Face hub, see `sleb_serve.manifest.repository`.
+        repairs: of a repository, bring what repairs the model to this machine, too, and compare it.
 
     Raises:
-        SlebError: the file cannot be read or is not a valid manifest; the message names the file.
+        SlebError: it cannot be read or is not a valid manifest, or one of a repository's repairs is
+            missing or another; the message names the file.
     """
+    asked = hub_file(source) if isinstance(source, str) else None
+    if asked is None:
+        return _read(Path(source), str(source))
+    found = fetch(asked)
+    manifest = replace(_read(found.path, str(found.source)), source=str(found.source))
+    if found.before is not None:
+        _tell_moved(asked, found.before, manifest)
+    for repair in manifest.repairs if repairs else ():
+        fetch_beside(found.source, repair.file)
+        check_sidecar(manifest.repair_file(repair))
+    return manifest
+
+
+def _read(path: Path, name: str) -> Manifest:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise SlebError(
-            f"cannot read manifest {path}: {first_line(error)}; "
-            f"`sleb-serve select` writes manifests"
-        ) from error
+        advice = "`sleb-serve select` writes manifests"
+        if path.is_dir():
+            advice = "give a file in it, or hf://organisation/name for the hub"
+        raise SlebError(f"cannot read manifest {name}: {first_line(error)}; {advice}") from error
     try:
         return replace(parse_manifest(data), folder=path.parent)
     except SlebError as error:
         advice = "" if ";" in str(error) else "; restore the file, or re-run `sleb-serve select`"
-        raise SlebError(f"{path}: {error}{advice}") from None
+        raise SlebError(f"{name}: {error}{advice}") from None
+
+
+def _tell_moved(asked: HubFile, before: Fetched, manifest: Manifest) -> None:
+    """Say that a name means another commit than when it was last read here."""
+    changed = "an invalid manifest became a valid one"
+    with contextlib.suppress(SlebError):
+        old = _read(before.path, str(before.source))
+        changed = ", ".join(
+            f"{name} was {list(was)}, is {list(now)}" if name == "blocks" else f"{name} changed"
+            for name in ("blocks", "model", "repairs", "golden", "evaluation")
+            if (was := getattr(old, name)) != (now := getattr(manifest, name))
+        )
+    _LOG.warning(
+        "%s has moved to %s: %s; to stay with what was read here before, give %s",
+        asked,
+        manifest.source,
+        changed or "the manifest serves the same",
+        before.source,
+    )
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -64,8 +108,8 @@ def parse_manifest(data: bytes) -> Manifest:
         "manifest",
         required=("schema_version", "model", "removed"),
         optional=(
-            *("dense", "calibration", "selection", "repairs", "golden", "evaluation"),
-            "created_by",
+            *("dense", "calibration", "selection", "repairs", "golden", "rebound_from"),
+            *("evaluation", "created_by"),
         ),
     )
     version = strict_json.integer(fields["schema_version"], "schema_version", 0, 1 << 31)
@@ -88,8 +132,9 @@ def parse_manifest(data: bytes) -> Manifest:
     return Manifest(
         model=model,
         removed=removed,
-        repairs=_parse_repairs(fields.get("repairs", []), len(removed)),
+        repairs=parse_repairs(fields.get("repairs", []), len(removed)),
         golden=_parse_golden(fields["golden"]) if "golden" in fields else None,
+        rebound_from=_parse_origin(fields["rebound_from"]) if "rebound_from" in fields else None,
         dense_loss=None if dense is None else _parse_loss(dense, "dense"),
         calibration=None if calibration is None else _parse_calibration(calibration),
         selection=None if selection is None else _parse_selection(selection, model.num_blocks),
@@ -103,7 +148,6 @@ def parse_manifest(data: bytes) -> Manifest:
 def _parse_model(value: object) -> ModelBinding:
     keys = ("id", "revision", "architecture", "num_blocks", "config_sha256", "weights_sha256")
     fields = strict_json.object_(value, "model", required=keys, optional=("block_sha256",))
-    revision = fields["revision"]
     num_blocks = block_count(fields["num_blocks"], "model.num_blocks")
     digests = fields.get("block_sha256")
     if digests is not None:
@@ -117,12 +161,28 @@ def _parse_model(value: object) -> ModelBinding:
             )
     return ModelBinding(
         id=strict_json.line(fields["id"], "model.id"),
-        revision=None if revision is None else strict_json.line(revision, "model.revision"),
+        revision=_line_or_none(fields["revision"], "model.revision"),
         architecture=strict_json.line(fields["architecture"], "model.architecture"),
         num_blocks=num_blocks,
         config_sha256=strict_json.sha256(fields["config_sha256"], "model.config_sha256"),
         weights_sha256=strict_json.sha256(fields["weights_sha256"], "model.weights_sha256"),
         block_sha256=digests,
+    )
+
+
+def _line_or_none(value: object, where: str) -> str | None:
+    return None if value is None else strict_json.line(value, where)
+
+
+def _parse_origin(value: object) -> Origin:
+    where = "rebound_from"
+    keys = ("id", "revision", "config_sha256", "weights_sha256")
+    fields = strict_json.object_(value, where, required=keys)
+    return Origin(
+        id=strict_json.line(fields["id"], f"{where}.id"),
+        revision=_line_or_none(fields["revision"], f"{where}.revision"),
+        config_sha256=strict_json.sha256(fields["config_sha256"], f"{where}.config_sha256"),
+        weights_sha256=strict_json.sha256(fields["weights_sha256"], f"{where}.weights_sha256"),
     )
 
 
@@ -155,11 +215,10 @@ def _parse_calibration(value: object) -> Calibration:
         required=("source", "split", "sequences", "sequence_length", "seed", "tokens_sha256"),
         optional=("rows",),
     )
-    split = fields["split"]
     rows = fields.get("rows")
     return Calibration(
         source=strict_json.line(fields["source"], "calibration.source"),
-        split=None if split is None else strict_json.line(split, "calibration.split"),
+        split=_line_or_none(fields["split"], "calibration.split"),
         sequences=strict_json.integer(fields["sequences"], "calibration.sequences", 1, 1 << 31),
         sequence_length=strict_json.integer(
             fields["sequence_length"], "calibration.sequence_length", 2, 1 << 31
@@ -209,69 +268,6 @@ def _parse_sample(value: object, where: str, num_blocks: int) -> tuple[int, ...]
     )
     check_blocks(blocks, num_blocks, where)
     return blocks
-
-
-def _parse_repairs(value: object, num_removed: int) -> tuple[Repair, ...]:
-    repairs = tuple(
-        _parse_repair(entry, f"repairs[{i}]", num_removed)
-        for i, entry in enumerate(strict_json.list_(value, "repairs"))
-    )
-    if len({repair.blocks for repair in repairs}) < len(repairs):
-        raise SlebError("repairs: two are for the same number of blocks; make the repair again")
-    return repairs
-
-
-def _parse_repair(value: object, where: str, num_removed: int) -> Repair:
-    fields = strict_json.object_(
-        value,
-        where,
-        required=("kind", "file", "sha256", "blocks", "sequences"),
-        optional=("loss", "training"),
-    )
-    name = strict_json.line(fields["file"], f"{where}.file")
-    if Path(name).name != name or name in (".", ".."):
-        raise SlebError(
-            f"{where}.file must be a file's name beside the manifest, found "
-            f"{strict_json.short(name)}"
-        )
-    return Repair(
-        kind=repair_kind(fields["kind"], f"{where}.kind"),
-        file=name,
-        sha256=strict_json.sha256(fields["sha256"], f"{where}.sha256"),
-        blocks=strict_json.integer(fields["blocks"], f"{where}.blocks", 1, num_removed),
-        sequences=strict_json.integer(fields["sequences"], f"{where}.sequences", 1, 1 << 31),
-        loss=strict_json.number(fields["loss"], f"{where}.loss") if "loss" in fields else None,
-        training=(
-            _parse_training(fields["training"], f"{where}.training")
-            if "training" in fields
-            else None
-        ),
-    )
-
-
-def _parse_training(value: object, where: str) -> Training:
-    keys = ("texts", "tokens", "rank", "seed", "perplexity", "agreement")
-    fields = strict_json.object_(value, where, required=keys)
-
-    def numbers(key: str) -> Mapping[str, float]:
-        entries = strict_json.any_object(fields[key], f"{where}.{key}")
-        return MappingProxyType(
-            {
-                strict_json.line(name, f"{where}.{key}"): strict_json.number(
-                    entry, f"{where}.{key}.{name}"
-                )
-                for name, entry in entries.items()
-            }
-        )
-
-    return Training(
-        texts=numbers("texts"),
-        tokens=strict_json.integer(fields["tokens"], f"{where}.tokens", 1, 1 << 62),
-        rank=strict_json.integer(fields["rank"], f"{where}.rank", 1, 1 << 31),
-        seed=strict_json.integer(fields["seed"], f"{where}.seed", 0, 1 << 62),
-        perplexity=numbers("perplexity"),
-        agreement=numbers("agreement"),
-    )
 
 
 def _parse_golden(value: object) -> Golden:

@@ -51,6 +51,16 @@ class ModelBinding:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The model whose losses a manifest holds that was bound to another form of it."""
+
+    id: str
+    revision: str | None
+    config_sha256: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
 class Removal:
     """One removed block, and the model's calibration loss once it and all before it are gone."""
 
@@ -154,8 +164,16 @@ class Manifest:
     created_by: Mapping[str, str] = field(default_factory=_nothing)
     repairs: tuple[Repair, ...] = ()
     golden: Golden | None = None
+    rebound_from: Origin | None = None
     folder: Path | None = field(default=None, compare=False)
     """Where the manifest was read from, and its sidecar lies; not part of the file."""
+    source: str | None = field(default=None, compare=False)
+    """Of a hub repository, the file it was read from, by its commit; not part of the file."""
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """For ``created_by`` of what is made of this manifest: where it was read from, on a hub."""
+        return {} if self.source is None else {"made_from": self.source}
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -213,7 +231,7 @@ class Manifest:
             weights_sha256=self.model.weights_sha256,
             removed=removed,
             removed_sha256=() if digests is None else tuple(digests[block] for block in removed),
-            repair=None if self.repair is None else self._repair_file(self.repair),
+            repair=None if self.repair is None else self.repair_file(self.repair),
         )
 
     def perplexity(self, loss: float | None) -> float | None:
@@ -221,7 +239,8 @@ class Manifest:
         is_loss = self.selection is None or self.selection.objective == "nll"
         return perplexity_of(loss) if is_loss else None
 
-    def _repair_file(self, repair: Repair) -> RepairFile:
+    def repair_file(self, repair: Repair) -> RepairFile:
+        """Where one of the repairs lies on this machine."""
         path = (self.folder or Path()).resolve() / repair.file
         return RepairFile(repair.kind, repair.sha256, str(path))
 
@@ -261,6 +280,8 @@ class Manifest:
             ]
         if self.golden is not None:
             value["golden"] = {name: _thaw(entry) for name, entry in vars(self.golden).items()}
+        if self.rebound_from is not None:
+            value["rebound_from"] = dict(vars(self.rebound_from))
         value["evaluation"] = _thaw(self.evaluation)
         value["created_by"] = dict(self.created_by)
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)

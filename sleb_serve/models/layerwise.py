@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_serve.cut.likeness import decoder_layers
+from sleb_serve.cut.layers import decoder_layers
 
 _PROBE_TOKENS = 16
 

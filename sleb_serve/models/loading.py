@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
-from sleb_serve.cut.likeness import decoder_layers
+from sleb_serve.cut.layers import decoder_layers
 from sleb_serve.errors import SlebError, first_line
 
 EMULATED = {

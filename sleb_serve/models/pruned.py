@@ -10,7 +10,8 @@ from torch import nn
 
 from sleb_serve.checkpoint.decoder import COUNT_KEYS
 from sleb_serve.cut.config import Cut
-from sleb_serve.cut.likeness import apply, decoder_layers, decoder_of
+from sleb_serve.cut.layers import decoder_layers, decoder_of
+from sleb_serve.cut.likeness import apply
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.repair_file import WeightChanges
 from sleb_serve.manifest.tensors import kept_parts

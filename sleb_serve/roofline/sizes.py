@@ -18,7 +18,8 @@ from sleb_serve.checkpoint.decoder import at, decoder_path, decoder_prefix, numb
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.checkpoint.quantisation import QUANTISATION_KEYS
 from sleb_serve.checkpoint.safetensors import tensors_of
-from sleb_serve.cut.likeness import layers_path, meta_model, transformers_config
+from sleb_serve.cut.layers import layers_path, meta_model
+from sleb_serve.cut.likeness import transformers_config
 from sleb_serve.cut.whole import explicit
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.roofline.cache import caches_of, first, heads_of, hidden_of

@@ -11,7 +11,7 @@ import torch
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.decoder import count_of
 from sleb_serve.cut.config import shared_sources
-from sleb_serve.cut.likeness import decoder_of
+from sleb_serve.cut.layers import decoder_of
 from sleb_serve.data.calibration import Sequences
 from sleb_serve.errors import SlebError
 from sleb_serve.models.layerwise import CausalLM

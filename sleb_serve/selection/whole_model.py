@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_serve.cut.likeness import decoder_layers
+from sleb_serve.cut.layers import decoder_layers
 from sleb_serve.models.pruned import blocks_deleted
 from sleb_serve.selection.search import Scores
 

@@ -33,8 +33,8 @@ _ENDPOINTS = "vllm.endpoint_plugins"
 _MODEL = re.compile(r"--model(=.*)?\Z", re.DOTALL)
 
 
-def draft_command(model: str, manifest: Manifest, options: Sequence[str], tokens: int) -> list[str]:
-    """The command that serves `model` whole, its pruned self drafting `tokens` tokens at a time.
+def with_draft(model: str, manifest: Manifest, options: Sequence[str], tokens: int) -> list[str]:
+    """The options that serve `model` whole, its pruned self drafting `tokens` tokens at a time.
 
     Raises:
         SlebError: as `serve_command`, or an option sets up speculation, too.
@@ -42,9 +42,7 @@ def draft_command(model: str, manifest: Manifest, options: Sequence[str], tokens
     pruning = manifest.pruning()
     options = _pinned(model, manifest, options)
     checkpoint = check_model(model, pruning, revision=value_of(options, "--revision"))
-    return server_command(
-        model, [*options, *draft_options(model, checkpoint, pruning, options, tokens)]
-    )
+    return [*options, *draft_options(model, checkpoint, pruning, options, tokens)]
 
 
 def serve_command(model: str | Path, manifest: Manifest, options: Sequence[str] = ()) -> list[str]:
@@ -59,7 +57,11 @@ def serve_command(model: str | Path, manifest: Manifest, options: Sequence[str] 
     Raises:
         SlebError: the manifest is not for this model, or an option would undo the pruning.
     """
-    model = str(model)
+    return server_command(str(model), with_manifest(str(model), manifest, options))
+
+
+def with_manifest(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]:
+    """The options of ``vllm serve`` joined with the manifest's; see `serve_command`."""
     pruning = manifest.pruning()
     rest, own = take_overrides(options)
     if any(_MODEL.match(option) for option in rest):
@@ -72,8 +74,7 @@ def serve_command(model: str | Path, manifest: Manifest, options: Sequence[str] 
         rest += ["--served-model-name", served_name(model, pruning)]
     # Last, so that whatever stands before it cannot replace it: argparse takes the last.
     rest += ["--config-format", FORMAT, "--load-format", FORMAT]
-    rest += ["--hf-overrides", json.dumps(overrides, separators=(",", ":"))]
-    return server_command(model, rest)
+    return [*rest, "--hf-overrides", json.dumps(overrides, separators=(",", ":"))]
 
 
 def server_command(model: str, options: Sequence[str]) -> list[str]:

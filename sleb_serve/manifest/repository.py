@@ -1,0 +1,137 @@
+"""Manifests in repositories of the Hugging Face hub, named as their users name adapters.
+
+``hf://org/name@revision/file.json`` always means the hub. ``org/name`` means it where there is no
+such file or folder on this machine. The hub library's cache, tokens and environment variables
+count: with ``HF_HUB_OFFLINE=1`` a manifest that was read once is read again without a network.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from sleb_serve.checkpoint.hub import why_not
+from sleb_serve.errors import SlebError
+from sleb_serve.utils.strict_json import short
+
+MANIFEST_NAME = "sleb_manifest.json"
+"""The manifest's file in a repository, and in an exported checkpoint's folder."""
+
+_SCHEME = "hf://"
+_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_PLACE = re.compile(r"(?P<id>[^/@]+/[^/@]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>[^@]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a model repository: ``organisation/name``, a branch, tag or commit, a path."""
+
+    repository: str
+    revision: str | None = None
+    file: str = MANIFEST_NAME
+
+    def __str__(self) -> str:
+        at = "" if self.revision is None else f"@{quote(self.revision, safe='')}"
+        return f"{_SCHEME}{self.repository}{at}/{self.file}"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file of a repository on this machine; ``source`` names it by its commit.
+
+    ``before`` is what the same name meant when it was last read here, where that was another.
+    """
+
+    path: Path
+    source: HubFile
+    before: Fetched | None = None
+
+
+def hub_file(source: str) -> HubFile | None:
+    """The file of a repository that `source` names; None where it is a path on this machine.
+
+    The rule is exact: ``hf://`` is the hub; what exists here is a path; then ``org/name`` is the
+    hub, unless it ends in ``.json``; all else is a path.
+
+    Raises:
+        SlebError: it begins with ``hf://`` and names no file of a model repository.
+    """
+    if not source.startswith(_SCHEME):
+        named = is_repository(source) and not source.endswith(".json")
+        return HubFile(source) if named and not Path(source).exists() else None
+    place = _PLACE.fullmatch(source.removeprefix(_SCHEME))
+    file = MANIFEST_NAME if place is None else place["file"] or MANIFEST_NAME
+    if place is None or not is_repository(place["id"]) or {"", ".", ".."} & set(file.split("/")):
+        raise SlebError(
+            f"{short(source)} names no file of a model repository; give "
+            f"hf://organisation/name, maybe with @revision and /file.json (a slash in the "
+            f"revision as %2F)"
+        )
+    revision = place["revision"]
+    return HubFile(place["id"], None if revision is None else unquote(revision), file)
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name has the form of a repository's, ``organisation/name``."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return _ID.fullmatch(name) is not None
+
+
+def fetch(asked: HubFile) -> Fetched:
+    """Bring a manifest into the local cache.
+
+    Raises:
+        SlebError: it is not there, or the hub gave another commit than the one that was asked for.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    known = try_to_load_from_cache(asked.repository, asked.file, revision=asked.revision)
+    before = _found(asked, Path(known)) if isinstance(known, str) else None
+    found = _downloaded(asked, "manifest")
+    commit = found.source.revision
+    if asked.revision and _COMMIT.fullmatch(asked.revision) and commit != asked.revision:
+        raise SlebError(
+            f"{asked}: the hub gave commit {commit} where {asked.revision} was asked for; ask the "
+            f"repository's owner which commit holds the manifest"
+        )
+    moved = before is not None and before.source.revision != commit
+    return replace(found, before=before) if moved else found
+
+
+def fetch_beside(manifest: HubFile, name: str) -> Path:
+    """Bring a file that lies beside a manifest into the local cache, of the same commit.
+
+    Raises:
+        SlebError: it is not there.
+    """
+    folder = manifest.file.rpartition("/")
+    asked = HubFile(manifest.repository, manifest.revision, "".join((*folder[:2], name)))
+    return _downloaded(asked, "repair").path
+
+
+def _downloaded(asked: HubFile, what: str) -> Fetched:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(asked.repository, asked.file, revision=asked.revision))
+    except Exception as error:
+        raise SlebError(
+            f"cannot read {what} {asked} ({why_not(error)}); `sleb-serve push` puts a manifest "
+            f"and its repairs into a repository"
+        ) from error
+    return _found(asked, path)
+
+
+def _found(asked: HubFile, path: Path) -> Fetched:
+    # The cache keeps a repository's files in a folder named by their commit.
+    commit = path.parents[asked.file.count("/")].name
+    return Fetched(path, HubFile(asked.repository, commit, asked.file))
