@@ -18,6 +18,7 @@ from sleb_bench.engine import EngineSpec
 from sleb_bench.pace import PRECISE, TIME_OVER, Pace, calls_a_turn, warms_up
 from sleb_bench.ratios import Ratio
 from sleb_bench.variants import Variant, processes
+from sleb_bench.workloads import workloads
 
 NARROW, WIDE = Ratio(1.2, (1.19, 1.21), "blocks", 9), Ratio(1.2, (1.1, 1.3), "blocks", 9)
 
@@ -181,3 +182,13 @@ def test_a_watch_counts_the_processes_that_this_one_started() -> None:
         finally:
             child.kill()
     assert 0.02 < cpu < 0.7
+
+
+def test_lengths_are_those_that_their_names_say() -> None:
+    sizes = {"prompt_length": 512, "batch": 3, "output_length": 16, "requests": 64}
+    found = workloads(["1k/8k", "8k/1k"], **sizes)
+    assert [(w.num_requests, w.prompt_length, w.output_length) for w in found] == [
+        (3, 1024, 8192),
+        (3, 8192, 1024),
+    ]
+    assert {w.measure for w in found} == {"generate"}
