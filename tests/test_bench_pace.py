@@ -18,8 +18,16 @@ from sleb_bench.engine import EngineSpec
 from sleb_bench.pace import PRECISE, TIME_OVER, Pace, calls_a_turn, warms_up
 from sleb_bench.ratios import Ratio
 from sleb_bench.variants import Variant, processes
+from sleb_bench.workloads import workloads
 
 NARROW, WIDE = Ratio(1.2, (1.19, 1.21), "blocks", 9), Ratio(1.2, (1.1, 1.3), "blocks", 9)
+
+
+def begun(*values: Any, **more: Any) -> Pace:
+    """A pace whose first engines are ready at once."""
+    pace = Pace(*values, **more)
+    pace.ready()
+    return pace
 
 
 class Clock:
@@ -58,7 +66,7 @@ def test_a_turn_takes_about_a_second() -> None:
 
 
 def test_a_start_goes_on_until_every_interval_is_narrow(clock: Clock) -> None:
-    pace = Pace(0.02, minutes=10, starts=1, apart=False, clock=clock)
+    pace = begun(0.02, minutes=10, starts=1, apart=False, clock=clock)
     both = {"prefill": [NARROW, NARROW], "decode": [NARROW, WIDE]}
     assert pace.unfinished(both, start=1, rounds=6) == ["prefill", "decode"]  # too early to judge
     assert pace.unfinished(both, start=1, rounds=8) == ["decode"]
@@ -70,8 +78,17 @@ def test_a_start_goes_on_until_every_interval_is_narrow(clock: Clock) -> None:
     assert pace.verdict({"prefill": [NARROW]}, start=1, seconds=10) == PRECISE
 
 
+def test_time_counts_from_the_first_engines(clock: Clock) -> None:
+    pace = Pace(0.02, minutes=1, starts=1, apart=False, clock=clock)
+    clock.now = 300.0
+    pace.ready()
+    clock.now = 330.0
+    pace.ready()
+    assert pace.spent() == 0.5
+
+
 def test_time_is_shared_among_the_starts(clock: Clock) -> None:
-    pace = Pace(0.02, minutes=9, starts=3, apart=False, clock=clock)
+    pace = begun(0.02, minutes=9, starts=3, apart=False, clock=clock)
     wide = {"decode": [WIDE]}
     clock.now = 2.9 * 60
     assert pace.unfinished(wide, start=1, rounds=20) == ["decode"]
@@ -92,11 +109,11 @@ def test_time_is_shared_among_the_starts(clock: Clock) -> None:
 
 def test_engines_apart_are_started_again_rather_than_measured_longer(clock: Clock) -> None:
     wide = {"decode": [WIDE]}
-    pace = Pace(0.02, minutes=10, starts=3, apart=True, clock=clock)
+    pace = begun(0.02, minutes=10, starts=3, apart=True, clock=clock)
     assert pace.unfinished(wide, start=1, rounds=8) == []
     assert pace.verdict(wide, start=9, seconds=10) is None
     # Engines of one process, too, where starts turn out to differ.
-    together = Pace(0.02, minutes=10, starts=3, apart=False, clock=clock)
+    together = begun(0.02, minutes=10, starts=3, apart=False, clock=clock)
     assert together.unfinished(wide, start=3, rounds=8) == ["decode"]
     differ = {"decode": [Ratio(1.2, (1.1, 1.3), "starts", 3)]}
     assert together.unfinished(differ, start=3, rounds=8) == []
@@ -181,3 +198,13 @@ def test_a_watch_counts_the_processes_that_this_one_started() -> None:
         finally:
             child.kill()
     assert 0.02 < cpu < 0.7
+
+
+def test_lengths_are_those_that_their_names_say() -> None:
+    sizes = {"prompt_length": 512, "batch": 3, "output_length": 16, "requests": 64}
+    found = workloads(["1k/8k", "8k/1k"], **sizes)
+    assert [(w.num_requests, w.prompt_length, w.output_length) for w in found] == [
+        (3, 1024, 8192),
+        (3, 8192, 1024),
+    ]
+    assert {w.measure for w in found} == {"generate"}

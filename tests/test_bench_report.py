@@ -247,6 +247,39 @@ def test_runs_of_other_machines_and_sizes_are_said_to_be_so() -> None:
     assert "Not the same decode" in text
 
 
+def test_the_highest_rates_within_a_level_are_told_with_what_they_lie_between() -> None:
+    loads = {"dense": {1.0: 1.0, 2.0: 0.95, 2.2: 0.8}, "sleb2": {2.0: 1.0, 2.5: 0.9, 3.0: 0.1}}
+    searched = [
+        {
+            "record": "slo",
+            "variant": name,
+            "request_rate": rate,
+            "met": share,
+            "result": {"prefix_cache_hit_rate": 0.25},
+        }
+        for name, rates in loads.items()
+        for rate, share in rates.items()
+    ]
+    found = [*records(), *searched]
+    found[0]["options"]["serving"] = {"slo": {"ttft": 450.0}, "requests": 8}
+    report = make_report(found)
+    (gain,) = report["slo"]["ratios"]
+    assert gain["ratio"] == 2.5 / 2.0
+    assert gain["between"] == [2.5 / 2.2, 3.0 / 2.0]
+    text = to_markdown(report)
+    assert "| sleb2   | 2.5        | 3      | dense | 1.250 (1.136 to 1.500) |" in text
+    assert "90 % of 8 requests met ttft 450 ms" in text
+
+
+def test_a_million_tokens_cost_what_the_hour_costs() -> None:
+    found = records()
+    found[0]["options"]["gpu_hour"] = 3.6
+    prefill = make_report(found)["workloads"]["prefill"]
+    # 253.8 tokens/s for 3.6 an hour, which is a thousandth a second.
+    assert prefill["cost_per_million"]["dense"] == pytest.approx(1e6 * 0.001 / 253.846, rel=1e-4)
+    assert "prefill, cost of a million tokens: dense 3.94" in to_markdown(make_report(found))
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"record": "setting"}', "\u00e9"])
 def test_records_that_are_none_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None

@@ -120,6 +120,7 @@ def simulate(
     found: list[list[float]] = []
     while True:
         clock.work(STARTING)
+        pace.ready()
         ratio = TRUTH * math.exp(source.normal(0, machine.starts))
         found.append([])
         while True:

@@ -27,7 +27,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".cache/demo"))
     parser.add_argument("--model", help="checkpoint folder or hub id (default: the demo model)")
-    parser.add_argument("--minutes", type=float, default=2, help="to measure, at most (default: 2)")
+    parser.add_argument(
+        "--minutes", type=float, default=1.5, help="to measure, at most (default: 1.5)"
+    )
     options = parser.parse_args()
     # vLLM's CPU backend takes half of the memory otherwise, and two engines run side by side.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

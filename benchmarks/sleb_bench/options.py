@@ -71,7 +71,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         add(flag, type=int, metavar="N", default=value, help=f"{text} (default: {value})")
     for name, unit, text in (
         ("precision", "PERCENT", "measure until every ratio's interval reaches no further"),
-        ("minutes", "M", "but no longer than this, engine starts included"),
+        ("minutes", "M", "but no longer than this, from when the first engines are ready"),
     ):
         value = getattr(default, name)
         help_text = f"{text} (default: {value:g})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sleb_bench.ratios import Ratio
 
@@ -44,7 +44,7 @@ class Pace:
 
     Attributes:
         precision: how far an interval may reach to a side, 0.02 for 2 %.
-        minutes: for all of it, engine starts too.
+        minutes: from when the first engines are ready; the starts of others count.
         starts: at least so many, while there is time.
         apart: engines have processes of their own, so that only more starts tell more.
         clock: seconds.
@@ -55,14 +55,16 @@ class Pace:
     starts: int
     apart: bool
     clock: Callable[[], float] = time.monotonic
-    begin: float = field(init=False)
+    begin: float | None = None
 
-    def __post_init__(self) -> None:
-        self.begin = self.clock()
+    def ready(self) -> None:
+        """The first engines are ready: time counts from here, and no later call changes that."""
+        if self.begin is None:
+            self.begin = self.clock()
 
     def spent(self) -> float:
         """Minutes so far."""
-        return (self.clock() - self.begin) / 60
+        return 0.0 if self.begin is None else (self.clock() - self.begin) / 60
 
     def unfinished(self, ratios: Ratios, start: int, rounds: int) -> list[str]:
         """The workloads that need more pairs from this start; empty if it is over.

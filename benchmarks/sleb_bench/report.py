@@ -237,6 +237,7 @@ def _slo(
         "share": SHARE,
         "variants": found,
         "ratios": gains,
+        "prefix_cache_hit_rate": max(r["result"]["prefix_cache_hit_rate"] for r in searched),
     }
 
 

@@ -247,7 +247,8 @@ def _slo(report: Report) -> Section:
     requests = f"{100 * slo['share']:.0f} % of {report['options']['serving']['requests']} requests"
     note = (
         f"The highest rate tried at which {requests} met {limits}, and the lowest at which fewer "
-        f"did; the ratio lies between those of the two"
+        f"did; the ratio lies between those of the two; prefix cache hits "
+        f"{100 * slo['prefix_cache_hit_rate']:.1f} % at most"
     )
     return Section("Highest rate within the service level", tuple(rows), (note,))
 

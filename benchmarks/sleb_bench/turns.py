@@ -31,7 +31,7 @@ class Plan:
         sequences: held-out text for the perplexity; may be empty.
         output: where logs and profiles go.
         precision: how far an interval may reach to a side, as 0.02.
-        minutes: to spend.
+        minutes: to spend, from when the first engines are ready.
         starts: of every engine, at least.
         one_at_a_time: no two engines at once.
         profile: also profile each workload once.
@@ -87,9 +87,10 @@ class _Turns:
             self.say(f"start {start}; engines log to {plan.output}")
             starting = 0.0
             for group in groups:
-                begin = pace.spent()
+                begin = pace.clock()
                 with self._engines(start, group) as engines:
-                    starting += 60 * (pace.spent() - begin)
+                    starting += pace.clock() - begin
+                    pace.ready()
                     self._measure(start, group, engines)
                     if start == 1:
                         self._once(group, engines)
