@@ -1,6 +1,6 @@
 """The simulation behind `sleb-serve plan --measured` against a measured run, dense and pruned.
 
-Usage: measure.py MODEL M.json FOLDER [--blocks K] [--rounds 3] [--requests 64]. Two vLLM engines,
+Usage: measure.py MODEL M.json FOLDER [--blocks K] [--rounds 5] [--requests 64]. Two vLLM engines,
 dense and pruned, stand side by side and take turns. First the time of a step is measured: batches
 of generation, prompts of several lengths, and both together at longer contexts. FOLDER gets these
 as `records.jsonl`, which `sleb-serve plan --measured FOLDER` reads. Then a closed load of mixed
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from sleb_bench.engine import Engine
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=64)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -138,52 +138,45 @@ def _round(
 
 
 def _compare(folder: Path, records: Records) -> None:
-    """Predicted over measured: generated tokens/s of each, and what pruning gains."""
-    found: dict[str, Any] = {}
-    for measured in read_measured([folder]):
-        runs = [e for e in records.entries if e["record"] == "mixed"]
-        runs = [e for e in runs if e["variant"] == measured.name]
-        limits = Limits(TOKENS, SEQUENCES, measured.kv_tokens, 0, 1)
-        seconds = []
-        for run in runs:
+    """Predicted over measured: generated tokens/s of each, and what pruning gains.
+
+    Each round has prompts of its own, and is predicted by itself; medians over rounds are shown.
+    """
+    mixed = [entry for entry in records.entries if entry["record"] == "mixed"]
+    speeds: dict[str, list[tuple[float, float]]] = {}
+    steps: dict[str, Any] = {}
+    for found in read_measured([folder]):
+        limits = Limits(TOKENS, SEQUENCES, found.kv_tokens, found.block / 2, 1)
+        steps[found.name] = {"fit_error": found.error, **asdict(found.step)}
+        speeds[found.name] = []
+        for run in (entry for entry in mixed if entry["variant"] == found.name):
             requests = [Request(0.0, length, OUTPUT) for length in run["prompt_lengths"]]
-            seconds.append(max(simulate(requests, limits, measured.step).last))
-        tokens = sum(run["total_output_tokens"] for run in runs)
-        found[measured.name] = {
-            "predicted": tokens / sum(seconds),
-            "measured": tokens / sum(run["elapsed_time"] for run in runs),
-            "fit_error": measured.error,
-            "step": asdict(measured.step),
-        }
-    dense, pruned = found[DENSE], next(value for name, value in found.items() if name != DENSE)
-    found["pruned / dense"] = {key: pruned[key] / dense[key] for key in ("predicted", "measured")}
-    rows = [("generated tokens/s", "predicted", "measured", "predicted / measured")]
-    for name, value in found.items():
-        value["error"] = value["predicted"] / value["measured"] - 1
-        digits = 1 if name in engines_of(records) else 3
-        rows.append(
-            (
-                name,
-                f"{value['predicted']:.{digits}f}",
-                f"{value['measured']:.{digits}f}",
-                f"{value['predicted'] / value['measured']:.3f}",
-            )
-        )
-    load = fmean(len(e["prompt_lengths"]) for e in records.entries if e["record"] == "mixed")
+            seconds = max(simulate(requests, limits, found.step).last)
+            tokens = run["total_output_tokens"]
+            speeds[found.name].append((tokens / seconds, tokens / run["elapsed_time"]))
+    (pruned,) = (name for name in speeds if name != DENSE)
+    pairs = zip(speeds[pruned], speeds[DENSE], strict=True)
+    speeds[f"{pruned} / {DENSE}"] = [(a[0] / b[0], a[1] / b[1]) for a, b in pairs]
+    rows: list[tuple[str, ...]] = [
+        ("generated tokens/s", "predicted", "measured", "predicted / measured")
+    ]
+    for name, values in speeds.items():
+        form = ".1f" if name in steps else ".3f"
+        columns = [[p for p, _ in values], [m for _, m in values], [p / m for p, m in values]]
+        cells = (format(median(c), f) for c, f in zip(columns, (form, form, ".3f"), strict=True))
+        rows.append((name, *cells))
     lines = [
-        f"A closed load of {load:.0f} requests, prompts of {SHORTEST_PROMPT} to {LONGEST_PROMPT} "
-        f"tokens, {OUTPUT} tokens out; at most {SEQUENCES} at once and {TOKENS} tokens a step.",
+        f"A closed load of {len(mixed[0]['prompt_lengths'])} requests, prompts of "
+        f"{SHORTEST_PROMPT} to {LONGEST_PROMPT} tokens, {OUTPUT} tokens out; at most {SEQUENCES} "
+        f"at once and {TOKENS} tokens a step; medians of {len(speeds[DENSE])} rounds.",
         "",
         *table(rows),
     ]
-    write_atomically(folder / "comparison.json", (json.dumps(found, indent=1) + "\n").encode())
+    comparison = {"predicted_and_measured": speeds, "steps": steps}
+    data = (json.dumps(comparison, indent=1) + "\n").encode()
+    write_atomically(folder / "comparison.json", data)
     write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
-
-
-def engines_of(records: Records) -> frozenset[str]:
-    """Names of the variants that were measured."""
-    return frozenset(e["variant"] for e in records.entries if e["record"] == "variant")
 
 
 if __name__ == "__main__":
