@@ -292,12 +292,8 @@ def test_a_name_means_one_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if file is not None:
             assert hub_file(str(file)) == file
     for bad in (
-        "name",
-        "org/name/../m.json",
-        "org/name@",
-        "org/name@v1/",
-        "datasets/org/n@a@b",
-        "",
+        *("name", "org/name/../m.json", "org/name@", "org/name@v1/", "datasets/org/n@a@b", ""),
+        *("org/name@..%2F..", "org/name@%2Fetc", "a/b@c/./d"),
     ):
         with pytest.raises(SlebError, match="names no file of a model repository"):
             hub_file(f"hf://{bad}")

@@ -63,15 +63,17 @@ def hub_file(source: str) -> HubFile | None:
         named = is_repository(source) and not source.endswith(".json")
         return HubFile(source) if named and not Path(source).exists() else None
     place = _PLACE.fullmatch(source.removeprefix(_SCHEME))
-    file = MANIFEST_NAME if place is None else place["file"] or MANIFEST_NAME
-    if place is None or not is_repository(place["id"]) or {"", ".", ".."} & set(file.split("/")):
-        raise SlebError(
-            f"{short(source)} names no file of a model repository; give "
-            f"hf://organisation/name, maybe with @revision and /file.json (a slash in the "
-            f"revision as %2F)"
-        )
-    revision = place["revision"]
-    return HubFile(place["id"], None if revision is None else unquote(revision), file)
+    if place is not None and is_repository(place["id"]):
+        revision = None if place["revision"] is None else unquote(place["revision"])
+        file = place["file"] or MANIFEST_NAME
+        # Both become paths in the cache.
+        parts = {*file.split("/"), *(revision or "main").split("/")}
+        if not parts & {"", ".", ".."}:
+            return HubFile(place["id"], revision, file)
+    raise SlebError(
+        f"{short(source)} names no file of a model repository; give hf://organisation/name, maybe "
+        f"with @revision and /file.json (a slash in the revision as %2F)"
+    )
 
 
 def is_repository(name: str) -> bool:
