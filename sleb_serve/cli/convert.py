@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.cli.arguments import Command, add_blocks, add_model, add_removal
-from sleb_serve.cli.progress import ShardBar
+from sleb_serve.cli.progress import ShardBar, tell
 from sleb_serve.cli.removal import manifest_of_options
 from sleb_serve.convert.export import export
 from sleb_serve.convert.lists import imported, llama_cpp_list
@@ -81,7 +81,7 @@ def _export(options: argparse.Namespace) -> int:
             for_vllm=options.for_ == "any",
             on_shard=bar.shard_done,
         )
-    print(
+    tell(
         f"wrote {done.folder}: {done.blocks} blocks, {format_size(done.size)} in {done.shards} "
         f"files (dense {format_size(done.source_size)})"
     )
@@ -103,7 +103,7 @@ def _write_list(options: argparse.Namespace, manifest: Manifest) -> int:
     if options.format == "mergekit":
         text = mergekit_config(options.model, manifest, checkpoint.dtype)
     if str(options.output) == "-":
-        print(text, end="")
+        tell(text.removesuffix("\n"))
     else:
         check_writable(options.output)
         write_atomically(options.output, text.encode())
@@ -126,7 +126,7 @@ def _import(options: argparse.Namespace) -> int:
     manifest = imported(options.source, options.model, checkpoint, options.run)
     check_servable(checkpoint, manifest.pruning().cut)
     manifest.write(options.output)
-    print(describe(manifest))
+    tell(describe(manifest))
     return 0
 
 

@@ -14,7 +14,7 @@ from sleb_serve.cli.arguments import (
     add_removal,
     add_sequence_length,
 )
-from sleb_serve.cli.progress import EvalLines, say
+from sleb_serve.cli.progress import EvalLines, say, tell
 from sleb_serve.cli.removal import manifest_of_options
 from sleb_serve.data.texts import EMBEDDED, JUDGED_TEXTS
 from sleb_serve.errors import SlebError
@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace) -> int:
             "note: perplexity does not show lost reasoning; add --tasks, with a generative one "
             "such as gsm8k"
         )
-    print(json.dumps(report, indent=2) if options.json else evaluation_table(report))
+    tell(json.dumps(report, indent=2) if options.json else evaluation_table(report))
     if options.output is not None:
         say(f"wrote {options.output}")
         if len(report["results"]) > 1 and not is_stream(options.output):

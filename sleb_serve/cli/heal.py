@@ -12,7 +12,7 @@ from sleb_serve.cli.arguments import (
     add_model,
     add_sequence_length,
 )
-from sleb_serve.cli.progress import HealBars
+from sleb_serve.cli.progress import HealBars, tell
 from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
@@ -183,8 +183,8 @@ def _run(options: argparse.Namespace) -> int:
         )
     if is_first():
         files = " and ".join(repair.file for repair in healed.repairs)
-        print(describe(healed))
-        print(f"\nwrote {options.output} and beside it {files}")
+        tell(describe(healed))
+        tell(f"\nwrote {options.output} and beside it {files}")
     return 0
 
 

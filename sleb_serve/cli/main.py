@@ -14,6 +14,7 @@ from sleb_serve.cli import bench, convert, evaluate, heal, inspect, select, serv
 from sleb_serve.cli.arguments import Parser
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.extras import extras_named
+from sleb_serve.utils.terminal import one_line
 
 COMMANDS = (
     *select.COMMANDS,
@@ -24,8 +25,6 @@ COMMANDS = (
     *convert.COMMANDS,
     *bench.COMMANDS,
 )
-_LONGEST_WORD, _LONGEST = 300, 1000
-"""Characters; what of an error message is longer is cut short."""
 _LM_EVAL = "lm-eval's own command line, with --model sleb, which takes manifest=M.json"
 
 
@@ -105,17 +104,6 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     serve.add_serve(serve_parser)
     commands.add_parser("lm-eval", help=_LM_EVAL, add_help=False)
     return parser, serve_parser
-
-
-def one_line(message: str) -> str:
-    """A message for a terminal: one line, unprintable characters escaped, not too long.
-
-    Messages repeat arguments and what stands in files, which may be anything. Long words are cut
-    short; so is the whole, but for its end, which says what to do.
-    """
-    words = (f"{w[:60]}…" if len(w) >= _LONGEST_WORD else w for w in message.split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(words))
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 202]} … {shown[-199:]}"
 
 
 def _check(arguments: Sequence[str]) -> None:

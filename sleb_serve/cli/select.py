@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from sleb_serve.cli.arguments import Command, add_model, add_sequence_length
-from sleb_serve.cli.progress import SearchBars, say
+from sleb_serve.cli.progress import SearchBars, say, tell
 from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
@@ -201,9 +201,9 @@ def _run(options: argparse.Namespace) -> int:
             options.model, config, options.output, resume=options.resume, progress=progress
         )
     if is_first():
-        print(describe(manifest))
+        tell(describe(manifest))
         log = "" if is_stream(options.output) else f" and {log_path(options.output)}"
-        print(f"\nwrote {options.output}{log}")
+        tell(f"\nwrote {options.output}{log}")
     return 0
 
 

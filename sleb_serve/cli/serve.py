@@ -54,6 +54,14 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _quoted(word: str) -> str:
+    """A word for a shell, and a terminal on the way there."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in plain) + "'"
+
+
 def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Print the command, and become it unless --dry-run is given."""
     if set(arguments) & {"-h", "--help"}:
@@ -76,7 +84,7 @@ def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
         check_plugin()
     role = "draft for the whole model" if options.as_draft else "served"
     say(f"{pruning.tag}: {pruning.num_kept} of {pruning.num_blocks} blocks of {model}, {role}")
-    print(shlex.join(command), flush=True)
+    print(" ".join(map(_quoted, command)), flush=True)
     environment = plugin_environment()
     if options.dry_run:
         for name, value in environment.items():
