@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.engine import Engine, EngineSpec
-from sleb_bench.files import write_report
+from sleb_bench.files import SCRATCH, claimed_folder, write_report
 from sleb_bench.machine import machine
 from sleb_bench.records import SERVING, Records
 from sleb_bench.serving import ServingOptions, serve_and_load
@@ -28,7 +28,7 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.data.calibration import held_out_sequences
 from sleb_serve.data.texts import EMBEDDED
 from sleb_serve.data.tokenizer import load_tokenizer
-from sleb_serve.errors import SlebError, first_line
+from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share
@@ -84,7 +84,12 @@ class BenchOptions:
 
 
 def bench(
-    options: BenchOptions, manifest: Manifest, counts: Sequence[int] | None, say: Say
+    options: BenchOptions,
+    manifest: Manifest,
+    counts: Sequence[int] | None,
+    say: Say,
+    *,
+    force: bool = False,
 ) -> Path:
     """Measure prunings against the dense model and write records and report.
 
@@ -93,6 +98,7 @@ def bench(
         manifest: what is removed.
         counts: how many of its removals, several for several prunings; None for all of them.
         say: told how it goes.
+        force: write into a folder that holds other files, too.
 
     Returns:
         The report in Markdown, beside which the others lie.
@@ -114,11 +120,10 @@ def bench(
     todo = _workloads(options)
     arguments = _engine_arguments(options, checkpoint, todo, own)
     sequences = _sequences(options, checkpoint, manifest) if todo else ()
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SlebError(f"cannot make the folder {options.output}: {first_line(error)}") from error
-    with tempfile.TemporaryDirectory(dir=options.output, prefix=".exported-") as scratch:
+    with (
+        claimed_folder(options.output, force),
+        tempfile.TemporaryDirectory(dir=options.output, prefix=SCRATCH) as scratch,
+    ):
         variants = make_variants(manifests, checkpoint, arguments, options.beside, Path(scratch))
         records = Records(options.output)
         records.add("setting", _setting(options, manifest, checkpoint, todo, len(sequences)))
@@ -126,10 +131,11 @@ def bench(
             removed = frozenset(variant.pruning.removed if variant.pruning else ())
             read = checkpoint.tensor_bytes(removed)
             records.add("variant", {**variant.about(), "weights_bytes": read[0] if read else None})
+        records.save()
         with _report_if_broken(records, say):
             _measure(_Run(options, checkpoint, todo, sequences, records, say), variants)
-    records.save()
-    write_report(options.output)
+        records.save()
+        write_report(options.output)
     failures = [entry for entry in records.entries if entry["record"] == "failure"]
     if failures:
         raise SlebError(f"{failures[0]['what']}; what was measured is in {options.output}")

@@ -17,7 +17,7 @@ from sleb_bench.options import (
     bench_options,
 )
 from sleb_bench.run import bench
-from sleb_serve.cli.arguments import Command, add_counts, add_model, add_removal
+from sleb_serve.cli.arguments import Command, add_counts, add_force, add_model, add_removal
 from sleb_serve.cli.progress import say, tell
 from sleb_serve.cli.removal import manifest_of_options
 
@@ -27,11 +27,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add_removal(parser, required=True)
     add_counts(parser, "how many of the manifest's removals (default: all)")
     add_bench(parser)
+    add_force(parser)
 
 
 def _bench(options: argparse.Namespace) -> int:
     manifest = manifest_of_options(options)
-    report = bench(bench_options(options), manifest, options.blocks, say)
+    report = bench(bench_options(options), manifest, options.blocks, say, force=options.force)
     tell(report.read_text())
     say(f"wrote {report.with_suffix('.html')} and what it was made from")
     return 0

@@ -6,18 +6,20 @@ import argparse
 from pathlib import Path
 
 from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
-from sleb_serve.cli.arguments import Command, add_blocks, add_model, add_removal
+from sleb_serve.cli.arguments import Command, add_blocks, add_force, add_model, add_removal
 from sleb_serve.cli.progress import ShardBar, tell
 from sleb_serve.cli.removal import manifest_of_options
 from sleb_serve.convert.export import export
-from sleb_serve.convert.lists import imported, llama_cpp_list
-from sleb_serve.convert.mergekit import mergekit_config
+from sleb_serve.convert.lists import LAYER_LIST, imported, llama_cpp_list
+from sleb_serve.convert.mergekit import MERGEKIT, mergekit_config
 from sleb_serve.cut.servable import check_countable, check_servable
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
 from sleb_serve.manifest.binding import check_model, revision_of
+from sleb_serve.manifest.reader import MANIFEST
 from sleb_serve.manifest.schema import Manifest
-from sleb_serve.utils.atomic_io import check_writable, write_atomically
+from sleb_serve.utils.atomic_io import write_atomically
+from sleb_serve.utils.outputs import claimed
 from sleb_serve.utils.sizes import format_size
 
 _EXPORT_EXAMPLES = """\
@@ -66,6 +68,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint, a mergekit configuration, or the value of llama-quantize's "
         "--prune-layers (default: transformers)",
     )
+    add_force(parser)
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -105,8 +108,9 @@ def _write_list(options: argparse.Namespace, manifest: Manifest) -> int:
     if str(options.output) == "-":
         tell(text.removesuffix("\n"))
     else:
-        check_writable(options.output)
-        write_atomically(options.output, text.encode())
+        kind = MERGEKIT if options.format == "mergekit" else LAYER_LIST
+        with claimed([(options.output, kind)], force=options.force):
+            write_atomically(options.output, text.encode())
     return 0
 
 
@@ -117,15 +121,16 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", metavar="N", type=int, help="which of several runs in SLEB's results (the last)"
     )
+    add_force(parser)
 
 
 def _import(options: argparse.Namespace) -> int:
-    check_writable(options.output)
-    download_weights(options.model, options.revision)
-    checkpoint = open_checkpoint(options.model, options.revision)
-    manifest = imported(options.source, options.model, checkpoint, options.run)
-    check_servable(checkpoint, manifest.pruning().cut)
-    manifest.write(options.output)
+    with claimed([(options.output, MANIFEST)], force=options.force):
+        download_weights(options.model, options.revision)
+        checkpoint = open_checkpoint(options.model, options.revision)
+        manifest = imported(options.source, options.model, checkpoint, options.run)
+        check_servable(checkpoint, manifest.pruning().cut)
+        manifest.write(options.output)
     tell(describe(manifest))
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sleb_serve.cli.arguments import (
     Command,
+    add_force,
     add_manifest,
     add_model,
     add_sequence_length,
@@ -76,6 +77,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on where a healing was interrupted"
     )
+    add_force(parser)
 
 
 def _add_training(parser: argparse._ArgumentGroup) -> None:
@@ -179,7 +181,13 @@ def _run(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.manifest)
     with HealBars() as bars:
         healed = heal(
-            options.model, manifest, config, options.output, resume=options.resume, progress=bars
+            options.model,
+            manifest,
+            config,
+            options.output,
+            resume=options.resume,
+            force=options.force,
+            progress=bars,
         )
     if is_first():
         files = " and ".join(repair.file for repair in healed.repairs)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from sleb_serve import __version__
 from sleb_serve.cli import bench, convert, evaluate, heal, inspect, select, serve, watch
 from sleb_serve.cli.arguments import Parser
+from sleb_serve.cli.signals import StoppedError, ended_by_signals
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.extras import extras_named
 from sleb_serve.utils.terminal import one_line
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, or 2 for a mistake in what was asked for.
+        The exit code: 0, 1 where a command's answer is no, 2 for a mistake in what was asked for,
+        130 after Ctrl-C, and 128 more than the signal that ended it.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, serve_parser = parsers()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with extras_named(next(iter(arguments), "sleb-serve")):
+        with ended_by_signals(), extras_named(next(iter(arguments), "sleb-serve")):
             return _run(parser, serve_parser, arguments)
     except SlebError as error:
         print(f"sleb-serve: error: {one_line(as_options(str(error), parser))}", file=sys.stderr)
@@ -54,9 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Disks fill and folders vanish under other libraries' hands, too.
         print(f"sleb-serve: error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("sleb-serve: error: out of memory; ask for less at a time", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("sleb-serve: interrupted", file=sys.stderr)
+        print(f"sleb-serve: interrupted{_hint(parser, arguments)}", file=sys.stderr)
         return 130
+    except StoppedError as error:
+        print(f"sleb-serve: {error}{_hint(parser, arguments)}", file=sys.stderr)
+        return error.code
+
+
+def _hint(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
+    """How to go on with a command that was interrupted, if it can be."""
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    command = commands.choices.get(next(iter(arguments), ""))
+    resumes = command is not None and "--resume" in command._option_string_actions
+    return "; run it again with --resume to go on" if resumes else ""
 
 
 def _run(

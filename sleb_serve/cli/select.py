@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from sleb_serve.cli.arguments import Command, add_model, add_sequence_length
+from sleb_serve.cli.arguments import Command, add_force, add_model, add_sequence_length
 from sleb_serve.cli.progress import SearchBars, say, tell
 from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
 from sleb_serve.errors import SlebError
@@ -67,6 +67,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the finished steps of an interrupted search"
     )
+    add_force(parser)
     parser.add_argument(
         "--metrics-port",
         metavar="PORT",
@@ -198,7 +199,12 @@ def _run(options: argparse.Namespace) -> int:
             say(f"metrics: http://localhost:{metrics.port}/metrics")
             progress = metrics
         manifest = select(
-            options.model, config, options.output, resume=options.resume, progress=progress
+            options.model,
+            config,
+            options.output,
+            resume=options.resume,
+            force=options.force,
+            progress=progress,
         )
     if is_first():
         tell(describe(manifest))

@@ -31,6 +31,8 @@ from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.repair_file import WeightChanges, read_sidecar
 from sleb_serve.manifest.schema import Manifest
+from sleb_serve.utils.atomic_io import temporary_prefix
+from sleb_serve.utils.outputs import locked, remove_leftovers
 
 MANIFEST_NAME = "sleb_manifest.json"
 """The manifest inside an exported folder."""
@@ -283,12 +285,19 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SlebError(f"cannot write {folder}: it is there already; give a new folder")
-    if not folder.absolute().parent.is_dir():
+    whole = folder.absolute()
+    if not whole.parent.is_dir():
         raise SlebError(f"cannot write {folder}: there is no folder {folder.parent}")
+    with locked(whole.with_name(f".{whole.name}.lock"), folder):
+        remove_leftovers(whole)
+        yield from _filled(folder)
+
+
+def _filled(folder: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         temporary = Path(
-            tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}.incomplete-")
+            tempfile.mkdtemp(dir=folder.absolute().parent, prefix=temporary_prefix(folder))
         )
         yield temporary
         temporary.chmod(0o755)
