@@ -26,7 +26,7 @@ from sleb_serve.evaluation.report import evaluation_table
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.selection.config import DTYPES
 from sleb_serve.utils import strict_json
-from sleb_serve.utils.atomic_io import is_stream
+from sleb_serve.utils.atomic_io import check_writable, is_stream
 from sleb_serve.utils.extras import require
 from sleb_serve.utils.lists import words
 from sleb_serve.utils.outputs import Output, claimed
@@ -156,6 +156,7 @@ def _judged(
 
 
 def _picture_path(output: Path) -> Path:
+    check_writable(output)
     picture: Path = output.with_suffix(".png")
     if picture == output:
         raise SlebError(f"--output {output}: the picture is written there; name the report .json")

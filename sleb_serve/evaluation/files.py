@@ -9,7 +9,7 @@ from typing import Any
 
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils import strict_json
-from sleb_serve.utils.atomic_io import is_stream, write_atomically
+from sleb_serve.utils.atomic_io import check_writable, is_stream, write_atomically
 from sleb_serve.utils.limited import read_limited
 from sleb_serve.utils.outputs import Output, object_with
 
@@ -24,6 +24,7 @@ def outputs_of(output: Path | None, theirs: Sequence[int]) -> list[Output]:
     """What an evaluation writes, with lm-eval's own results of so many blocks; no picture."""
     if output is None:
         return []
+    check_writable(output)
     beside = () if is_stream(output) else theirs
     return [(output, _REPORT), *((_theirs_path(output, blocks), _THEIRS) for blocks in beside)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.reader import MANIFEST
 from sleb_serve.manifest.repair_file import SIDECAR, sidecar_path
 from sleb_serve.manifest.schema import Manifest
-from sleb_serve.utils.atomic_io import is_stream
+from sleb_serve.utils.atomic_io import check_writable, is_stream
 from sleb_serve.utils.distributed import Ranks, launched
-from sleb_serve.utils.outputs import Kind, Output, claimed
+from sleb_serve.utils.outputs import Output, beginning_with, claimed
 
-_STATE = Kind("the state of a healing", lambda path: zipfile.is_zipfile(path))
+_STATE = beginning_with("the state of a healing", rb"PK\x03\x04")
 _MOST_TOKENS = 20_000_000
 """Read of the texts where time alone ends the training; then they begin again."""
 
@@ -85,6 +84,7 @@ def state_path(output: Path, blocks: int) -> Path:
 
 def _outputs(manifest: Manifest, config: HealConfig, output: Path) -> list[Output]:
     """What is written."""
+    check_writable(output)
     whole = len(manifest.removed)
     counts = sorted({*config.also, whole})
     sidecars = [sidecar_path(output, None if blocks == whole else blocks) for blocks in counts]

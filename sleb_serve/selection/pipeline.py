@@ -23,7 +23,7 @@ from sleb_serve.manifest.schema import Manifest, Removal, Repair
 from sleb_serve.selection.config import Progress, SelectConfig
 from sleb_serve.selection.log import LOG, log_path
 from sleb_serve.selection.search import blocks_to_remove, candidates
-from sleb_serve.utils.atomic_io import is_stream
+from sleb_serve.utils.atomic_io import check_writable, is_stream
 from sleb_serve.utils.distributed import launched
 from sleb_serve.utils.outputs import Output, claimed
 
@@ -73,6 +73,7 @@ def _outputs(config: SelectConfig, output: Path | None) -> list[Output]:
     """What is written."""
     if output is None or is_stream(output):
         return [] if output is None else [(output, MANIFEST)]
+    check_writable(output)
     logs = [(log_path(output, sample), LOG) for sample in range(config.seeds)]
     repair = [] if config.repair == "none" else [(sidecar_path(output), SIDECAR)]
     return [(output, MANIFEST), *logs, *repair]
