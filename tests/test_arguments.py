@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sleb_serve.cli.main import main, one_line, parsers
+from sleb_serve.cli.main import main, parsers
+from sleb_serve.utils.terminal import one_line
 
 VALUES = ("--", "\ud800", "9" * 41, "x" * 5000, "\x1b[31m", "\x00", "")
 

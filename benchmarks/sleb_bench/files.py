@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ from sleb_bench.report import make_report
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils.atomic_io import write_atomically
 from sleb_serve.utils.limited import read_limited
+from sleb_serve.utils.outputs import locked
 
 RECORDS = "records.jsonl"
+SCRATCH = ".exported-"
+"""What the names of folders begin with that hold exported checkpoints for a while."""
 _MAX_BYTES = 1 << 30
 
 
@@ -41,6 +47,43 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
             raise SlebError(f"{path}, line {number}: not a record; was the file changed?")
         records.append(record)
     return records
+
+
+@contextmanager
+def claimed_folder(
+    folder: Path,
+    force: bool,
+    kind: str = "a benchmark's",
+    check: Callable[[Path], object] | None = None,
+) -> Iterator[None]:
+    """Be the only run that writes into a folder, which is new, empty, or another run's.
+
+    Args:
+        folder: where.
+        force: write among files of other kinds.
+        kind: whose files it may hold.
+        check: raises `SlebError` or `OSError` if a folder's files are others; None for records.
+
+    Raises:
+        SlebError: it cannot be made, holds something else, or another run writes there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise SlebError(f"cannot make the folder {folder}: {first_line(error)}") from error
+    if there and not force:
+        try:
+            (check or read_records)(folder)
+        except (SlebError, OSError) as error:
+            raise SlebError(
+                f"{folder} holds other files than {kind}, which are kept; give another output, or "
+                f"`force` to write among them"
+            ) from error
+    with locked(folder / ".lock", folder):
+        for scratch in folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        yield
 
 
 def report_of(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.files import write_report
+from sleb_bench.files import SCRATCH, claimed_folder, write_report
 from sleb_bench.machine import machine
 from sleb_bench.records import SERVING, SLO, Records
 from sleb_bench.serving import serve_and_load
@@ -31,7 +31,7 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.data.calibration import held_out_sequences
 from sleb_serve.data.texts import EMBEDDED
 from sleb_serve.data.tokenizer import load_tokenizer
-from sleb_serve.errors import SlebError, first_line
+from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share
@@ -98,7 +98,12 @@ class BenchOptions:
 
 
 def bench(
-    options: BenchOptions, manifest: Manifest, counts: Sequence[int] | None, say: Say
+    options: BenchOptions,
+    manifest: Manifest,
+    counts: Sequence[int] | None,
+    say: Say,
+    *,
+    force: bool = False,
 ) -> Path:
     """Measure prunings against the dense model and write records and report.
 
@@ -107,6 +112,7 @@ def bench(
         manifest: what is removed.
         counts: how many of its removals, several for several prunings; None for all of them.
         say: told how it goes.
+        force: write into a folder that holds other files, too.
 
     Returns:
         The report in Markdown, beside which the others lie.
@@ -134,11 +140,10 @@ def bench(
     arguments = _engine_arguments(options, checkpoint, todo, own)
     sequences = _sequences(options, checkpoint, manifest) if todo else ()
     plan = _plan(options, checkpoint, todo, sequences)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SlebError(f"cannot make the folder {options.output}: {first_line(error)}") from error
-    with tempfile.TemporaryDirectory(dir=options.output, prefix=".exported-") as scratch:
+    with (
+        claimed_folder(options.output, force),
+        tempfile.TemporaryDirectory(dir=options.output, prefix=SCRATCH) as scratch,
+    ):
         variants = make_variants(manifests, checkpoint, arguments, options.beside, Path(scratch))
         records = Records(options.output)
         records.add("setting", _setting(options, manifest, checkpoint, todo, len(sequences)))
@@ -146,10 +151,11 @@ def bench(
             removed = frozenset(variant.pruning.removed if variant.pruning else ())
             read = checkpoint.tensor_bytes(removed)
             records.add("variant", {**variant.about(), "weights_bytes": read[0] if read else None})
+        records.save()
         with _report_if_broken(records, say):
             _measure(options, checkpoint, plan, variants, records, say)
-    records.save()
-    write_report(options.output)
+        records.save()
+        write_report(options.output)
     failures = [entry for entry in records.entries if entry["record"] == "failure"]
     if failures:
         raise SlebError(f"{failures[0]['what']}; what was measured is in {options.output}")

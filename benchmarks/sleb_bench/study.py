@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sleb_bench.files import RECORDS, report_of
+from sleb_bench.files import RECORDS, claimed_folder, report_of
 from sleb_bench.run import BenchOptions, bench
 from sleb_bench.study_page import write_page
 from sleb_bench.turns import Say
@@ -78,8 +78,13 @@ class Told:
     evaluate: EvalProgress = field(default_factory=EvalProgress)
 
 
-def study(options: StudyOptions, told: Told) -> Path:
+def study(options: StudyOptions, told: Told, *, force: bool = False) -> Path:
     """Do what is not done yet, and write the page.
+
+    Args:
+        options: what to do.
+        told: who is told how it goes.
+        force: write into a folder that holds other files, too.
 
     Returns:
         The page in Markdown; beside it lie the same as HTML and JSON, and what each step wrote.
@@ -88,7 +93,16 @@ def study(options: StudyOptions, told: Told) -> Path:
         SlebError: a step cannot be done, or the folder holds another study.
     """
     options = replace(options, blocks=_depths(options))
-    _settle(options)
+
+    def check(folder: Path) -> None:
+        (folder / SETTINGS).stat()
+
+    with claimed_folder(options.output, force, "a study's", check):
+        _settle(options)
+        return _done(options, told)
+
+
+def _done(options: StudyOptions, told: Told) -> Path:
     manifest = _selected(options, told)
     healed = _healed(options, manifest, told)
     evaluations = {"pruned": _judged(options, manifest, "eval.json", (0, *options.blocks), told)}
@@ -110,7 +124,6 @@ def _depths(options: StudyOptions) -> tuple[int, ...]:
 
 def _settle(options: StudyOptions) -> None:
     """Refuse a folder with a study that was asked for otherwise."""
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / SETTINGS
     asked = json.dumps(replace(options, output=Path()), default=_plain, sort_keys=True)
     digest = hashlib.sha256(asked.encode()).hexdigest()

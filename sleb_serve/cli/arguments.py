@@ -98,6 +98,15 @@ def add_tensor_parallel(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """--force."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace what is there, be it a file of another kind",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="print JSON for machines")

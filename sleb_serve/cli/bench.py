@@ -17,8 +17,8 @@ from sleb_bench.options import (
     bench_options,
 )
 from sleb_bench.run import bench
-from sleb_serve.cli.arguments import Command, add_counts, add_model, add_removal
-from sleb_serve.cli.progress import say
+from sleb_serve.cli.arguments import Command, add_counts, add_force, add_model, add_removal
+from sleb_serve.cli.progress import say, tell
 from sleb_serve.cli.removal import manifest_of_options
 
 
@@ -27,12 +27,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add_removal(parser, required=True)
     add_counts(parser, "how many of the manifest's removals (default: all)")
     add_bench(parser)
+    add_force(parser)
 
 
 def _bench(options: argparse.Namespace) -> int:
     manifest = manifest_of_options(options)
-    report = bench(bench_options(options), manifest, options.blocks, say)
-    print(report.read_text())
+    report = bench(bench_options(options), manifest, options.blocks, say, force=options.force)
+    tell(report.read_text())
     say(f"wrote {report.with_suffix('.html')} and what it was made from")
     return 0
 
@@ -40,12 +41,12 @@ def _bench(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     if options.other is None:
         report = write_report(options.folder)
-        print(json.dumps(report, indent=2) if options.json else to_markdown(report))
+        tell(json.dumps(report, indent=2) if options.json else to_markdown(report))
         return 0
     before, after = report_of(options.folder), report_of(options.other)
     text, worse = comparison(before, after, (str(options.folder), str(options.other)))
     changes = [{**asdict(c), "verdict": c.verdict} for c in compare(before, after)]
-    print(json.dumps({"regression": worse, "changes": changes}, indent=2) if options.json else text)
+    tell(json.dumps({"regression": worse, "changes": changes}, indent=2) if options.json else text)
     return int(worse)
 
 

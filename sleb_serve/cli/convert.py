@@ -10,22 +10,24 @@ from sleb_serve.cli.arguments import (
     MANIFEST_HELP,
     Command,
     add_blocks,
+    add_force,
     add_model,
     add_removal,
 )
-from sleb_serve.cli.progress import ShardBar, say
+from sleb_serve.cli.progress import ShardBar, say, tell
 from sleb_serve.cli.removal import manifest_of_options
 from sleb_serve.convert.export import export
-from sleb_serve.convert.lists import imported, llama_cpp_list
-from sleb_serve.convert.mergekit import mergekit_config
+from sleb_serve.convert.lists import LAYER_LIST, imported, llama_cpp_list
+from sleb_serve.convert.mergekit import MERGEKIT, mergekit_config
 from sleb_serve.convert.rebind import rebind
 from sleb_serve.cut.servable import check_countable, check_servable
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
 from sleb_serve.manifest.binding import check_model, revision_of
-from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.manifest.reader import MANIFEST, read_manifest
 from sleb_serve.manifest.schema import Manifest
-from sleb_serve.utils.atomic_io import check_writable, write_atomically
+from sleb_serve.utils.atomic_io import write_atomically
+from sleb_serve.utils.outputs import claimed
 from sleb_serve.utils.sizes import format_size
 
 _EXPORT_EXAMPLES = """\
@@ -82,6 +84,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint, a mergekit configuration, or the value of llama-quantize's "
         "--prune-layers (default: transformers)",
     )
+    add_force(parser)
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -97,7 +100,7 @@ def _export(options: argparse.Namespace) -> int:
             for_vllm=options.for_ == "any",
             on_shard=bar.shard_done,
         )
-    print(
+    tell(
         f"wrote {done.folder}: {done.blocks} blocks, {format_size(done.size)} in {done.shards} "
         f"files (dense {format_size(done.source_size)})"
     )
@@ -119,10 +122,11 @@ def _write_list(options: argparse.Namespace, manifest: Manifest) -> int:
     if options.format == "mergekit":
         text = mergekit_config(options.model, manifest, checkpoint.dtype)
     if str(options.output) == "-":
-        print(text, end="")
+        tell(text.removesuffix("\n"))
     else:
-        check_writable(options.output)
-        write_atomically(options.output, text.encode())
+        kind = MERGEKIT if options.format == "mergekit" else LAYER_LIST
+        with claimed([(options.output, kind)], force=options.force):
+            write_atomically(options.output, text.encode())
     return 0
 
 
@@ -133,16 +137,17 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", metavar="N", type=int, help="which of several runs in SLEB's results (the last)"
     )
+    add_force(parser)
 
 
 def _import(options: argparse.Namespace) -> int:
-    check_writable(options.output)
-    download_weights(options.model, options.revision)
-    checkpoint = open_checkpoint(options.model, options.revision)
-    manifest = imported(options.source, options.model, checkpoint, options.run)
-    check_servable(checkpoint, manifest.pruning().cut)
-    manifest.write(options.output)
-    print(describe(manifest))
+    with claimed([(options.output, MANIFEST)], force=options.force):
+        download_weights(options.model, options.revision)
+        checkpoint = open_checkpoint(options.model, options.revision)
+        manifest = imported(options.source, options.model, checkpoint, options.run)
+        check_servable(checkpoint, manifest.pruning().cut)
+        manifest.write(options.output)
+    tell(describe(manifest))
     return 0
 
 
@@ -160,6 +165,7 @@ def _add_rebind(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave a repair out, which does not carry over, rather than refuse",
     )
+    add_force(parser)
 
 
 def _rebind(options: argparse.Namespace) -> int:
@@ -170,10 +176,11 @@ def _rebind(options: argparse.Namespace) -> int:
         revision=options.revision,
         origin=options.origin,
         drop_repair=options.drop_repair,
+        force=options.force,
         note=say,
     )
-    print(describe(manifest))
-    print(f"\nwrote {options.output}; its quality was not measured on this model")
+    tell(describe(manifest))
+    tell(f"\nwrote {options.output}; its quality was not measured on this model")
     return 0
 
 

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sleb_serve.cli.arguments import (
     Command,
     add_counts,
+    add_force,
     add_json,
     add_model,
     add_removal,
     add_sequence_length,
 )
-from sleb_serve.cli.progress import EvalLines, say
+from sleb_serve.cli.progress import EvalLines, say, tell
 from sleb_serve.cli.removal import manifest_of_options
 from sleb_serve.data.texts import EMBEDDED, JUDGED_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.evaluate import PAPER_TASKS, EvalConfig, evaluate, with_evaluation
-from sleb_serve.evaluation.picture import draw
+from sleb_serve.evaluation.picture import PICTURE, draw
 from sleb_serve.evaluation.report import evaluation_table
+from sleb_serve.manifest.schema import Manifest
 from sleb_serve.selection.config import DTYPES
 from sleb_serve.utils import strict_json
-from sleb_serve.utils.atomic_io import is_stream
+from sleb_serve.utils.atomic_io import check_writable, is_stream
 from sleb_serve.utils.extras import require
 from sleb_serve.utils.lists import words
+from sleb_serve.utils.outputs import Output, claimed
 
 _EXAMPLES = """\
 examples:
@@ -96,6 +100,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", metavar="E.json", type=Path, help="where results go")
     parser.add_argument("--resume", action="store_true", help="keep the results that are in E.json")
+    add_force(parser)
     parser.add_argument(
         "--write-back", action="store_true", help="also put the results into the manifest"
     )
@@ -120,14 +125,28 @@ def _run(options: argparse.Namespace) -> int:
         engine_args=strict_json.any_object(engine, "--engine-args"),
         **{name: getattr(options, name) for name in names},
     )
+    pictures: list[Output] = []
     if options.output is not None and len(options.blocks or ()) > 1:
         require("eval", "matplotlib")  # before the hours, not for the picture at their end
+        if not is_stream(options.output):
+            pictures = [(_picture_path(options.output), PICTURE)]
+    with claimed(pictures, force=options.force):
+        return _judged(options, manifest, config, pictures)
+
+
+def _judged(
+    options: argparse.Namespace,
+    manifest: Manifest | None,
+    config: EvalConfig,
+    pictures: Sequence[Output],
+) -> int:
     report = evaluate(
         options.model,
         manifest,
         config,
         options.output,
         resume=options.resume,
+        force=options.force,
         progress=EvalLines(),
     )
     if not options.tasks:
@@ -135,17 +154,24 @@ def _run(options: argparse.Namespace) -> int:
             "note: perplexity does not show lost reasoning; add --tasks, with a generative one "
             "such as gsm8k"
         )
-    print(json.dumps(report, indent=2) if options.json else evaluation_table(report))
+    tell(json.dumps(report, indent=2) if options.json else evaluation_table(report))
     if options.output is not None:
         say(f"wrote {options.output}")
-        if len(report["results"]) > 1 and not is_stream(options.output):
-            picture = options.output.with_suffix(".png")
-            draw(report, picture)
-            say(f"wrote {picture}")
+    for picture, _ in pictures:
+        draw(report, picture)
+        say(f"wrote {picture}")
     if options.write_back and manifest is not None:
         with_evaluation(manifest, report).write(Path(options.manifest))
         say(f"wrote the results into {options.manifest}")
     return 0
+
+
+def _picture_path(output: Path) -> Path:
+    check_writable(output)
+    picture: Path = output.with_suffix(".png")
+    if picture == output:
+        raise SlebError(f"--output {output}: the picture is written there; name the report .json")
+    return picture
 
 
 COMMANDS = (

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from sleb_serve.cli.arguments import (
     Command,
+    add_force,
     add_manifest,
     add_model,
     add_sequence_length,
 )
-from sleb_serve.cli.progress import HealBars
+from sleb_serve.cli.progress import HealBars, tell
 from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
@@ -82,6 +83,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on where a healing was interrupted"
     )
+    add_force(parser)
 
 
 def _add_training(parser: argparse._ArgumentGroup) -> None:
@@ -185,12 +187,18 @@ def _run(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.manifest, repairs=False)
     with HealBars() as bars:
         healed = heal(
-            options.model, manifest, config, options.output, resume=options.resume, progress=bars
+            options.model,
+            manifest,
+            config,
+            options.output,
+            resume=options.resume,
+            force=options.force,
+            progress=bars,
         )
     if is_first():
         files = " and ".join(repair.file for repair in healed.repairs)
-        print(describe(healed))
-        print(f"\nwrote {options.output} and beside it {files}")
+        tell(describe(healed))
+        tell(f"\nwrote {options.output} and beside it {files}")
     return 0
 
 

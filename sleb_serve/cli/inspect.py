@@ -15,6 +15,7 @@ from sleb_serve.cli.arguments import (
     add_model,
     add_tensor_parallel,
 )
+from sleb_serve.cli.progress import tell
 from sleb_serve.compat.architectures import support, support_markdown, support_text
 from sleb_serve.evaluation.report import describe
 from sleb_serve.manifest.reader import read_manifest
@@ -39,7 +40,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 def _show(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.manifest, repairs=False).prefix(options.blocks)
-    print(manifest.to_json().decode() if options.json else describe(manifest))
+    tell(manifest.to_json().decode() if options.json else describe(manifest))
     return 0
 
 
@@ -54,12 +55,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.manifest).prefix(options.blocks)
-    gpu = options.gpu and gpu_named(options.gpu)
+    gpu = None if options.gpu is None else gpu_named(options.gpu)
     report = check(options.model, manifest, gpu, options.tp, options.revision)
     if options.json:
-        print(json.dumps({"passed": report.passed, **asdict(report)}, indent=2))
+        tell(json.dumps({"passed": report.passed, **asdict(report)}, indent=2))
     else:
-        print(report.to_text())
+        tell(report.to_text())
     return int(not report.passed)
 
 
@@ -71,9 +72,9 @@ def _add_architectures(parser: argparse.ArgumentParser) -> None:
 
 def _architectures(options: argparse.Namespace) -> int:
     if options.json:
-        print(json.dumps(support(), indent=2))
+        tell(json.dumps(support(), indent=2))
     else:
-        print(support_markdown() if options.markdown else support_text())
+        tell(support_markdown() if options.markdown else support_text())
     return 0
 
 

@@ -24,8 +24,10 @@ from sleb_serve.cli import (
     watch,
 )
 from sleb_serve.cli.arguments import Parser
+from sleb_serve.cli.signals import StoppedError, ended_by_signals
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.extras import extras_named
+from sleb_serve.utils.terminal import one_line
 
 COMMANDS = (
     *select.COMMANDS,
@@ -39,8 +41,6 @@ COMMANDS = (
     *bench.COMMANDS,
     *study.COMMANDS,
 )
-_LONGEST_WORD, _LONGEST = 300, 1000
-"""Characters; what of an error message is longer is cut short."""
 _LM_EVAL = "lm-eval's own command line, with --model sleb, which takes manifest=M.json"
 
 
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, or 2 for a mistake in what was asked for.
+        The exit code: 0, 1 where a command's answer is no, 2 for a mistake in what was asked for,
+        130 after Ctrl-C, and 128 more than the signal that ended it.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, serve_parser = parsers()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with extras_named(next(iter(arguments), "sleb-serve")):
+        with ended_by_signals(), extras_named(next(iter(arguments), "sleb-serve")):
             return _run(parser, serve_parser, arguments)
     except SlebError as error:
         print(f"sleb-serve: error: {one_line(as_options(str(error), parser))}", file=sys.stderr)
@@ -70,9 +71,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Disks fill and folders vanish under other libraries' hands, too.
         print(f"sleb-serve: error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("sleb-serve: error: out of memory; ask for less at a time", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("sleb-serve: interrupted", file=sys.stderr)
+        print(f"sleb-serve: interrupted{_hint(parser, arguments)}", file=sys.stderr)
         return 130
+    except StoppedError as error:
+        print(f"sleb-serve: {error}{_hint(parser, arguments)}", file=sys.stderr)
+        return error.code
+
+
+def _hint(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
+    """How to go on with a command that was interrupted, if it can be."""
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    command = commands.choices.get(next(iter(arguments), ""))
+    resumes = command is not None and "--resume" in command._option_string_actions
+    return "; run it again with --resume to go on" if resumes else ""
 
 
 def _run(
@@ -120,17 +135,6 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     serve.add_serve(serve_parser)
     commands.add_parser("lm-eval", help=_LM_EVAL, add_help=False)
     return parser, serve_parser
-
-
-def one_line(message: str) -> str:
-    """A message for a terminal: one line, unprintable characters escaped, not too long.
-
-    Messages repeat arguments and what stands in files, which may be anything. Long words are cut
-    short; so is the whole, but for its end, which says what to do.
-    """
-    words = (f"{w[:60]}…" if len(w) >= _LONGEST_WORD else w for w in message.split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(words))
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 202]} … {shown[-199:]}"
 
 
 def _check(arguments: Sequence[str]) -> None:

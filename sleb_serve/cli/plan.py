@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_serve.cli.arguments import MODEL_HELP, Command, add_json, add_tensor_parallel
+from sleb_serve.cli.progress import tell
 from sleb_serve.errors import SlebError
 from sleb_serve.roofline.device import device_here
 from sleb_serve.roofline.fleet import (
@@ -172,9 +173,9 @@ def _run(options: argparse.Namespace) -> int:
             "predictions": [asdict(prediction) for prediction in found],
             "paper": paper,
         }
-        print(json.dumps(values, indent=2))
+        tell(json.dumps(values, indent=2))
     else:
-        print(describe_plan(model, gpu, options.tp, found, paper, options.split))
+        tell(describe_plan(model, gpu, options.tp, found, paper, options.split))
     return 0
 
 
@@ -246,9 +247,9 @@ def _print_fleet(options: argparse.Namespace, needs: Sequence[Need], heading: st
             "step_times": heading,
             "needs": [asdict(found) for found in needs],
         }
-        print(json.dumps(values, indent=2))
+        tell(json.dumps(values, indent=2))
     else:
-        print(describe_fleet(needs, load, slo, heading))
+        tell(describe_fleet(needs, load, slo, heading))
     return 0
 
 

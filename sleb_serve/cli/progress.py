@@ -18,6 +18,7 @@ from sleb_serve.selection.config import Progress as SearchProgress
 from sleb_serve.selection.search import Step
 from sleb_serve.utils.distributed import is_first
 from sleb_serve.utils.sizes import format_size
+from sleb_serve.utils.terminal import printable
 
 if TYPE_CHECKING:
     from sleb_serve.roofline.target import SpeedTarget
@@ -181,4 +182,9 @@ def _removed(blocks: int) -> str:
 
 def say(text: str) -> None:
     """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Lines on standard output, for people: a terminal takes control characters for commands."""
+    print(printable(text), flush=True)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from sleb_serve.cli.arguments import Command
+from sleb_serve.cli.progress import tell
 from sleb_serve.publishing.push import CARD, prepared, push
 from sleb_serve.utils.sizes import format_size
 
@@ -39,15 +40,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         upload = prepared(options.manifest, options.repository)
         for name, size in upload.sizes.items():
-            print(f"{format_size(size):>10}  {name}")
+            tell(f"{format_size(size):>10}  {name}")
         card = upload.files[CARD]
         assert isinstance(card, bytes)
-        print(f"\n{card.decode()}")
+        tell(f"\n{card.decode()}")
         return 0
     found = push(
         options.manifest, options.repository, revision=options.revision, private=options.private
     )
-    print(f"pushed: -m {found}")
+    tell(f"pushed: -m {found}")
     return 0
 
 

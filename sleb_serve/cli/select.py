@@ -10,11 +10,12 @@ from pathlib import Path
 
 from sleb_serve.cli.arguments import (
     Command,
+    add_force,
     add_model,
     add_sequence_length,
     add_tensor_parallel,
 )
-from sleb_serve.cli.progress import SearchBars, say
+from sleb_serve.cli.progress import SearchBars, say, tell
 from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
@@ -76,6 +77,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the finished steps of an interrupted search"
     )
+    add_force(parser)
     parser.add_argument(
         "--metrics-port",
         metavar="PORT",
@@ -230,12 +232,17 @@ def _run(options: argparse.Namespace) -> int:
             say(f"metrics: http://localhost:{metrics.port}/metrics")
             progress = metrics
         manifest = select(
-            options.model, config, options.output, resume=options.resume, progress=progress
+            options.model,
+            config,
+            options.output,
+            resume=options.resume,
+            force=options.force,
+            progress=progress,
         )
     if is_first():
-        print(describe(manifest))
+        tell(describe(manifest))
         log = "" if is_stream(options.output) else f" and {log_path(options.output)}"
-        print(f"\nwrote {options.output}{log}")
+        tell(f"\nwrote {options.output}{log}")
     return 0
 
 

@@ -65,6 +65,14 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _quoted(word: str) -> str:
+    """A word for a shell, and a terminal on the way there."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in plain) + "'"
+
+
 def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Print the command, and become it unless --dry-run is given."""
     if set(arguments) & {"-h", "--help"}:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from sleb_bench.study import StudyOptions, Told, study
-from sleb_serve.cli.arguments import Command, add_model
+from sleb_serve.cli.arguments import Command, add_force, add_model
 from sleb_serve.cli.heal import count, weighted
-from sleb_serve.cli.progress import EvalLines, HealBars, SearchBars, say
+from sleb_serve.cli.progress import EvalLines, HealBars, SearchBars, say, tell
 from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
 from sleb_serve.evaluation.evaluate import EvalConfig
 from sleb_serve.healing.config import HealConfig
@@ -84,6 +84,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     judged.add_argument(
         "--engine-args", metavar="JSON", default="{}", help="arguments of vllm.LLM, to measure with"
     )
+    add_force(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -115,8 +116,8 @@ def _run(options: argparse.Namespace) -> int:
         revision=options.revision,
     )
     with SearchBars() as search, HealBars() as bars:
-        page = study(wanted, Told(say, search, bars, EvalLines()))
-    print(page.read_text())
+        page = study(wanted, Told(say, search, bars, EvalLines()), force=options.force)
+    tell(page.read_text())
     say(f"wrote {page.with_suffix('.html')} and what it was made from")
     return 0
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from sleb_serve.cli.arguments import Command, add_blocks, add_json, add_manifest
-from sleb_serve.cli.progress import say
+from sleb_serve.cli.progress import say, tell
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.serving.canary import CONCURRENCY, canary, read_prompts
@@ -54,9 +53,9 @@ def _probe(options: argparse.Namespace) -> int:
     try:
         found = probe(Client(options.url), manifest, options.tolerance)
     except (NotReadyError, ServerError) as error:
-        print(f"not ready: {error}", file=sys.stderr)
+        say(f"not ready: {error}")
         return 1
-    print(found.to_text())
+    tell(found.to_text())
     return 0
 
 
@@ -87,7 +86,7 @@ def _canary(options: argparse.Namespace) -> int:
         drift = canary(
             dense, pruned, prompts, options.max_tokens, options.concurrency, lambda: bar.update()
         )
-    print(json.dumps(drift.to_dict(), indent=2) if options.json else drift.to_text())
+    tell(json.dumps(drift.to_dict(), indent=2) if options.json else drift.to_text())
     limit = options.max_drift
     if limit is not None and not drift.loss_drift <= limit:
         say(f"the loss rose by {drift.loss_drift:.4f} nats a token, more than {limit:g}")

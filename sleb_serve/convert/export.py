@@ -32,6 +32,8 @@ from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.repair_file import WeightChanges, read_sidecar
 from sleb_serve.manifest.repository import MANIFEST_NAME
 from sleb_serve.manifest.schema import Manifest
+from sleb_serve.utils.atomic_io import temporary_prefix
+from sleb_serve.utils.outputs import locked, remove_leftovers
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|index\.json|ot)|config\.json|\..*"
@@ -281,12 +283,19 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SlebError(f"cannot write {folder}: it is there already; give a new folder")
-    if not folder.absolute().parent.is_dir():
+    whole = folder.absolute()
+    if not whole.parent.is_dir():
         raise SlebError(f"cannot write {folder}: there is no folder {folder.parent}")
+    with locked(whole.with_name(f".{whole.name}.lock"), folder):
+        remove_leftovers(whole)
+        yield from _filled(folder)
+
+
+def _filled(folder: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         temporary = Path(
-            tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}.incomplete-")
+            tempfile.mkdtemp(dir=folder.absolute().parent, prefix=temporary_prefix(folder))
         )
         yield temporary
         temporary.chmod(0o755)

@@ -36,6 +36,10 @@ from sleb_serve.manifest.blocks import check_blocks
 from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.limited import read_limited
+from sleb_serve.utils.outputs import beginning_with
+
+LAYER_LIST = beginning_with("a list of layers", rb"[0-9,]+\n\Z")
+"""What `llama_cpp_list` makes."""
 
 _MAX_BYTES = 16 << 20
 _BARE = re.compile(r"[\[\]0-9\s,.+-]+")

@@ -12,6 +12,10 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest.blocks import gaps
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.utils import strict_json
+from sleb_serve.utils.outputs import beginning_with
+
+MERGEKIT = beginning_with("a mergekit configuration", rb"merge_method: passthrough\n")
+
 
 MERGEKIT_TOP = {
     "slices",

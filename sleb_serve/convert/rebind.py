@@ -24,10 +24,11 @@ from sleb_serve.cut.servable import check_servable
 from sleb_serve.cut.written import with_quantisation
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.binding import bind, check_model, revision_of
+from sleb_serve.manifest.reader import MANIFEST
 from sleb_serve.manifest.repository import is_repository
 from sleb_serve.manifest.schema import Golden, Manifest, Origin
-from sleb_serve.utils.atomic_io import check_writable
 from sleb_serve.utils.extras import require
+from sleb_serve.utils.outputs import claimed
 from sleb_serve.utils.sizes import format_size
 
 _PACKED = ("qweight", "weight_packed")
@@ -44,6 +45,7 @@ def rebind(
     revision: str | None = None,
     origin: str | Path | None = None,
     drop_repair: bool = False,
+    force: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Bind a manifest to a quantised or fine-tuned form of its model.
@@ -55,6 +57,7 @@ def rebind(
         revision: of `model`, if it is a hub model.
         origin: the manifest's own model; None for the hub id that the manifest names.
         drop_repair: bind a repaired manifest without its repair, rather than refuse it.
+        force: replace what is at `output`, be it of another kind.
         note: told what does not carry over.
 
     Raises:
@@ -63,10 +66,24 @@ def rebind(
     """
     require("rebind", "torch", "transformers", "accelerate", "psutil")
     output = None if output is None else Path(output)
-    if output is not None:
-        check_writable(output)
+    with claimed([] if output is None else [(output, MANIFEST)], force=force):
+        result = _bound(manifest, str(model), revision, origin, drop_repair, note)
+        if output is not None:
+            result = replace(result, folder=output.parent)
+            result.write(output)
+    return result
+
+
+def _bound(
+    manifest: Manifest,
+    model: str,
+    revision: str | None,
+    origin: str | Path | None,
+    drop_repair: bool,
+    note: Callable[[str], None],
+) -> Manifest:
     manifest = _unrepaired(manifest, drop_repair, note)
-    first, other = _models(manifest, str(model), revision, origin)
+    first, other = _models(manifest, model, revision, origin)
     _check_layers(first, other)
     _check_tensors(first, other)
     cut = manifest.pruning().cut
@@ -77,21 +94,18 @@ def rebind(
         note("the evaluation is the first model's and is left out; run `sleb-serve eval`")
     before = manifest.model
     own = Origin(before.id, before.revision, before.config_sha256, before.weights_sha256)
-    result = replace(
+    return replace(
         manifest,
-        model=bind(str(model), other),
+        model=bind(model, other),
         golden=_golden(manifest, first, other, note),
         evaluation=MappingProxyType({}),
         # Of one that was bound to another model before: its losses are the very first model's.
         rebound_from=manifest.rebound_from or own,
         created_by={name: version(name) for name in ("torch", "transformers")}
         | {"sleb_serve": __version__, **manifest.made_from},
-        folder=None if output is None else output.parent,
+        folder=None,
         source=None,
     )
-    if output is not None:
-        result.write(output)
-    return result
 
 
 def _unrepaired(manifest: Manifest, drop: bool, note: Callable[[str], None]) -> Manifest:

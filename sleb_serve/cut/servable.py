@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from sleb_serve.cut.whole import cut_config
 from sleb_serve.cut.written import written_config
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.extras import MissingExtraError, install_hint, missing
+from sleb_serve.utils.scratch import ScratchFolder
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping
         check_known(checkpoint.architecture)
         _warn()
         return
-    with tempfile.TemporaryDirectory(prefix="sleb-serve-") as folder:
+    with ScratchFolder() as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
         short = transformers_config(folder)
     if short is None:

@@ -7,7 +7,6 @@ interrupted evaluation goes on with ``--resume``.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,12 +24,18 @@ from sleb_serve.data.questions import question_prompts
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.backends import Judge, check_tasks, transformers_judges, vllm_judges
-from sleb_serve.evaluation.earlier import earlier_results
+from sleb_serve.evaluation.files import (
+    earlier_results,
+    outputs_of,
+    write_report,
+    write_theirs,
+)
 from sleb_serve.evaluation.verdict import verdict
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share, ideal_ratio
-from sleb_serve.utils.atomic_io import check_writable, is_stream, write_atomically
+from sleb_serve.utils.atomic_io import is_stream
+from sleb_serve.utils.outputs import claimed
 
 PAPER_TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The paper's five zero-shot tasks (section 4.1)."""
@@ -124,6 +129,7 @@ def evaluate(
     output: str | Path | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure the model with each number of blocks removed.
@@ -134,6 +140,7 @@ def evaluate(
         config: what to measure; None for the perplexity on WikiText-2.
         output: where to write the report after each result; None writes nothing.
         resume: keep the results that are in `output`.
+        force: replace what is there, be it of another kind.
         progress: told how it goes.
 
     Returns:
@@ -142,19 +149,33 @@ def evaluate(
     Raises:
         SlebError: a text or a task is not there, the model is not the manifest's, or cannot be run.
     """
+    config = config or EvalConfig()
     output = None if output is None else Path(output)
+    theirs = _blocks(manifest, config) if config.tasks else ()
+    with claimed(outputs_of(output, theirs), force=force):
+        return _evaluated(str(model), manifest, config, output, resume, progress or Progress())
+
+
+def _evaluated(
+    model: str,
+    manifest: Manifest | None,
+    config: EvalConfig,
+    output: Path | None,
+    resume: bool,
+    progress: Progress,
+) -> dict[str, Any]:
     # A device or a pipe gets the report once, and there is nothing beside it.
     file = None if output is None or is_stream(output) else output
-    work = _prepared(str(model), manifest, config or EvalConfig(), file)
+    work = _prepared(model, manifest, config, file)
     report = _start(work, resume)
     judges = transformers_judges if work.config.backend == "hf" else vllm_judges
     with judges(work) as judge_of:
         for entry in report["results"]:
             with judge_of(work.manifest_of(entry["blocks"])) as judge:
-                _fill(work, report, entry, judge, progress or Progress())
+                _fill(work, report, entry, judge, progress)
     for entry in report["results"]:
         entry["verdict"] = verdict(entry, report["results"])
-    _write(output, report)
+    write_report(output, report)
     return report
 
 
@@ -166,8 +187,6 @@ def _prepared(
 
     if config.tasks:
         check_tasks(config.tasks)
-    if output is not None:
-        check_writable(output)
     if manifest is None:
         download_weights(model, config.revision)
         checkpoint = open_checkpoint(model, config.revision)
@@ -181,9 +200,7 @@ def _prepared(
     length = config.sequence_length or min(OFFICIAL_SEQUENCE_LENGTH, context_length(checkpoint))
     if length < 2:
         raise SlebError(f"sequence_length={length}: a sequence needs at least 2 tokens")
-    blocks = config.blocks
-    if blocks is None:
-        blocks = (0,) if manifest is None else (len(manifest.removed),)
+    blocks = _blocks(manifest, config)
     for count in blocks:
         if count and manifest is None:
             raise SlebError(f"blocks={count}: which blocks? give a manifest")
@@ -197,6 +214,12 @@ def _prepared(
     asked = config.answers and config.backend == "hf" and any(blocks) and generates(checkpoint)
     questions = question_prompts(tokenizer) if asked else []
     return Evaluation(model, checkpoint, manifest, config, blocks, length, output, texts, questions)
+
+
+def _blocks(manifest: Manifest | None, config: EvalConfig) -> tuple[int, ...]:
+    if config.blocks is not None:
+        return config.blocks
+    return (0,) if manifest is None else (len(manifest.removed),)
 
 
 def _fill(
@@ -224,21 +247,21 @@ def _fill(
             entry["agreement"][text] = found.agreement
         if found.calibration_error is not None:
             entry["calibration_error"][text] = found.calibration_error
-        _write(work.output, report)
+        write_report(work.output, report)
     if work.questions and blocks and entry["answers"]:
         progress.known(blocks, ANSWERS)
     elif work.questions and blocks:
         progress.begins(blocks, ANSWERS)
         entry["answers"] = judge().answers() or {}
-        _write(work.output, report)
+        write_report(work.output, report)
     if config.tasks and entry["tasks"]:
         progress.known(blocks, ", ".join(config.tasks))
     elif config.tasks:
         progress.begins(blocks, ", ".join(config.tasks))
         theirs = judge().tasks(config.tasks, config.limit, config.num_fewshot)
-        _write_theirs(work.output, blocks, theirs)
+        write_theirs(work.output, blocks, theirs)
         entry["tasks"] = _shown(theirs["results"])
-        _write(work.output, report)
+        write_report(work.output, report)
 
 
 def with_evaluation(manifest: Manifest, report: Mapping[str, Any]) -> Manifest:
@@ -311,18 +334,6 @@ def _versions(config: EvalConfig, manifest: Manifest | None) -> dict[str, str]:
 
         found["vllm"] = vllm_version() or "unknown"
     return found
-
-
-def _write(path: Path | None, report: Mapping[str, Any]) -> None:
-    if path is not None:
-        write_atomically(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _write_theirs(path: Path | None, blocks: int, results: Mapping[str, Any]) -> None:
-    """lm-eval's own results beside ours, as `lm_eval --output_path` writes them."""
-    if path is not None:
-        text = json.dumps(results, indent=2, default=str, ensure_ascii=False)
-        write_atomically(path.with_name(f"{path.stem}.lm-eval-{blocks}.json"), text.encode())
 
 
 def _shown(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

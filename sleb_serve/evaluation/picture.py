@@ -8,6 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from sleb_serve.utils.atomic_io import whole_file
+from sleb_serve.utils.outputs import beginning_with
+
+PICTURE = beginning_with("a picture", rb"\x89PNG\r\n\x1a\n")
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from sleb_serve.errors import SlebError
-from sleb_serve.evaluation.earlier import results_of
+from sleb_serve.evaluation.files import results_of
 from sleb_serve.evaluation.picture import accuracy
 from sleb_serve.evaluation.verdict import verdict
 from sleb_serve.manifest.schema import Manifest, Repair

@@ -13,11 +13,14 @@ from sleb_serve.data.training import Mixture, make_mixture
 from sleb_serve.errors import SlebError
 from sleb_serve.healing.config import DEFAULT_LENGTH, HealConfig, Progress
 from sleb_serve.manifest.binding import check_model, revision_of
-from sleb_serve.manifest.repair_file import check_sidecar
+from sleb_serve.manifest.reader import MANIFEST
+from sleb_serve.manifest.repair_file import SIDECAR, check_sidecar, sidecar_path
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.utils.atomic_io import check_writable, is_stream
 from sleb_serve.utils.distributed import Ranks, launched
+from sleb_serve.utils.outputs import Output, beginning_with, claimed
 
+_STATE = beginning_with("the state of a healing", rb"PK\x03\x04")
 _MOST_TOKENS = 20_000_000
 """Read of the texts where time alone ends the training; then they begin again."""
 
@@ -47,6 +50,7 @@ def heal(
     output: str | Path,
     *,
     resume: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Train what is left of a pruned model to predict what the dense model predicts.
@@ -58,6 +62,7 @@ def heal(
         config: on what to train, and how.
         output: where to write the healed manifest, and beside it the weights' changes.
         resume: go on where a healing for `output` was interrupted.
+        force: replace what is there, be it of another kind.
         progress: told how it goes.
 
     Returns:
@@ -67,10 +72,33 @@ def heal(
         SlebError: what was asked for cannot be done; nothing was written, or nothing more than the
             state to go on from.
     """
-    work = _prepared(str(model), manifest, config, Path(output), resume, progress or Progress())
-    from sleb_serve.healing.run import run
+    config.check()
+    output = Path(output)
+    if is_stream(output):
+        raise SlebError(f"cannot write {output}: what is learned lies beside it; give a file")
+    with claimed(_outputs(manifest, config, output), force=force):
+        work = _prepared(str(model), manifest, config, output, resume, progress or Progress())
+        from sleb_serve.healing.run import run
 
-    return run(work)
+        return run(work)
+
+
+def state_path(output: Path, blocks: int) -> Path:
+    """Where a healing for `output` keeps what it goes on from, of so many removals."""
+    return output.with_name(f"{output.name}.heal-{blocks}.state")
+
+
+def _outputs(manifest: Manifest, config: HealConfig, output: Path) -> list[Output]:
+    """What is written."""
+    check_writable(output)
+    whole = len(manifest.removed)
+    counts = sorted({*config.also, whole})
+    sidecars = [sidecar_path(output, None if blocks == whole else blocks) for blocks in counts]
+    return [
+        (output, MANIFEST),
+        *((path, SIDECAR) for path in sidecars),
+        *((state_path(output, blocks), _STATE) for blocks in counts),
+    ]
 
 
 def _prepared(
@@ -84,10 +112,6 @@ def _prepared(
     """What can be refused before the model is loaded."""
     from sleb_serve.models.loading import generates
 
-    config.check()
-    check_writable(output)
-    if is_stream(output):
-        raise SlebError(f"cannot write {output}: what is learned lies beside it; give a file")
     start = _start(manifest, config, output) if config.further else {}
     # A fold's weights would be in the teacher, too.
     manifest = replace(manifest, repairs=())

@@ -12,7 +12,7 @@ import torch
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.healing.config import HealConfig
-from sleb_serve.healing.pipeline import Work
+from sleb_serve.healing.pipeline import Work, state_path
 from sleb_serve.healing.training import State, Trainer
 from sleb_serve.healing.twin import Twin, adaptable
 from sleb_serve.manifest.repair_file import (
@@ -48,7 +48,7 @@ def run(work: Work) -> Manifest:
     if work.ranks.index == 0:
         result.write(work.output)
         for blocks in counts:
-            _state_path(work, blocks).unlink(missing_ok=True)
+            state_path(work.output, blocks).unlink(missing_ok=True)
     return result
 
 
@@ -86,7 +86,7 @@ def _heal(work: Work, dense: Any, blocks: int) -> tuple[Repair, dict[str, Any]]:
             work.mixture,
             config,
             work.ranks,
-            _state_path(work, blocks),
+            state_path(work.output, blocks),
             _fingerprint(work, before.pruning().digest),
             work.progress,
             start,
@@ -124,10 +124,6 @@ def _training(config: HealConfig, rank: int, state: State, repair: Repair | None
             "healed": round(best.agreement, 4),
         },
     )
-
-
-def _state_path(work: Work, blocks: int) -> Path:
-    return work.output.with_name(f"{work.output.name}.heal-{blocks}.state")
 
 
 def _fingerprint(work: Work, digest: str) -> str:

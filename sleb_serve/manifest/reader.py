@@ -29,6 +29,9 @@ from sleb_serve.manifest.schema import (
     perplexity_of,
 )
 from sleb_serve.utils import strict_json
+from sleb_serve.utils.outputs import object_with
+
+MANIFEST = object_with("a removal manifest", "schema_version", "removed")
 
 _LOG = logging.getLogger(__name__)
 

@@ -16,9 +16,11 @@ from typing import Any
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.pruning import Pruning, RepairFile
 from sleb_serve.utils.atomic_io import whole_file
+from sleb_serve.utils.outputs import Kind
 
 LORA_A, LORA_B = ".lora_A", ".lora_B"
 """What follows a weight's name in those of the two factors of its change."""
+_ABOUT = "sleb_serve"
 _CHUNK = 1 << 24
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -70,6 +72,19 @@ class WeightChanges:
         return (weight.float() + b @ a).to(weight.dtype)
 
 
+def _is_sidecar(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            return _ABOUT in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+SIDECAR = Kind("a repair's weights", _is_sidecar)
+
+
 def sidecar_path(output: Path, blocks: int | None = None) -> Path:
     """Where the sidecar of the manifest `output` lies; of its first `blocks` removals, if given."""
     part = "" if blocks is None else f"-{blocks}"
@@ -96,7 +111,7 @@ def write_sidecar(path: Path, tensors: Mapping[str, Any], about: Mapping[str, An
     with whole_file(path) as temporary:
         try:
             # One entry of metadata: several would be written in no fixed order.
-            save_file(dict(tensors), temporary, metadata={"sleb_serve": json.dumps(about)})
+            save_file(dict(tensors), temporary, metadata={_ABOUT: json.dumps(about)})
         except SafetensorError as error:
             raise OSError(first_line(error)) from error
         return _sha256(temporary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.cut.layers import decoder_layers
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.utils.scratch import ScratchFolder
 
 EMULATED = {
     "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
@@ -75,7 +75,7 @@ def load_model(
     if device is None:
         place = "auto" if torch.accelerator.is_available() else None
     # accelerate reads safetensors in place; the folder is for weights that it must convert.
-    folder = tempfile.TemporaryDirectory(prefix="sleb-serve-")
+    folder = ScratchFolder()
     try:
         if streamed:
             place = _layers_outside(checkpoint, device)

@@ -24,6 +24,9 @@ SEARCHES = ("greedy", "fast")
 """The official algorithm's result, exactly; or the same with a probability of 95 %."""
 
 
+_MOST_SEEDS = 1000
+
+
 @dataclass(frozen=True)
 class SelectConfig:
     """How `sleb_serve.select` chooses the blocks to remove.
@@ -99,8 +102,8 @@ class SelectConfig:
             raise SlebError(f"until={self.until}: give a number above 1")
         if self.until is not None and self.objective not in (None, "nll"):
             raise SlebError(f"`until` is a perplexity, objective={self.objective} measures none")
-        if self.seeds < 1:
-            raise SlebError(f"seeds={self.seeds}: at least one sample of the text is needed")
+        if not 1 <= self.seeds <= _MOST_SEEDS:
+            raise SlebError(f"seeds={self.seeds}: give 1 to {_MOST_SEEDS} samples of the text")
 
     @property
     def method(self) -> str:

@@ -21,8 +21,10 @@ from sleb_serve.selection.search import Step
 from sleb_serve.utils import strict_json
 from sleb_serve.utils.atomic_io import write_atomically
 from sleb_serve.utils.limited import read_limited
+from sleb_serve.utils.outputs import beginning_with
 
 _MAX_BYTES = 1 << 30
+LOG = beginning_with("the log of a search", rb'\{"search": ')
 
 
 class SearchLog:

@@ -17,15 +17,17 @@ from sleb_serve.data.calibration import Sequences, make_sequences
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.repair_file import WeightChanges, sidecar_path, write_sidecar
+from sleb_serve.manifest.reader import MANIFEST
+from sleb_serve.manifest.repair_file import SIDECAR, WeightChanges, sidecar_path, write_sidecar
 from sleb_serve.manifest.schema import Manifest, Removal, Repair
 from sleb_serve.roofline.sizes import read_model
 from sleb_serve.roofline.target import blocks_for
 from sleb_serve.selection.config import Progress, SelectConfig
-from sleb_serve.selection.log import log_path
+from sleb_serve.selection.log import LOG, log_path
 from sleb_serve.selection.search import blocks_to_remove, candidates
 from sleb_serve.utils.atomic_io import check_writable, is_stream
 from sleb_serve.utils.distributed import launched
+from sleb_serve.utils.outputs import Output, claimed
 
 if TYPE_CHECKING:
     from sleb_serve.selection.run import Search, Task
@@ -45,6 +47,7 @@ def select(
     output: str | Path | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Find the blocks whose removal raises the calibration loss least.
@@ -55,18 +58,36 @@ def select(
         output: where to write the manifest, and beside it the search's log and a repair's weights.
             None writes nothing, and allows no repair.
         resume: go on where an interrupted search for `output` stopped.
+        force: replace what is there, be it of another kind.
         progress: told how it goes.
 
     Raises:
         SlebError: what was asked for cannot be done; nothing was written, or nothing more than the
             log of the steps that were finished.
     """
+    config.check()
+    output = None if output is None else Path(output)
+    with claimed(_outputs(config, output), force=force):
+        return _selected(str(model), config, output, resume, progress or Progress())
+
+
+def _outputs(config: SelectConfig, output: Path | None) -> list[Output]:
+    """What is written."""
+    if output is None or is_stream(output):
+        return [] if output is None else [(output, MANIFEST)]
+    check_writable(output)
+    logs = [(log_path(output, sample), LOG) for sample in range(config.seeds)]
+    repair = [] if config.repair == "none" else [(sidecar_path(output), SIDECAR)]
+    return [(output, MANIFEST), *logs, *repair]
+
+
+def _selected(
+    model: str, config: SelectConfig, output: Path | None, resume: bool, progress: Progress
+) -> Manifest:
     from sleb_serve.selection.run import Search
 
-    output = None if output is None else Path(output)
     beside = None if output is None or is_stream(output) else output
-    progress = progress or Progress()
-    task = _task(str(model), config, output, resume, progress)
+    task = _task(model, config, output, resume, progress)
     texts = _texts(task.checkpoint, config)
 
     def search(sample: int) -> Search:
@@ -95,7 +116,6 @@ def _task(
     from sleb_serve.cut.likeness import transformers_config
     from sleb_serve.selection.run import Task
 
-    config.check()
     if (output is None or is_stream(output)) and (config.repair != "none" or resume):
         raise SlebError("a repair, and going on with a search, need a file: give `output`")
     checkpoint = open_checkpoint(model, config.revision)
@@ -118,8 +138,6 @@ def _task(
             f"remove={asked}: {most} of the blocks between the barriers can go, the others hold "
             f"what later blocks use; ask for fewer"
         )
-    if output is not None:
-        check_writable(output)
     download_weights(model, config.revision)
     return Task(
         checkpoint=checkpoint,

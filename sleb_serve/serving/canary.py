@@ -128,7 +128,11 @@ def canary(
         return one, two
 
     with ThreadPoolExecutor(concurrency) as pool:
-        pairs = list(pool.map(ask, prompts))
+        try:
+            pairs = list(pool.map(ask, prompts))
+        finally:
+            # After an error or Ctrl-C, prompts that wait are not asked any more.
+            pool.shutdown(wait=False, cancel_futures=True)
     if any(len(one.prompt_logprobs) != len(two.prompt_logprobs) for one, two in pairs):
         raise SlebError("the servers cut the prompts into different tokens: not the same model")
     scores = [

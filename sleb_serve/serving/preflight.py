@@ -22,6 +22,7 @@ from sleb_serve.roofline.model import kv_tokens
 from sleb_serve.roofline.sizes import derived
 from sleb_serve.serving.command import check_plugin, served_name
 from sleb_serve.utils.sizes import format_size
+from sleb_serve.utils.terminal import one_line
 
 OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "unknown"
 
@@ -109,7 +110,7 @@ def _asked(name: str, question: Callable[[], str]) -> Finding:
     try:
         return Finding(name, OK, question())
     except SlebError as error:
-        return Finding(name, FAILED, str(error))
+        return Finding(name, FAILED, one_line(str(error)))
 
 
 def _model(model: str, manifest: Manifest, revision: str | None) -> str:
@@ -147,7 +148,7 @@ def _layers(checkpoint: Checkpoint, pruning: Pruning) -> Finding:
     try:
         compared = compare_layers(checkpoint, pruning.cut)
     except SlebError as error:
-        return Finding("layers", FAILED, str(error))
+        return Finding("layers", FAILED, one_line(str(error)))
     if not compared:
         return Finding("layers", WARNING, not_compared())
     return Finding("layers", OK, "those that stay are as in the dense model")
@@ -205,7 +206,7 @@ def _kv_cache(
     try:
         caches = caches_of(derived(checkpoint))
     except SlebError as error:
-        return Finding(name, UNKNOWN, str(error))
+        return Finding(name, UNKNOWN, one_line(str(error)))
     if weights is None:
         return Finding(name, UNKNOWN, "the weights' size is not known")
     memory = gpu.memory * MEMORY_USED * tp

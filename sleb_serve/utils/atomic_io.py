@@ -10,11 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.utils.scratch import ScratchFolder
 
 
 def is_stream(path: Path) -> bool:
     """Whether there is a device or a pipe at `path`: it is written to, never replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def temporary_prefix(path: Path) -> str:
+    """What the names of the temporary files and folders begin with that become `path`."""
+    return f".{target_of(path).name}.incomplete-"
 
 
 def check_writable(path: Path) -> None:
@@ -27,11 +33,11 @@ def check_writable(path: Path) -> None:
         raise SlebError(f"cannot write {path}: it is a folder; give the path of a file")
     if is_stream(path):
         return
-    parent = _target(path).parent
+    parent = target_of(path).parent
     if not parent.is_dir():
         raise SlebError(f"cannot write {path}: there is no folder {parent}; create it first")
     try:
-        with tempfile.TemporaryFile(dir=parent):
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=temporary_prefix(path)):
             pass
     except OSError as error:
         raise SlebError(
@@ -62,15 +68,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         if is_stream(path):
-            with tempfile.TemporaryDirectory(prefix="sleb-serve-") as folder:
+            with ScratchFolder() as folder:
                 yield Path(folder) / "content"
                 with path.open("wb") as stream, (Path(folder) / "content").open("rb") as content:
                     shutil.copyfileobj(content, stream)
             return
-        path = _target(path)
+        path = target_of(path)
         # mkstemp makes the file readable by its owner alone; other users of a shared model
         # store need to read manifests, so it gets the mode that open() would have given it.
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path))
         os.close(descriptor)
         temporary = Path(name)
         yield temporary
@@ -113,7 +119,7 @@ def shared_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _target(path: Path) -> Path:
+def target_of(path: Path) -> Path:
     """Where a symbolic link leads; the path itself where it is none."""
     return path.resolve() if path.is_symlink() else path
 

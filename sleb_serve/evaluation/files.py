@@ -1,19 +1,33 @@
-"""Results of earlier evaluations, read strictly: anyone may have changed the file."""
+"""The files of an evaluation: written whole, and read strictly by who goes on from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils import strict_json
+from sleb_serve.utils.atomic_io import check_writable, is_stream, write_atomically
 from sleb_serve.utils.limited import read_limited
+from sleb_serve.utils.outputs import Output, object_with
 
+_REPORT = object_with("an evaluation's report", "model", "settings", "results")
+_THEIRS = object_with("results of lm-eval", "results", "configs")
 _MAX_BYTES = 64 << 20
 _MEASURES = ("perplexity", "agreement", "calibration_error", "answers")
 Results = dict[tuple[int, str | None], dict[str, Any]]
 """What was measured, by the number of blocks and the pruning's digest."""
+
+
+def outputs_of(output: Path | None, theirs: Sequence[int]) -> list[Output]:
+    """What an evaluation writes, with lm-eval's own results of so many blocks; no picture."""
+    if output is None:
+        return []
+    check_writable(output)
+    beside = () if is_stream(output) else theirs
+    return [(output, _REPORT), *((_theirs_path(output, blocks), _THEIRS) for blocks in beside)]
 
 
 def earlier_results(path: Path, model: object, settings: object) -> Results:
@@ -72,3 +86,20 @@ def _metrics(value: object, where: str) -> Mapping[str, float]:
 def _numbers(value: object, where: str) -> Mapping[str, float]:
     found = strict_json.any_object(value, where)
     return {name: strict_json.number(entry, where) for name, entry in found.items()}
+
+
+def write_report(path: Path | None, report: Mapping[str, Any]) -> None:
+    """Write a report, if anywhere."""
+    if path is not None:
+        write_atomically(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_theirs(path: Path | None, blocks: int, results: Mapping[str, Any]) -> None:
+    """lm-eval's own results beside ours, as `lm_eval --output_path` writes them."""
+    if path is not None:
+        text = json.dumps(results, indent=2, default=str, ensure_ascii=False)
+        write_atomically(_theirs_path(path, blocks), text.encode())
+
+
+def _theirs_path(path: Path, blocks: int) -> Path:
+    return path.with_name(f"{path.stem}.lm-eval-{blocks}.json")

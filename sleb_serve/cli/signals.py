@@ -1,0 +1,38 @@
+"""Signals that end a command: it ends as at an error, so that nothing stays half-written."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class StoppedError(BaseException):
+    """A signal asked this process to end; no `Exception`, so that no library goes on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Raise `StoppedError` where a signal would end the process at once; ignored ones stay so."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise StoppedError(number)
+
+    # Signals are the main thread's.
+    here = threading.current_thread() is threading.main_thread()
+    ending = [n for n in _ENDING if here and signal.getsignal(n) is signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
