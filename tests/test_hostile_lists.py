@@ -57,7 +57,7 @@ AROUND = (
         ("Removal Order: [", ""),
     ),
 )
-SIZES = (100, 60_000, 1_000_000)
+SIZES = (100, 15_000, 1_000_000)
 NESTED = (
     "a: &a [x, x, x, x, x, x, x, x, x]\n"
     + "".join(

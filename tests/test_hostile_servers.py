@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -209,3 +211,38 @@ def test_a_server_without_tls_is_asked_with_tls(
     monkeypatch.setattr(client, "TIMEOUT", 2.0)
     url = honest.url.replace("http:", "https:")
     assert url in refused_line(probe_of(honest, url), 1, "not ready: ", capsys)
+
+
+_LIMITED = """
+import resource, sys
+from sleb_serve.cli.main import main
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+sys.exit(main(["probe", sys.argv[1], "-m", sys.argv[2]]))
+"""
+LARGE: dict[str, Any] = {
+    "lists": b"[" + b"[]," * (client.MAX_BYTES // 3 - 2) + b"[]]",
+    "keys": b"{" + b",".join(b'"%x":0' % i for i in range(client.MAX_BYTES // 12)) + b"}",
+    "nested": b"[" * client.MAX_BYTES,
+    "letters": b'"' + b"x" * (client.MAX_BYTES - 2) + b'"',
+}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(body, id=name, marks=[pytest.mark.slow] if name in ("lists", "keys") else [])
+        for name, body in LARGE.items()
+    ],
+)
+def test_the_largest_answers_fit_into_a_gibibyte(honest: Hostile, body: bytes) -> None:
+    honest.answers[MANIFEST] = http(body)
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED, honest.url, str(honest.manifest)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr[-500:]
+    assert done.stderr.startswith("not ready: ")
+    assert done.stderr.count("\n") == 1

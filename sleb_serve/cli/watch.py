@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,6 +50,7 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _probe(options: argparse.Namespace) -> int:
+    _check_nats("--tolerance", options.tolerance)
     manifest = read_manifest(options.manifest, repairs=False).prefix(options.blocks)
     try:
         found = probe(Client(options.url), manifest, options.tolerance)
@@ -80,6 +82,7 @@ def _canary(options: argparse.Namespace) -> int:
     for name in ("requests", "max_tokens", "concurrency"):
         if getattr(options, name) < 1:
             raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
+    _check_nats("--max-drift", options.max_drift)
     prompts = read_prompts(options.prompts, options.requests)
     dense, pruned = Client(options.dense), Client(options.pruned)
     with tqdm(total=len(prompts), unit="prompt", leave=False) as bar:
@@ -92,6 +95,11 @@ def _canary(options: argparse.Namespace) -> int:
         say(f"the loss rose by {drift.loss_drift:.4f} nats a token, more than {limit:g}")
         return 1
     return 0
+
+
+def _check_nats(name: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise SlebError(f"{name} {value}: give a number of nats, as 0.1")
 
 
 COMMANDS = (

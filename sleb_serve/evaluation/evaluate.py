@@ -80,6 +80,12 @@ class EvalConfig:
     engine_args: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     revision: str | None = None
 
+    def check(self) -> None:
+        """Refuse numbers that measure nothing, with a `SlebError` that names them."""
+        for name, least in (("sequences", 1), ("limit", 1), ("num_fewshot", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise SlebError(f"{name}={value}: give at least {least}")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -150,6 +156,7 @@ def evaluate(
         SlebError: a text or a task is not there, the model is not the manifest's, or cannot be run.
     """
     config = config or EvalConfig()
+    config.check()
     output = None if output is None else Path(output)
     theirs = _blocks(manifest, config) if config.tasks else ()
     with claimed(outputs_of(output, theirs), force=force):
