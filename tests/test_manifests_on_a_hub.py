@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 import hub
-from commands import Capture, Done, refused, run_in_one, select_arguments
+from commands import Capture, Done, refused, run_in_one
 from conftest import ROOT, Models
 from engines import Case, run_jobs
 from exports import manifest_for
+from repairs import manifest_of
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
@@ -62,8 +63,7 @@ class Machine:
 def repaired(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a manifest with a repair."""
     folder = tmp_path_factory.mktemp("repaired")
-    options = ["--repair", "fold", "--sequences", "4"]
-    assert main(select_arguments(models("llama"), folder / "m.json", *options)) == 0
+    manifest_of(models("llama"), (2, 5), folder / "m.json")
     return folder
 
 
