@@ -174,7 +174,7 @@ def test_an_interrupted_frontier_resumes(
     output.write_text(json.dumps(partial))
     capsys.readouterr()
     again = evaluated(path, output, *options, "--resume")
-    assert capsys.readouterr().err.count("(resumed)") == 3
+    assert capsys.readouterr().err.count("(resumed)") == 5
     assert again["results"][0]["perplexity"].pop(str(text)) == 12345.0
     whole["results"][0]["perplexity"].pop(str(text))
     assert again == whole

@@ -123,16 +123,9 @@ def bench(
     """
     options.check()
     require("bench", "matplotlib", "prometheus_client")
-    if counts is not None and 0 in counts:
-        raise SlebError("blocks=0: the dense model is always measured; leave 0 out")
     own = strict_json.any_object(strict_json.load(options.engine_args.encode()), "--engine-args")
     strict_json.any_object(own.get("hf_overrides", {}), "--engine-args hf_overrides")
-    manifests = [manifest.prefix(count) for count in counts or (len(manifest.removed),)]
-    if options.serving.urls:
-        if len(manifests) > 1:
-            raise SlebError("--pruned is one server: give one number of --blocks")
-        # A dense server in its place would measure nothing.
-        probe(Client(options.serving.urls[PRUNED]), manifests[0])
+    manifests = _manifests(options, manifest, counts)
     revision = revision_of(options.model, manifest, options.revision)
     checkpoint = check_model(options.model, manifests[-1].pruning(), revision, fetch=True)
     check_plugin()
@@ -160,6 +153,21 @@ def bench(
     if failures:
         raise SlebError(f"{failures[0]['what']}; what was measured is in {options.output}")
     return options.output / "report.md"
+
+
+def _manifests(
+    options: BenchOptions, manifest: Manifest, counts: Sequence[int] | None
+) -> list[Manifest]:
+    """What is removed of each pruned model."""
+    if counts is not None and 0 in counts:
+        raise SlebError("blocks=0: the dense model is always measured; leave 0 out")
+    found = [manifest.prefix(count) for count in counts or (len(manifest.removed),)]
+    if options.serving.urls:
+        if len(found) > 1:
+            raise SlebError("--pruned is one server: give one number of --blocks")
+        # A dense server in its place would measure nothing.
+        probe(Client(options.serving.urls[PRUNED]), found[0])
+    return found
 
 
 def _measure(

@@ -52,6 +52,35 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "how many of the manifest's removals; several for a frontier, 0 for the dense model "
         "(default: all of them)",
     )
+    _add_measures(parser.add_argument_group("what to measure"))
+    parser.add_argument(
+        "--backend",
+        choices=("hf", "vllm"),
+        default="hf",
+        help="Transformers, or the engine that will serve (default: hf)",
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", default="1", help="lm-eval's, for hf: a number or auto (1)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="(default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--engine-args",
+        metavar="JSON",
+        default="{}",
+        help="arguments of lm-eval's vllm model and of vllm.LLM, for --backend vllm",
+    )
+    parser.add_argument("-o", "--output", metavar="E.json", type=Path, help="where results go")
+    parser.add_argument("--resume", action="store_true", help="keep the results that are in E.json")
+    add_force(parser)
+    parser.add_argument(
+        "--write-back", action="store_true", help="also put the results into the manifest"
+    )
+    add_json(parser)
+
+
+def _add_measures(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--perplexity",
         metavar="TEXT,…",
@@ -80,31 +109,6 @@ def _add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", metavar="N", type=int, help="only N rows of each task")
     parser.add_argument("--num-fewshot", metavar="N", type=int, help="examples in the prompt")
-    parser.add_argument(
-        "--backend",
-        choices=("hf", "vllm"),
-        default="hf",
-        help="Transformers, or the engine that will serve (default: hf)",
-    )
-    parser.add_argument(
-        "--batch-size", metavar="N", default="1", help="lm-eval's, for hf: a number or auto (1)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="(default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--engine-args",
-        metavar="JSON",
-        default="{}",
-        help="arguments of lm-eval's vllm model and of vllm.LLM, for --backend vllm",
-    )
-    parser.add_argument("-o", "--output", metavar="E.json", type=Path, help="where results go")
-    parser.add_argument("--resume", action="store_true", help="keep the results that are in E.json")
-    add_force(parser)
-    parser.add_argument(
-        "--write-back", action="store_true", help="also put the results into the manifest"
-    )
-    add_json(parser)
 
 
 def _run(options: argparse.Namespace) -> int:

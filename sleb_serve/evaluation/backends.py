@@ -6,7 +6,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -53,6 +53,8 @@ class Judge(Protocol):
         """What lm-eval makes of it: its own results."""
 
 
+METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "bits_per_byte")
+"""Of lm-eval's metrics, those that are shown; its own JSON holds all."""
 JudgeOf = Callable[[Manifest | None], Any]
 
 
@@ -151,6 +153,19 @@ def run_tasks(
         )
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise SlebError(f"lm-eval cannot run {', '.join(names)}: {first_line(error)}") from error
+    return found
+
+
+def shown(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of lm-eval's results by task: ``acc``, ``acc_norm`` and so on, and their standard errors."""
+    found: dict[str, dict[str, float]] = {}
+    for task, values in results.items():
+        for key, value in values.items():
+            metric, _, filter_name = key.partition(",")
+            name = metric if filter_name in ("none", "") else f"{metric},{filter_name}"
+            plain = metric.removesuffix("_stderr")
+            if plain in METRICS and isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(task, {})[name] = float(value)
     return found
 
 

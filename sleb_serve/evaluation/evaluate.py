@@ -23,7 +23,13 @@ from sleb_serve.data.calibration import judged_sequences
 from sleb_serve.data.questions import question_prompts
 from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
 from sleb_serve.errors import SlebError
-from sleb_serve.evaluation.backends import Judge, check_tasks, transformers_judges, vllm_judges
+from sleb_serve.evaluation.backends import (
+    Judge,
+    check_tasks,
+    shown,
+    transformers_judges,
+    vllm_judges,
+)
 from sleb_serve.evaluation.files import (
     earlier_results,
     outputs_of,
@@ -40,8 +46,6 @@ from sleb_serve.utils.outputs import claimed
 PAPER_TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The paper's five zero-shot tasks (section 4.1)."""
 ANSWERS = "answers to short questions"
-METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "bits_per_byte")
-"""Of lm-eval's metrics, those that are shown; its own JSON holds all."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,7 @@ def _fill(
         progress.begins(blocks, ", ".join(config.tasks))
         theirs = judge().tasks(config.tasks, config.limit, config.num_fewshot)
         write_theirs(work.output, blocks, theirs)
-        entry["tasks"] = _shown(theirs["results"])
+        entry["tasks"] = shown(theirs["results"])
         write_report(work.output, report)
 
 
@@ -341,16 +345,3 @@ def _versions(config: EvalConfig, manifest: Manifest | None) -> dict[str, str]:
 
         found["vllm"] = vllm_version() or "unknown"
     return found
-
-
-def _shown(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of lm-eval's results by task: ``acc``, ``acc_norm`` and so on, and their standard errors."""
-    shown: dict[str, dict[str, float]] = {}
-    for task, values in results.items():
-        for key, value in values.items():
-            metric, _, filter_name = key.partition(",")
-            name = metric if filter_name in ("none", "") else f"{metric},{filter_name}"
-            plain = metric.removesuffix("_stderr")
-            if plain in METRICS and isinstance(value, int | float) and math.isfinite(value):
-                shown.setdefault(task, {})[name] = float(value)
-    return shown
