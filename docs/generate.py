@@ -10,7 +10,6 @@ nothing is written, and the exit code is 1 if a page is not as it would be writt
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
 import sys
@@ -23,8 +22,11 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 RECORDS = ROOT / "benchmarks" / "records"
 
-for folder in (ROOT / "benchmarks", ROOT / "plugins", ROOT):
+for folder in (DOCS, ROOT / "benchmarks", ROOT / "plugins", ROOT):
     sys.path.insert(0, str(folder))
+
+from gpu_parts import gpu, gpu_plan  # noqa: E402
+from tree import tree  # noqa: E402
 
 from sleb_serve.cli.main import parsers  # noqa: E402
 from sleb_serve.compat.architectures import made, support, support_markdown  # noqa: E402
@@ -258,52 +260,7 @@ def touched() -> str:
     return "\n".join(lines)
 
 
-# The repository
-
-_OTHER = {
-    "benchmarks/draft": "the pruned model as draft of its dense self",
-    "benchmarks/equal": "plugin against export; how often the intervals of equals hold 1",
-    "benchmarks/fleet": "what `plan` predicts of a saturating load, against engines that run it",
-    "benchmarks/healing": "what healing brings back of a pruned model's quality",
-    "benchmarks/load": "load time and resident memory, dense and pruned",
-    "benchmarks/records": "what was measured, raw",
-    "benchmarks/repair": "what a repair costs to serve",
-    "benchmarks/selection": "the selector's speed, size, scaling and quality",
-    "benchmarks/soak": "a pruned server under mixed load",
-    "deploy": "a Grafana board, Prometheus, compose",
-    "deploy/kubernetes": "a pruned model on two GPUs",
-    "docs": "this documentation; generate.py writes its generated parts",
-    "requirements": "the lock files: the CPU stack, and what checks deploy/",
-    "tests": "the suite; oracle.py holds the independent answers",
-    ".ci/run": "what CI runs: lint, types, tests",
-    ".github/workflows": "the same on GitHub, and the release",
-    "CHANGELOG.md": "what changed, by release",
-    "Dockerfile": "sleb-serve in vLLM's own image",
-    "Makefile": "set-up, demo, tests, documentation",
-    "mkdocs.yml": "how this documentation is built",
-    "pyproject.toml": "the package, its tools and the import contracts",
-}
-
-
-def tree() -> str:
-    """The repository: packages by the first line of their docstrings, the rest by `_OTHER`."""
-    entries = dict(_OTHER)
-    for base in (ROOT / "sleb_serve", ROOT / "plugins", ROOT / "benchmarks"):
-        for file in base.rglob("__init__.py"):
-            docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-            name = file.parent.relative_to(ROOT).as_posix()
-            entries[name] = docstring.partition("\n")[0].rstrip(".")
-    order = ("sleb_serve", "plugins", "benchmarks")
-    ranked = sorted(entries, key=lambda name: (not name.startswith(order), name))
-    lines = []
-    for name in ranked:
-        first, *more = textwrap.wrap(entries[name], 66)
-        lines += [f"{_shown(name):26}{first}", *(f"{'':26}{line}" for line in more)]
-    return "\n".join(["```text", *lines, "```"])
-
-
-def _shown(name: str) -> str:
-    return f"{name}/" if (ROOT / name).is_dir() else name
+# What commands print
 
 
 def show() -> str:
@@ -321,6 +278,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "architecture-counts": architecture_counts,
     "architectures": architectures,
     "command-line": command_line,
+    "gpu": gpu,
+    "gpu-plan": gpu_plan,
     "manifest-keys": manifest_keys,
     "proofs": proofs,
     "python-script": python_script,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from sleb_serve.roofline.gpu import HERE, Gpu
 
-_SIZE = 2048
+_SIZE = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the matrices: on a GPU the product must outlast its launch by far."""
 _BUFFER_BYTES = 512 << 20
 _REPEATS = 5
 
@@ -18,7 +19,8 @@ def device_here() -> Gpu:
 
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    matrix = torch.ones(_SIZE, _SIZE, dtype=torch.bfloat16, device=device)
+    size = _SIZE[device]
+    matrix = torch.ones(size, size, dtype=torch.bfloat16, device=device)
     buffer = torch.ones(_BUFFER_BYTES // 4, dtype=torch.float32, device=device)
 
     def best(work: Callable[[], object]) -> float:
@@ -36,7 +38,7 @@ def device_here() -> Gpu:
         import psutil
 
         memory = psutil.virtual_memory().total
-    flops = 2 * _SIZE**3 / best(lambda: matrix @ matrix)
+    flops = 2 * size**3 / best(lambda: matrix @ matrix)
     bandwidth = _BUFFER_BYTES / best(buffer.sum)
     # Ranks on one CPU exchange through its memory.
     return Gpu(HERE, flops, bandwidth, memory, bandwidth / 2)

@@ -23,7 +23,7 @@ from torch import Tensor
 from sleb_serve.errors import SlebError
 from sleb_serve.models.layerwise import CausalLM, same
 from sleb_serve.selection.lm_head import LOGITS_BYTES, Dense, Tally, Vocabulary
-from sleb_serve.selection.memory import Needs, Plan, make_plan, peak_bytes
+from sleb_serve.selection.memory import Needs, Plan, chunk_for, make_plan, peak_bytes
 from sleb_serve.selection.racing import Drop, lead, rivals
 from sleb_serve.selection.search import Scores
 from sleb_serve.selection.states import (
@@ -35,9 +35,6 @@ from sleb_serve.selection.states import (
     snapshot_positions,
 )
 
-_GPU_TOKENS = 1 << 15
-"""Tokens that go through a layer at once, to fill a GPU. A CPU takes state by state: it is as fast,
-and what a state becomes does not depend on its neighbours in a batch, not even in the last bit."""
 _ROUNDING = 1e-6
 """Of a bound, for the order in which logits are summed."""
 
@@ -336,13 +333,12 @@ class LayerSweep:
             self._head.add(Tally(normed), [rows], sequence.targets, dense)
 
         needs = Needs(weights, state.nbytes, peak_bytes(one_layer), peak_bytes(one_head))
-        on_cpu = self.model.device.type == "cpu"
         return make_plan(
             budget,
             needs,
             sequences=len(self._sequences),
             forks=layers,
-            best_chunk=1 if on_cpu else max(1, _GPU_TOKENS // state.shape[1]),
+            best_chunk=chunk_for(self.model.device.type, state.shape[1]),
             streamed=streamed,
             extra=len(self._sequences) if self._against_dense else 0,
         )

@@ -21,6 +21,9 @@ _LIBRARIES = 40 << 20
 """What libraries were seen to allocate on the way: kernels, the tokenizer, threads' buffers."""
 _M_MMAP_THRESHOLD = -3
 """From glibc's malloc.h."""
+_GPU_TOKENS = 1 << 15
+"""Tokens that go through a layer at once, to fill a GPU. A CPU takes state by state: it is as fast,
+and what a state becomes does not depend on its neighbours in a batch, not even in the last bit."""
 USED_SHARE = 0.85
 """Of the budget; the rest is for what allocators hold back and libraries use inside."""
 
@@ -78,6 +81,11 @@ def give_back_freed() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+
+
+def chunk_for(kind: str, length: int) -> int:
+    """How many states of so many tokens go through a layer at once, on a kind of device."""
+    return 1 if kind == "cpu" else max(1, _GPU_TOKENS // length)
 
 
 def make_plan(

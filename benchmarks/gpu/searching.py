@@ -1,0 +1,118 @@
+"""`select` on the GPU: its time, the share of the matrix peak that it reaches, the plain way."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from kit import Kit, on_gpu, synchronize
+from made import llama_7b
+from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.hub import open_checkpoint
+from sleb_serve.data.calibration import Sequences, make_sequences
+from sleb_serve.data.texts import EMBEDDED
+from sleb_serve.data.tokenizer import load_tokenizer
+from sleb_serve.evaluation.perplexity import perplexity
+from sleb_serve.models.loading import load_model
+from sleb_serve.models.pruned import blocks_deleted
+from sleb_serve.selection.config import Progress, SelectConfig
+from sleb_serve.selection.pipeline import select
+from sleb_serve.selection.search import Step
+
+PASSES = 3
+"""Plain passes that are measured, after one to warm up."""
+
+
+class Clock(Progress):
+    """When the search began, when its steps ended, and how often a layer was run for it."""
+
+    def __init__(self) -> None:
+        self.begin = self.end = 0.0
+        self.layer_runs = 0
+        self.steps: list[float] = []
+
+    def step_begins(self, number: int, candidates: int, layers: int) -> None:
+        """Count from the first step: loading is not the search."""
+        self.begin = self.begin or time.monotonic()
+
+    def advance(self) -> None:
+        """One layer on one sequence's states."""
+        self.layer_runs += 1
+
+    def step_ended(self, number: int, step: Step) -> None:
+        """A step's losses were read, so the GPU is through with it."""
+        before, self.end = self.end or self.begin, time.monotonic()
+        self.steps.append(round(self.end - before, 3))
+
+
+def step_select(kit: Kit) -> None:
+    """7 of 32 blocks on 16 sequences of 2,048 tokens: greedy, fast, and the plain way's passes."""
+    folder = llama_7b(kit)
+    sequences, length, remove = (2, 64, 2) if kit.tiny else (16, 2048, 7)
+    dtype = "bfloat16" if on_gpu() else "float32"
+    checkpoint = open_checkpoint(str(folder))
+    with kit.telling("peak") as found:
+        from sleb_serve.roofline.device import device_here
+
+        peak = device_here()
+        found |= {"flops": peak.flops, "bandwidth": peak.bandwidth}
+    for search in ("greedy", "fast"):
+        config = SelectConfig(
+            remove=remove,
+            calibration=EMBEDDED,
+            sequences=sequences,
+            sequence_length=length,
+            dtype=dtype,
+            search=search,
+        )
+        with kit.telling("select", search=search, sequences=sequences, length=length) as found:
+            found |= _searched(checkpoint, folder, config, peak.flops)
+    with kit.telling("plain passes") as found:
+        text = make_sequences(
+            EMBEDDED, load_tokenizer(checkpoint), sequences=sequences, sequence_length=length
+        )
+        found |= _plain(checkpoint, text, dtype, remove)
+
+
+def _searched(
+    checkpoint: Checkpoint, folder: Path, config: SelectConfig, peak: float
+) -> dict[str, Any]:
+    """A search through the Python API; flop/s are those of its layers' weights alone."""
+    clock, begin = Clock(), time.monotonic()
+    manifest = select(str(folder), config, progress=clock)
+    wall, searched = time.monotonic() - begin, clock.end - clock.begin
+    counts = checkpoint.parameter_counts()
+    block = sum(counts[1]) / len(counts[1]) if counts else 0
+    rate = 2 * block * (config.sequence_length or 0) * clock.layer_runs / searched
+    return {
+        "wall_s": round(wall, 2),
+        "search_s": round(searched, 2),
+        "steps_s": clock.steps,
+        "layer_runs": clock.layer_runs,
+        "layers_flop_s": rate,
+        "share_of_peak": rate / peak,
+        "removed": [removal.block for removal in manifest.removed],
+    }
+
+
+def _plain(checkpoint: Checkpoint, text: Sequences, dtype: str, remove: int) -> dict[str, Any]:
+    """Passes of the official way: each candidate deleted, all sequences through the whole model."""
+    model = load_model(checkpoint, dtype)
+    blocks = checkpoint.num_blocks
+    passes = []
+    for block in range(1, 2 + PASSES):
+        synchronize()
+        begin = time.monotonic()
+        with blocks_deleted(model, [min(block, blocks - 2)]):
+            perplexity(model, text.tokens)
+        passes.append(round(time.monotonic() - begin, 3))
+    # Step k scores all blocks that are left but the ends, with one layer less each.
+    candidates = [blocks - 2 - k for k in range(remove)]
+    layers = [(blocks - 1 - k) / (blocks - 1) for k in range(remove)]
+    whole = sum(c * share for c, share in zip(candidates, layers, strict=True))
+    return {
+        "passes_s": passes,
+        "passes_in_all": sum(candidates),
+        "extrapolated_s": round(min(passes[1:]) * whole, 1),
+    }

@@ -1,0 +1,117 @@
+"""Steps, each in a process of its own with a time limit; what came of it is on disk at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = "results.jsonl"
+LEAST = 15.0
+"""Seconds under which no step is begun: importing vLLM takes as long."""
+_TAIL = 1500
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement.
+
+    Attributes:
+        name: as on the command line.
+        limit: seconds after which it is ended.
+        module: where it is: a function ``step_NAME`` (dashes as underscores) that takes a `Kit`.
+        what: what it measures, in a line.
+        gpu_only: why a CPU cannot do it; empty if it can.
+    """
+
+    name: str
+    limit: float
+    module: str
+    what: str
+    gpu_only: str = ""
+
+
+def append(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Add one JSON line to the results, on disk when this returns."""
+    line = json.dumps(entry)
+    print(line, flush=True)
+    with (folder / RESULTS).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run_steps(
+    steps: Sequence[Step],
+    command: Callable[[Step], Sequence[str]],
+    folder: Path,
+    budget: float,
+    *,
+    gpu: bool,
+    environment: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Run the steps in their order, while there is time.
+
+    Args:
+        steps: the most valuable first.
+        command: the child process of a step.
+        folder: gets the results, and a log of each step.
+        budget: seconds for all of them; a step's own limit ends with it.
+        gpu: whether there is one; without, steps that need it are skipped.
+        environment: variables that are added for the children.
+
+    Returns:
+        The outcome of each step: done, failed, stopped or skipped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    outcomes = []
+    for step in steps:
+        left = budget - (time.monotonic() - begin)
+        result: dict[str, Any]
+        if step.gpu_only and not gpu:
+            result = {"outcome": "skipped", "why": step.gpu_only}
+        elif left < min(LEAST, step.limit):
+            result = {"outcome": "skipped", "why": f"{max(0.0, left):.0f} s of the budget are left"}
+        else:
+            result = _run(step, command(step), folder, min(step.limit, left), environment or {})
+        append(folder, {"record": "step", "step": step.name, **result})
+        outcomes.append(str(result["outcome"]))
+    return outcomes
+
+
+def _run(
+    step: Step, command: Sequence[str], folder: Path, limit: float, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """One step; its whole process group is gone afterwards, for it would hold the GPU's memory."""
+    log = folder / f"{step.name}.log"
+    begin = time.monotonic()
+    code: int | None = None
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = child.wait(limit)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    result: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 1)}
+    if code == 0:
+        return {"outcome": "done", **result}
+    why = f"stopped after {limit:.0f} s" if code is None else f"exit code {code}"
+    tail = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
+    return {"outcome": "stopped" if code is None else "failed", **result, "why": why, "log": tail}
