@@ -14,9 +14,9 @@ from sleb_serve.cli.main import main
 RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "records" / "gpu"
 
 
-def gpu() -> str:
+def gpu(records: Path = RECORDS) -> str:
     """What the kit in benchmarks/gpu measured, a table a run; or that there is no record yet."""
-    runs = sorted(RECORDS.glob("*/results.jsonl"))
+    runs = sorted(records.glob("*/results.jsonl"))
     if not runs:
         return "No record yet: nothing of this project has run on a GPU."
     return "\n\n".join(_gpu_run(path) for path in runs)

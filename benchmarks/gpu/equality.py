@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +81,22 @@ def step_equal(kit: Kit) -> None:
 def compared(found: Answers, wanted: Answers, dense: Answers | None) -> dict[str, Any]:
     """How far answers are from the oracle's, and the oracle's from the dense model's."""
     largest, mean = _distance(found[0], wanted[0])
-    pairs = [
-        (a, b) for x, y in zip(found[1], wanted[1], strict=True) for a, b in zip(x, y, strict=True)
-    ]
     result = {
         "max_difference": largest,
         "mean_difference": mean,
-        "greedy_equal": sum(a == b for a, b in pairs) / len(pairs),
+        "greedy_equal": same_tokens(found, wanted),
     }
     if dense is not None:
         result["mean_from_dense"] = _distance(found[0], dense[0])[1]
         result["equal"] = NEARER * mean < result["mean_from_dense"]
     return result
+
+
+def same_tokens(found: Answers, wanted: Answers) -> float:
+    """The part of the greedy tokens that are the same."""
+    pairs = zip(chain(*found[1]), chain(*wanted[1]), strict=True)
+    same = [a == b for a, b in pairs]
+    return sum(same) / len(same)
 
 
 def _distance(found: list[list[float]], wanted: list[list[float]]) -> tuple[float, float]:
@@ -170,8 +175,8 @@ def with_vllm(folder: Path, case: Case) -> tuple[Answers, dict[str, Any]]:
         cleanup_dist_env_and_memory()
 
 
-def answers_of(llm: Any, **more: Any) -> Answers:
-    """Log-probabilities of the prompts, and greedy tokens."""
+def answers_of(llm: Any, *, prompts: bool = True, **more: Any) -> Answers:
+    """Log-probabilities of the prompts, if they are wanted, and greedy tokens."""
     from vllm import SamplingParams
 
     outputs = llm.generate(
@@ -179,7 +184,7 @@ def answers_of(llm: Any, **more: Any) -> Answers:
         SamplingParams(
             temperature=0,
             max_tokens=TOKENS,
-            prompt_logprobs=0,
+            prompt_logprobs=0 if prompts else None,
             ignore_eos=True,
             detokenize=False,
         ),
@@ -194,5 +199,6 @@ def answers_of(llm: Any, **more: Any) -> Answers:
             )
         ]
         for output in outputs
+        if prompts
     ]
     return logprobs, [list(output.outputs[0].token_ids) for output in outputs]

@@ -9,13 +9,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stepping import append
 
-_MODEL_BYTES = 60 << 30
+_MODEL_BYTES = 40 << 30
 """A memory file system smaller than this is not used: a model, its export and logs lie there."""
 
 
@@ -27,11 +27,13 @@ class Kit:
         step: its name.
         output: gets the results.
         tiny: tiny shapes, as a CPU can do them.
+        errors: of what failed while the step went on.
     """
 
     step: str
     output: Path
     tiny: bool
+    errors: list[str] = field(default_factory=list)
 
     @property
     def work(self) -> Path:
@@ -58,6 +60,7 @@ class Kit:
 
             traceback.print_exc()
             found["error"] = f"{type(error).__name__}: {error}"[:600]
+            self.errors.append(found["error"])
         self.tell(what, **about, **found, seconds=round(time.monotonic() - begin, 2))
 
     def skip(self, what: str, why: str) -> None:
@@ -98,7 +101,7 @@ def environment(output: Path, tiny: bool) -> Mapping[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": str(output / "vllm-cache"),
+        "VLLM_CACHE_ROOT": str(Kit("", output, tiny).work / "vllm-cache"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     return found | ({"VLLM_CPU_KVCACHE_SPACE": "1"} if tiny else {})

@@ -20,7 +20,7 @@ fetch() {
     for n in 2_5 2_12 2_17 2_24 2_26 2_27 2_28 2_31 2_34 1 2010 2014; do
         platforms+=(--platform "manylinux${n/#2_/_2_}_x86_64")
     done
-    "$python" -m pip download --disable-pip-version-check --quiet --no-deps --only-binary=:all: \
+    "$python" -m pip download --disable-pip-version-check -qq --no-deps --only-binary=:all: \
         --python-version 3.12 --implementation cp "${platforms[@]}" -d "$work/wheels" "$@"
 }
 
@@ -71,7 +71,7 @@ mkdir "$work/source"
 git -C "$checkout" ls-files -z -- sleb_serve plugins benchmarks/sleb_bench pyproject.toml README.md \
     LICENSE | tar c -C "$checkout" --null -T - | tar x -C "$work/source"
 mkdir -p "$work/source/benchmarks"
-"$python" -m pip wheel --disable-pip-version-check --quiet --no-deps ${BUILD_OPTIONS:-} \
+"$python" -m pip wheel --disable-pip-version-check -qq --no-deps ${BUILD_OPTIONS:-} \
     -w "$work/own" "$work/source"
 unzip -q -o "$work"/own/*.whl -d "$work/site"
 mkdir "$work/site/kit"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sleb_serve.data.calibration import Sequences, make_sequences
 from sleb_serve.data.texts import EMBEDDED
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.evaluation.perplexity import perplexity
+from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
 from sleb_serve.models.pruned import blocks_deleted
 from sleb_serve.selection.config import Progress, SelectConfig
@@ -25,20 +28,15 @@ PASSES = 3
 
 
 class Clock(Progress):
-    """When the search began, when its steps ended, and how often a layer was run for it."""
+    """When the search began, and when its steps ended."""
 
     def __init__(self) -> None:
         self.begin = self.end = 0.0
-        self.layer_runs = 0
         self.steps: list[float] = []
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
         """Count from the first step: loading is not the search."""
         self.begin = self.begin or time.monotonic()
-
-    def advance(self) -> None:
-        """One layer on one sequence's states."""
-        self.layer_runs += 1
 
     def step_ended(self, number: int, step: Step) -> None:
         """A step's losses were read, so the GPU is through with it."""
@@ -80,20 +78,38 @@ def _searched(
 ) -> dict[str, Any]:
     """A search through the Python API; flop/s are those of its layers' weights alone."""
     clock, begin = Clock(), time.monotonic()
-    manifest = select(str(folder), config, progress=clock)
+    with _counted() as runs:
+        manifest = select(str(folder), config, progress=clock)
     wall, searched = time.monotonic() - begin, clock.end - clock.begin
     counts = checkpoint.parameter_counts()
     block = sum(counts[1]) / len(counts[1]) if counts else 0
-    rate = 2 * block * (config.sequence_length or 0) * clock.layer_runs / searched
+    rate = 2 * block * (config.sequence_length or 0) * sum(runs) / searched
     return {
         "wall_s": round(wall, 2),
         "search_s": round(searched, 2),
         "steps_s": clock.steps,
-        "layer_runs": clock.layer_runs,
+        "layer_runs": sum(runs),
         "layers_flop_s": rate,
         "share_of_peak": rate / peak,
         "removed": [removal.block for removal in manifest.removed],
     }
+
+
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """On how many states each run of a layer works, while this is open."""
+    runs: list[int] = []
+    run = CausalLM.run
+
+    def counted(model: CausalLM, layer: Any, states: Any, call: Any) -> Any:
+        runs.append(len(states))
+        return run(model, layer, states, call)
+
+    CausalLM.run = counted  # type: ignore[method-assign]
+    try:
+        yield runs
+    finally:
+        CausalLM.run = run  # type: ignore[method-assign]
 
 
 def _plain(checkpoint: Checkpoint, text: Sequences, dtype: str, remove: int) -> dict[str, Any]:
