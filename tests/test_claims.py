@@ -23,7 +23,7 @@ from sleb_serve.utils.outputs import claimed, locked, object_with
 from sleb_serve.utils.scratch import ScratchFolder
 
 TEXT = ("--perplexity", "python-docs", "--sequence-length", "32", "--sequences", "2")
-LONG = ("--remove", "6", "--sequences", "10", "--sequence-length", "512")
+LONG = ("--remove", "6", "--sequences", "30", "--sequence-length", "512")
 """A search of seconds."""
 ANY = object_with("a thing", "thing")
 

@@ -110,8 +110,8 @@ def test_blocks_go_until_the_perplexity_is_too_high(
     ("options", "message"),
     [
         (["--search", "beam:2"], "choose from"),
-        (["--seeds", "0"], "--seeds 0: at least one sample"),
-        (["--seeds", "90000"], "give more text or smaller --sequences"),
+        (["--seeds", "0"], "--seeds 0: give 1 to 1000 samples of the text"),
+        (["--seeds", "1000", "--sequences", "500"], "give more text or smaller --sequences"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

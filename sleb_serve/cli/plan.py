@@ -148,6 +148,8 @@ def _add_fleet(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     if (options.rate is None) != (options.slo is None):
         raise SlebError("--rate and --slo belong together; give both, or neither")
+    # Refused whether it is needed or not.
+    _load(options)
     if options.measured:
         return _run_measured(options)
     model = read_model(options.model or "llama-2-70b")
@@ -181,7 +183,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> tuple[Load, Slo]:
     load = Load(
-        options.rate,
+        1.0 if options.rate is None else options.rate,
         options.input_length,
         options.output_length,
         options.range_ratio,
@@ -190,7 +192,7 @@ def _load(options: argparse.Namespace) -> tuple[Load, Slo]:
     load.check()
     if not 0 < options.attainment <= 1:
         raise SlebError("--attainment is above 0 and at most 1")
-    return load, Slo(options.slo, options.attainment)
+    return load, Slo(options.slo or {}, options.attainment)
 
 
 def _by_roofline(

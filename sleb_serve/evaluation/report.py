@@ -67,7 +67,7 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     texts = list(report["results"][0]["perplexity"])
     tasks = list(report["results"][0]["tasks"])
     agreeing = [text for text in texts if any(text in e["agreement"] for e in report["results"])]
-    answering = any(e["answers"] for e in report["results"])
+    answering = any(e.get("answers") for e in report["results"])
     head = ["blocks", "ideal", *(f"ppl {Path(text).name}" for text in texts)]
     head += [f"same {Path(text).name}" for text in agreeing]
     head += [*(["same answers"] if answering else []), *tasks]
@@ -78,7 +78,7 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
         row = [str(entry["blocks"]), f"{entry['ideal_speedup']:.2f}x"]
         row += [f"{entry['perplexity'][text]:.2f}" for text in texts]
         shares = [entry["agreement"].get(text) for text in agreeing]
-        shares += [entry["answers"].get("tokens")] if answering else []
+        shares += [entry.get("answers", {}).get("tokens")] if answering else []
         row += ["" if share is None else f"{share:.1%}" for share in shares]
         pairs = [accuracy(entry["tasks"][task]) for task in tasks]
         row += [f"{value:.3f} ±{error:.3f}" for value, error in pairs]

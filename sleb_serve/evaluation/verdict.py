@@ -40,7 +40,7 @@ def verdict(entry: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> V
             accuracy(dense["tasks"][task])[0] - accuracy(entry["tasks"][task])[0]
             for task in entry["tasks"]
         )
-    answers = entry["answers"].get("tokens")
+    answers = entry.get("answers", {}).get("tokens")
     measures = (
         (agreement, SAFE_AGREEMENT, HARMFUL_AGREEMENT),
         (answers, SAFE_ANSWERS, HARMFUL_ANSWERS),

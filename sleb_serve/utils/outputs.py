@@ -73,6 +73,10 @@ def claimed(outputs: Sequence[Output], *, force: bool = False) -> Iterator[None]
     Raises:
         SlebError: one cannot be written or is a file of another kind, or another run writes them.
     """
+    if not is_first():
+        # The first process writes, and may have begun to before this one looks.
+        yield
+        return
     for path, kind in outputs:
         check_writable(path)
         if not force and not _is_free(path, kind):
@@ -80,7 +84,7 @@ def claimed(outputs: Sequence[Output], *, force: bool = False) -> Iterator[None]
                 f"{path} is there and is not {kind.name}, so it is kept; give another output, or "
                 f"`force` to replace it"
             )
-    if not outputs or is_stream(outputs[0][0]) or not is_first():
+    if not outputs or is_stream(outputs[0][0]):
         yield
         return
     first = target_of(outputs[0][0])
