@@ -69,6 +69,8 @@ LONGEST = (
     *("test_select_size", "test_reading", "test_compiled", "test_faults", "test_compile_cache"),
     *("test_board", "test_bench_serving", "test_repair_served", "test_evaluation", "test_export"),
     *("test_wrong_ways", "test_binding", "test_quantised", "test_cli", "test_kinds"),
+    *("test_lm_eval", "test_gpu_kit", "test_rebind", "test_broken_checkpoints", "test_arguments"),
+    *("test_study", "test_claims", "test_bench_turns", "test_heal", "test_heal_ends"),
 )
 
 

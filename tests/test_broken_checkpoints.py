@@ -15,7 +15,7 @@ from commands import answered
 from conftest import Models
 from sleb_serve.cli.main import main
 
-QUICK, SLOW = 12, 1000
+QUICK, SLOW = 12, 300
 """Cases of each kind that are tried each time, others each time; and where time is no matter."""
 
 Cases = Iterator[tuple[str, bytes]]
