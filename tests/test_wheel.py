@@ -229,7 +229,7 @@ def test_no_config_is_written_of_which_transformers_makes_another_model(
         ("select MODEL -o OUT --remove 1 --calibration python-docs", "select needs torch", SELECT),
         ("eval MODEL -m M.json --perplexity python-docs", "eval needs", SELECT),
         ("bench MODEL -m M.json -o OUT", "bench needs matplotlib", "'sleb-serve[bench]'"),
-        ("report RECORDS", "report needs matplotlib", "'sleb-serve[bench]'"),
+        ("report RECORDS", "report needs numpy", "'sleb-serve[bench]'"),
         ("plan --gpu here", "plan needs torch", SELECT),
         ("lm-eval --help", "lm-eval needs lm_eval", "'sleb-serve[eval]'"),
         ("serve MODEL -m M.json", "needs vllm", "'sleb-serve[cuda]'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sleb_serve.errors import SlebError
 from sleb_serve.utils.lists import numbers
@@ -28,8 +28,20 @@ class Command:
     examples: str | None = None
 
 
+def whole_number(text: str) -> int:
+    """A number of at most 64 bits, as what takes it further wants."""
+    number = int(text)
+    if abs(number) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is too large; give less than 2**63")
+    return number
+
+
 class Parser(argparse.ArgumentParser):
     """Argparse with errors of one line; the usage is a --help away."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.register("type", int, whole_number)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 _LONGEST_WORD, _LONGEST = 300, 1000
 """Characters; what of an error message is longer is cut short."""
+
+_CREDENTIALS = re.compile(r"(https?:/+)\S*@", re.IGNORECASE)
 
 
 def printable(text: str) -> str:
@@ -12,11 +16,12 @@ def printable(text: str) -> str:
 
 
 def one_line(message: str) -> str:
-    """A message in one line, unprintable characters escaped, not too long.
+    """A message in one line, without passwords of addresses or unprintable characters.
 
     Messages repeat arguments and what stands in files, which may be anything. Long words are cut
     short; so is the whole, but for its end, which says what to do.
     """
+    message = _CREDENTIALS.sub(r"\1***@", message)
     words = (f"{w[:60]}…" if len(w) >= _LONGEST_WORD else w for w in message.split())
     shown = printable(" ".join(words))
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 202]} … {shown[-199:]}"
