@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,9 +92,16 @@ def long_texts() -> list[str]:
 
 def refuse(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8", newline="")
-    tracemalloc.start()
+    started = time.monotonic()
     with contextlib.suppress(SlebError):
         read_blocks(str(path), 8)
+    assert time.monotonic() - started < 10, text[:50]
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    tracemalloc.start()
+    yield
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 200 << 20
@@ -111,15 +120,24 @@ def test_what_holds_itself_or_an_object_is_refused(
 
 
 def test_long_texts_are_read_or_refused_soon(tmp_path: Path) -> None:
-    for text in random.sample(long_texts(), 15):
-        refuse(text, tmp_path / "list.txt")
+    for text in random.sample(long_texts(), 10):
+        with little_memory():
+            refuse(text, tmp_path / "list.txt")
 
 
 @pytest.mark.slow
 def test_nearly_every_long_text_is_read_or_refused_soon(tmp_path: Path) -> None:
-    """But of the longest, which take most of the time, some alone."""
+    """But of the longest, which take most of the time, some alone. Tracing memory takes long."""
     texts = long_texts()
     longest = [text for text in texts if len(text) > SIZES[1] + 100]
     shorter = [text for text in texts if len(text) <= SIZES[1] + 100]
     for text in shorter + random.sample(longest, 120):
         refuse(text, tmp_path / "list.txt")
+    for text in random.sample(texts, 50):
+        with little_memory():
+            refuse(text, tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("start", ["x: ", "{", "removed_layers: ", "a:\n- "])
+def test_lists_in_lists_are_refused_soon(start: str, tmp_path: Path) -> None:
+    refuse(start + "[" * 60_000, tmp_path / "list.txt")

@@ -9,6 +9,8 @@ from sleb_serve.errors import SlebError
 
 _MAX_CHARACTERS = 64 << 10
 """A configuration by hand is shorter, and PyYAML takes a second for so many."""
+_MAX_DEPTH = 50
+"""Lists in lists; PyYAML takes as long as the square of their number."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -45,10 +47,15 @@ def parsed_yaml(text: str, where: str) -> object:
 
 
 def _check_events(events: Any, where: str) -> None:
-    """Refuse aliases, by which a short text holds a long list, or itself."""
+    """Refuse aliases, by which a short text holds a long list, or itself, and what is deep."""
     import yaml
 
+    depth = 0
     for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise NotYamlError("nested too deeply")
         if isinstance(event, yaml.AliasEvent):
             raise SlebError(f"{where} uses a YAML alias (*); write out what it stands for")
 

@@ -169,6 +169,10 @@ def shown(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float
     return found
 
 
+_LONGEST_TASK = 200
+"""Characters of a task's name."""
+
+
 def check_tasks(names: Sequence[str]) -> None:
     """Refuse tasks that lm-eval does not have.
 
@@ -182,7 +186,8 @@ def check_tasks(names: Sequence[str]) -> None:
             f"lm-eval is not installed ({first_line(error)}); pip install 'sleb-serve[eval]'"
         ) from error
     manager = TaskManager()
-    missing = [name for name in names if not manager.match_tasks([name])]
+    # It takes a name for a pattern, and long patterns take long.
+    missing = [n for n in names if len(n) > _LONGEST_TASK or not manager.match_tasks([n])]
     if missing:
         raise SlebError(
             f"lm-eval has no task {', '.join(missing)}; `lm_eval ls tasks` lists what it has"

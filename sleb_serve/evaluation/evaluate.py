@@ -196,14 +196,18 @@ def _prepared(
     """Refuse what cannot be done before anything is computed."""
     from sleb_serve.models.loading import generates
 
+    revision = config.revision
+    if manifest is not None:
+        revision = revision_of(model, manifest, config.revision)
+    # Lm-eval takes seconds to list its tasks; a model that is not there is told sooner.
+    checkpoint = open_checkpoint(model, revision)
     if config.tasks:
         check_tasks(config.tasks)
     if manifest is None:
-        download_weights(model, config.revision)
-        checkpoint = open_checkpoint(model, config.revision)
+        download_weights(model, revision)
+        checkpoint = open_checkpoint(model, revision)
         checkpoint.check_layers()
     else:
-        revision = revision_of(model, manifest, config.revision)
         pruning, servable = manifest.pruning(), config.backend == "vllm"
         checkpoint = check_model(model, pruning, revision, servable=servable, fetch=True)
         checkpoint.check_layers()
