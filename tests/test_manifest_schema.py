@@ -73,7 +73,7 @@ TRAINING = {
 def full() -> dict[str, Any]:
     """A manifest with every key that there is."""
     value = example()
-    value["model"] |= {"num_blocks": 6, "block_sha256": [SHA] * 6}
+    value["model"] |= {"num_blocks": 6, "block_sha256": [SHA] * 6, "full_sha256": [SHA] * 7}
     for removal, block in zip(value["removed"], (4, 3, 1), strict=True):
         removal["block"] = block
     value["calibration"]["rows"] = 128
@@ -130,6 +130,7 @@ def test_manifests_of_the_tests_validate() -> None:
         ("model.config_sha256", SHA.upper()),
         ("model.weights_sha256", SHA + "\n"),
         ("model.block_sha256", [1] * 6),
+        ("model.full_sha256", [1] * 7),
         ("model.surprise", 1),
         ("surprise", 1),
         ("removed", []),

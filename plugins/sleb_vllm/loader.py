@@ -24,7 +24,7 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import fetch_index, open_checkpoint
 from sleb_serve.compat.architectures import status
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.binding import check_config_binding
+from sleb_serve.manifest.binding import check_config_binding, check_none_loaded, compare_loaded
 from sleb_serve.manifest.built import Built
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.tensors import NeededOnly, ShorterTensors
@@ -95,6 +95,7 @@ class SlebModelLoader(BaseModelLoader):
         check_same_digest(pruning)
         reader = self._reader(model_config, pruning)
         if self._format == "dummy":
+            check_none_loaded(pruning)
             reader.load_weights(model, model_config)
         else:
             tensors = ShorterTensors(checkpoint, pruning)
@@ -105,15 +106,14 @@ class SlebModelLoader(BaseModelLoader):
             tensors.check()
             if get_world_group().local_rank == 0:
                 # A model from the hub is on this machine only now; one rank looks at it for all.
-                found = checkpoint.weights_sha256(pruning.known_sha256)
-                pruning.check_binding(model_config.model, weights_sha256=found)
-                logger.info("Weights compared with the manifest: %s", found[:16])
+                compare_loaded(model_config.model, checkpoint, pruning, logger.info)
             read, skipped = checkpoint.tensor_bytes(frozenset(pruning.removed)) or (None, None)
             # Counted again, since loading may add a parameter (a head's bias), and now rather than
             # later, since backends repack weights once they are loaded.
             built = replace(
                 built,
                 parameters=_count(model),
+                weights_compared=pruning.compared,
                 weights_read_bytes=read,
                 weights_skipped_bytes=skipped,
             )

@@ -24,6 +24,7 @@ from sleb_serve.checkpoint.decoder import (
     number_after,
 )
 from sleb_serve.checkpoint.files import WEIGHT_FILES, names_in, read_json, weight_map_of
+from sleb_serve.checkpoint.full_digest import Reading, Tensor, full_digests, not_told
 from sleb_serve.checkpoint.quantisation import QUANTISATION_FILES, QUANTISATION_KEYS
 from sleb_serve.checkpoint.safetensors import sample, tensors_of
 from sleb_serve.errors import SlebError
@@ -190,25 +191,45 @@ class Checkpoint:
 
         The weights of blocks in `without` are not read; their digests are those of no weights.
         """  # noqa: D205
+        parts = self._parts(without)
+        if parts is None:
+            return None
+        digests = [hashlib.sha256() for _ in parts]
+        for digest, part in zip(digests, parts, strict=True):
+            for name, dtype, shape, start, end, file in part:
+                digest.update(strict_json.canonical([name, dtype, shape]))
+                with file.open("rb") as stream:
+                    sample(stream, start, end, digest.update)
+        return tuple(digest.hexdigest() for digest in digests)
+
+    def full_sha256(
+        self, without: frozenset[int] = frozenset(), reading: Reading = not_told
+    ) -> tuple[str, ...] | None:
+        """As `block_sha256`, over all bytes of the tensors; `reading` is told how far it is.
+
+        Raises:
+            SlebError: weights are missing, or a file cannot be read or is cut short.
+        """
+        parts = self._parts(without)
+        return None if parts is None else full_digests(parts, reading)
+
+    def _parts(self, without: frozenset[int]) -> list[list[Tensor]] | None:
+        """The tensors outside the blocks, then those of each block, by name; none of `without`."""
         files = self.weight_files(without)
         if files[0].suffix != ".safetensors":
             return None
-        outside, *blocks = (hashlib.sha256() for _ in range(self.num_blocks + 1))
+        parts: list[list[Tensor]] = [[] for _ in range(self.num_blocks + 1)]
         tensors = sorted(
             (name, *entry, file) for file in files for name, entry in tensors_of(file).items()
         )
-        for name, dtype, shape, start, end, file in tensors:
-            index = self.block_of(name)
-            if index in without:
-                continue
-            digest = outside if index is None else blocks[index]
-            digest.update(strict_json.canonical([name, dtype, shape]))
-            with file.open("rb") as stream:
-                sample(stream, start, end, digest.update)
-        return tuple(digest.hexdigest() for digest in (outside, *blocks))
+        for tensor in tensors:
+            index = self.block_of(tensor[0])
+            if index not in without:
+                parts[0 if index is None else index + 1].append(tensor)
+        return parts
 
     def weights_sha256(self, known: Mapping[int, str] = _NOTHING) -> str:
-        """Digest over every tensor's name, dtype, shape and a sample of its bytes.
+        """The quick digest, over every tensor's name, dtype, shape and a sample of its bytes.
 
         Four chunks of 4 KiB, evenly spaced, are read of each tensor, and small tensors whole: a
         70B model costs a few thousand small reads, and a fine-tuned sibling differs in all of

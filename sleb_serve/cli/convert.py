@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
@@ -14,7 +15,7 @@ from sleb_serve.cli.arguments import (
     add_model,
     add_removal,
 )
-from sleb_serve.cli.progress import ShardBar, say, tell
+from sleb_serve.cli.progress import ReadBar, ShardBar, say, tell
 from sleb_serve.cli.removal import manifest_of_options
 from sleb_serve.convert.export import export
 from sleb_serve.convert.lists import LAYER_LIST, imported, llama_cpp_list
@@ -23,7 +24,7 @@ from sleb_serve.convert.rebind import rebind
 from sleb_serve.cut.servable import check_countable, check_servable
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
-from sleb_serve.manifest.binding import check_model, revision_of
+from sleb_serve.manifest.binding import bind, check_model, revision_of
 from sleb_serve.manifest.reader import MANIFEST, read_manifest
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.utils.atomic_io import write_atomically
@@ -146,6 +147,9 @@ def _import(options: argparse.Namespace) -> int:
         checkpoint = open_checkpoint(options.model, options.revision)
         manifest = imported(options.source, options.model, checkpoint, options.run)
         check_servable(checkpoint, manifest.pruning().cut)
+        with ReadBar() as bar:
+            binding = bind(options.model, checkpoint, full=True, reading=bar.reading)
+        manifest = replace(manifest, model=binding)
         manifest.write(options.output)
     tell(describe(manifest))
     return 0
@@ -169,16 +173,19 @@ def _add_rebind(parser: argparse.ArgumentParser) -> None:
 
 
 def _rebind(options: argparse.Namespace) -> int:
-    manifest = rebind(
-        read_manifest(options.manifest, repairs=False),
-        options.model,
-        options.output,
-        revision=options.revision,
-        origin=options.origin,
-        drop_repair=options.drop_repair,
-        force=options.force,
-        note=say,
-    )
+    manifest = read_manifest(options.manifest, repairs=False)
+    with ReadBar() as bar:
+        manifest = rebind(
+            manifest,
+            options.model,
+            options.output,
+            revision=options.revision,
+            origin=options.origin,
+            drop_repair=options.drop_repair,
+            force=options.force,
+            note=say,
+            reading=bar.reading,
+        )
     tell(describe(manifest))
     tell(f"\nwrote {options.output}; its quality was not measured on this model")
     return 0

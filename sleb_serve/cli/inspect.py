@@ -15,7 +15,7 @@ from sleb_serve.cli.arguments import (
     add_model,
     add_tensor_parallel,
 )
-from sleb_serve.cli.progress import tell
+from sleb_serve.cli.progress import ReadBar, tell
 from sleb_serve.compat.architectures import support, support_markdown, support_text
 from sleb_serve.evaluation.report import describe
 from sleb_serve.manifest.reader import read_manifest
@@ -25,6 +25,7 @@ from sleb_serve.serving.preflight import check
 _CHECK_EXAMPLES = """\
 examples:
   sleb-serve check ./my-model -m m.json
+  sleb-serve check ./my-model -m m.json --full    # every byte of the weights
   sleb-serve check meta-llama/Llama-2-70b-hf -m llama-2-70b.json --gpu A100-80G -tp 2 --json
 
 Needs no GPU and no vLLM. Exit code: 0 if nothing speaks against it, 1 if something does, 2 if it
@@ -48,6 +49,11 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_manifest(parser)
     add_blocks(parser)
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="read all of the weights, removed blocks' too, and compare the full digest",
+    )
     parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}: also its KV cache")
     add_tensor_parallel(parser)
     add_json(parser)
@@ -56,7 +62,16 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.manifest).prefix(options.blocks)
     gpu = None if options.gpu is None else gpu_named(options.gpu)
-    report = check(options.model, manifest, gpu, options.tp, options.revision)
+    with ReadBar() as bar:
+        report = check(
+            options.model,
+            manifest,
+            gpu,
+            options.tp,
+            options.revision,
+            full=options.full,
+            reading=bar.reading,
+        )
     if options.json:
         tell(json.dumps({"passed": report.passed, **asdict(report)}, indent=2))
     else:

@@ -30,6 +30,7 @@ class SearchBars(SearchProgress):
 
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
+        self._read_bar = ReadBar()
         self._silent = not is_first()
 
     def __enter__(self) -> SearchBars:
@@ -37,6 +38,7 @@ class SearchBars(SearchProgress):
 
     def __exit__(self, *error: object) -> None:
         # An error message must not stand behind half a progress bar.
+        self._read_bar.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -47,6 +49,11 @@ class SearchBars(SearchProgress):
         self._say(f"scoring: {how}")
         for number, step in enumerate(resumed, 1):
             self._say(f"{self._line(number, step)} (resumed)")
+
+    def reading(self, done: int, total: int) -> None:
+        """A bar for the bytes that are read."""
+        if not self._silent:
+            self._read_bar.reading(done, total)
 
     def aimed(self, target: SpeedTarget, blocks: int) -> None:
         """How many blocks the speed-up needs."""
@@ -174,6 +181,35 @@ class ShardBar:
         """One of `count` shards is written."""
         self._bar.total = count
         self._bar.update()
+
+
+class ReadBar:
+    """Progress of reading weights for their full digest, while they are read."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[NoReturn] | None = None
+
+    def __enter__(self) -> ReadBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def reading(self, done: int, total: int) -> None:
+        """So many of the bytes are read."""
+        if self._bar is None:
+            self._bar = tqdm(
+                total=total, desc="reading weights", unit="B", unit_scale=True, leave=False
+            )
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """The bar goes."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def _removed(blocks: int) -> str:

@@ -16,6 +16,7 @@ from sleb_serve.cut.servable import check_servable
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import revision_of
 from sleb_serve.serving.command import (
+    VERIFY,
     check_plugin,
     plugin_environment,
     server_command,
@@ -34,6 +35,7 @@ examples:
   sleb-serve serve ./my-model -m m.json --dry-run      # print the vLLM command, start nothing
   sleb-serve serve meta-llama/Llama-2-70b-hf -m org/llama-70b-sleb16    # a manifest on the hub
   sleb-serve serve ./my-model -m m.json --dry-run --format vllm-config >serve.yaml
+  sleb-serve serve ./my-model -m m.json --sleb-verify full   # compare all bytes of the weights
   sleb-serve serve ./my-model -m m.json --as-draft     # the dense model, drafted for by the pruned
 
 Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
@@ -63,6 +65,13 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-tokens", metavar="N", type=int, default=3, help="tokens drafted at a time (3)"
     )
+    parser.add_argument(
+        "--sleb-verify",
+        choices=VERIFY,
+        default=VERIFY[0],
+        help="the digest of the weights that the server compares with the manifest's at its start: "
+        "quick samples them, full reads all bytes of the blocks that stay (default: quick)",
+    )
 
 
 def _quoted(word: str) -> str:
@@ -86,9 +95,14 @@ def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     if options.format is not None and not options.dry_run:
         raise SlebError("--format is how --dry-run prints: give both, or neither")
     if options.as_draft:
+        if options.sleb_verify == "full":
+            raise SlebError(
+                "--as-draft serves the whole model, which --sleb-verify full does not compare; run "
+                "`sleb-serve check --full` before, and leave --sleb-verify out"
+            )
         rest = with_draft(model, manifest, rest, options.draft_tokens)
     else:
-        rest = with_manifest(model, manifest, rest)
+        rest = with_manifest(model, manifest, rest, options.sleb_verify)
     pruning = manifest.pruning()
     if options.dry_run:
         revision = revision_of(model, manifest, options.revision)

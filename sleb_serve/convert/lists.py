@@ -76,7 +76,7 @@ _EITHER_COUNT_KEYS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
 
 
 def imported(source: str, model: str, checkpoint: Checkpoint, run: int | None = None) -> Manifest:
-    """A manifest for `model` from a list in another tool's format.
+    """A manifest for `model` from a list in another tool's format, with quick digests alone.
 
     Args:
         source: a file, or the list itself.
@@ -94,6 +94,8 @@ def imported(source: str, model: str, checkpoint: Checkpoint, run: int | None = 
 
 def manifest_of(model: str, checkpoint: Checkpoint, blocks: Sequence[int], origin: str) -> Manifest:
     """A manifest that removes `blocks`, in this order, of a model whose weights are here.
+
+    It holds quick digests of them alone.
 
     Raises:
         SlebError: the model has no such blocks.

@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 from sleb_serve import __version__
 from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.full_digest import Reading, not_told
 from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.checkpoint.safetensors import tensors_of
 from sleb_serve.cut.likeness import check_alike, transformers_config
@@ -47,6 +48,7 @@ def rebind(
     drop_repair: bool = False,
     force: bool = False,
     note: Callable[[str], None] = lambda text: None,
+    reading: Reading = not_told,
 ) -> Manifest:
     """Bind a manifest to a quantised or fine-tuned form of its model.
 
@@ -59,6 +61,8 @@ def rebind(
         drop_repair: bind a repaired manifest without its repair, rather than refuse it.
         force: replace what is at `output`, be it of another kind.
         note: told what does not carry over.
+        reading: told how many bytes of `model`'s weights are read for their full digest, of how
+            many.
 
     Raises:
         SlebError: the models differ in more than the values and the form of their weights; the
@@ -67,7 +71,7 @@ def rebind(
     require("rebind", "torch", "transformers", "accelerate", "psutil")
     output = None if output is None else Path(output)
     with claimed([] if output is None else [(output, MANIFEST)], force=force):
-        result = _bound(manifest, str(model), revision, origin, drop_repair, note)
+        result = _bound(manifest, str(model), revision, origin, drop_repair, note, reading)
         if output is not None:
             result = replace(result, folder=output.parent)
             result.write(output)
@@ -81,6 +85,7 @@ def _bound(
     origin: str | Path | None,
     drop_repair: bool,
     note: Callable[[str], None],
+    reading: Reading,
 ) -> Manifest:
     manifest = _unrepaired(manifest, drop_repair, note)
     first, other = _models(manifest, model, revision, origin)
@@ -96,7 +101,7 @@ def _bound(
     own = Origin(before.id, before.revision, before.config_sha256, before.weights_sha256)
     return replace(
         manifest,
-        model=bind(model, other),
+        model=bind(model, other, full=True, reading=reading),
         golden=_golden(manifest, first, other, note),
         evaluation=MappingProxyType({}),
         # Of one that was bound to another model before: its losses are the very first model's.
@@ -152,7 +157,10 @@ def _models(
     )
     download_weights(model, revision)
     other = open_checkpoint(model, revision)
-    if (other.config_sha256(), other.weights_sha256()) == (own.config_sha256, own.weights_sha256):
+    quick = (other.config_sha256(), other.weights_sha256())
+    if quick == (own.config_sha256, own.weights_sha256) and (
+        own.full_sha256 is None or own.full_sha256 == other.full_sha256()
+    ):
         raise SlebError(f"{model} is the manifest's own model; serve it with the manifest as it is")
     return first, other
 

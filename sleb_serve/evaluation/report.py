@@ -21,10 +21,11 @@ def describe(manifest: Manifest) -> str:
     """The manifest as text, some twenty lines."""
     model, pruning = manifest.model, manifest.pruning()
     share = 100 * len(manifest.removed) / model.num_blocks
+    digests = "quick digest" if model.full_sha256 is None else "quick digest; full one recorded"
     lines = [
         f"model        {model.id}{f' at {model.revision}' if model.revision else ''}",
         f"             {model.architecture}, {model.num_blocks} blocks, weights "
-        f"{model.weights_sha256[:8]}",
+        f"{model.weights_sha256[:8]} ({digests})",
         f"pruned       {len(manifest.removed)} of {model.num_blocks} blocks ({share:.1f} %), "
         f"{pruning.num_kept} kept: {pruning.tag}",
         f"blocks       {_block_map(manifest)}",
@@ -33,8 +34,8 @@ def describe(manifest: Manifest) -> str:
         first = manifest.rebound_from
         at = f" at {first.revision}" if first.revision else ""
         lines.append(
-            f"rebound      from {first.id}{at}, weights {first.weights_sha256[:8]}: blocks were "
-            f"selected there, and losses are that model's"
+            f"rebound      from {first.id}{at}, weights {first.weights_sha256[:8]} (quick digest): "
+            f"blocks were selected there, and losses are that model's"
         )
     if manifest.source is not None:
         lines.append(f"read from    {manifest.source}")

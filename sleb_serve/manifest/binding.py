@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.full_digest import Reading, not_told
 from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.compat.architectures import check_supported
 from sleb_serve.errors import SlebError
@@ -27,8 +29,20 @@ def check_config_binding(checkpoint: Checkpoint, model: str, pruning: Pruning) -
     )
 
 
-def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:
-    """The binding of a manifest to a checkpoint whose files are on this machine."""
+def bind(
+    model: str, checkpoint: Checkpoint, *, full: bool = False, reading: Reading = not_told
+) -> ModelBinding:
+    """The binding of a manifest to a checkpoint whose files are on this machine.
+
+    Args:
+        model: its folder or hub id.
+        checkpoint: its files.
+        full: read all of the weights for their full digest, too.
+        reading: told how far that is, in bytes.
+
+    Raises:
+        SlebError: weights are missing, or a file is cut short.
+    """
     local = Path(model).is_dir()
     leaves = checkpoint.block_sha256()
     known = {} if leaves is None else dict(enumerate(leaves[1:]))
@@ -42,6 +56,7 @@ def bind(model: str, checkpoint: Checkpoint) -> ModelBinding:
         config_sha256=checkpoint.config_sha256(),
         weights_sha256=checkpoint.weights_sha256(known),
         block_sha256=None if leaves is None else leaves[1:],
+        full_sha256=checkpoint.full_sha256(reading=reading) if full else None,
     )
 
 
@@ -102,3 +117,75 @@ def compare_weights(model: str, checkpoint: Checkpoint, pruning: Pruning) -> boo
         return False
     pruning.check_binding(model, weights_sha256=checkpoint.weights_sha256(known))
     return True
+
+
+def compare_full(
+    model: str, checkpoint: Checkpoint, expected: Sequence[str | None], reading: Reading = not_told
+) -> None:
+    """Refuse weights that differ in any byte from the manifest's.
+
+    Args:
+        model: folder or hub id, for the message.
+        checkpoint: its files, of which all are read that hold what is compared.
+        expected: the full digest of what lies outside the blocks, then of each block; None for
+            blocks that are not to be read.
+        reading: told how far it is, in bytes.
+
+    Raises:
+        SlebError: naming the first part that differs; or weights are missing or cut short.
+    """
+    unread = frozenset(block for block, part in enumerate(expected, -1) if part is None)
+    found = checkpoint.full_sha256(unread, reading)
+    if found is None:
+        raise SlebError(
+            f"{model} holds PyTorch's own format, which has no full digest; save it as safetensors "
+            f"(model.save_pretrained) and make the manifest again"
+        )
+    pairs = enumerate(zip(expected, found, strict=True), -1)
+    others = [block for block, (wanted, there) in pairs if wanted not in (None, there)]
+    if others:
+        names = ["what lies outside the blocks" if b < 0 else f"block {b}" for b in others]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise SlebError(
+            f"the weights of {model} are not those that the manifest was made on: the full digest "
+            f"of {names[0]}{more} differs, though quick ones may agree; restore the files or "
+            f"download the model again, or re-run `sleb-serve select` for it"
+        )
+
+
+def compare_loaded(
+    model: str, checkpoint: Checkpoint, pruning: Pruning, note: Callable[[str], None]
+) -> None:
+    """Refuse weights that a server has read and that are not the manifest's, as it asks for.
+
+    Args:
+        model: folder or hub id.
+        checkpoint: its files, which are on this machine by now.
+        pruning: the manifest's content; with full digests, all bytes of kept blocks are compared.
+        note: told what is compared.
+
+    Raises:
+        SlebError: naming what differs.
+    """
+    found = checkpoint.weights_sha256(pruning.known_sha256)
+    pruning.check_binding(model, weights_sha256=found)
+    if pruning.full_sha256:
+        note("Comparing all bytes of the weights with the manifest's full digests")
+        parts = iter(pruning.full_sha256)
+        removed = frozenset(pruning.removed)
+        expected = [None if b in removed else next(parts) for b in range(-1, pruning.num_blocks)]
+        compare_full(model, checkpoint, expected)
+    note(f"Weights compared with the manifest: {pruning.compared} digest, {found[:16]}")
+
+
+def check_none_loaded(pruning: Pruning) -> None:
+    """Refuse random weights where all bytes are to be compared.
+
+    Raises:
+        SlebError: they are.
+    """
+    if pruning.full_sha256:
+        raise SlebError(
+            "--load-format dummy reads no weights that the full digest could be compared with; "
+            "leave it out, or --sleb-verify full"
+        )

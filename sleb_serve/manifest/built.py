@@ -17,7 +17,8 @@ class Built:
 
     ``weights_read_bytes`` are those of the checkpoint's tensors outside the removed layers,
     ``weights_skipped_bytes`` those inside; None before they are loaded, and for a checkpoint in
-    PyTorch's own format, which is read whole.
+    PyTorch's own format, which is read whole. ``weights_compared`` is the digest that the weights
+    were compared by, ``quick`` or ``full``; None before, and for random ones.
     """
 
     pruning: Pruning
@@ -25,6 +26,7 @@ class Built:
     parameters: int
     weights_read_bytes: int | None = None
     weights_skipped_bytes: int | None = None
+    weights_compared: str | None = None
 
     def report(self, rank: int) -> dict[str, Any]:
         """In plain values, as the API server asks for it."""
@@ -35,6 +37,7 @@ class Built:
             "parameters": self.parameters,
             "weights_read_bytes": self.weights_read_bytes,
             "weights_skipped_bytes": self.weights_skipped_bytes,
+            "weights_compared": self.weights_compared,
         }
 
     def to_text(self) -> str:

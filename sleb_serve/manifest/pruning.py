@@ -34,7 +34,9 @@ class Pruning:
     """What a server needs of a manifest: the blocks to leave out and the model they belong to.
 
     ``removed`` is ascending; ``removed_sha256``, where known, holds the digests of those blocks'
-    weights (see `Checkpoint.block_sha256`). This is the content that travels to every vLLM worker.
+    weights (see `Checkpoint.block_sha256`). ``full_sha256``, where a server is to compare all bytes
+    that it reads, holds the full digests of what lies outside the blocks and of each kept block.
+    This is the content that travels to every vLLM worker.
     """
 
     architecture: str
@@ -44,6 +46,7 @@ class Pruning:
     removed: tuple[int, ...]
     removed_sha256: tuple[str, ...] = ()
     repair: RepairFile | None = None
+    full_sha256: tuple[str, ...] = ()
 
     @property
     def gaps(self) -> tuple[tuple[int, int], ...]:
@@ -54,6 +57,11 @@ class Pruning:
     def known_sha256(self) -> dict[int, str]:
         """Digests of the removed blocks' weights, so that these need not be read to be checked."""
         return dict(zip(self.removed, self.removed_sha256, strict=bool(self.removed_sha256)))
+
+    @property
+    def compared(self) -> str:
+        """By which digest a server compares its weights: ``quick`` or ``full``."""
+        return "full" if self.full_sha256 else "quick"
 
     @property
     def cut(self) -> Cut:
@@ -71,6 +79,8 @@ class Pruning:
         content = self.to_dict()
         # Says nothing that weights_sha256 does not.
         content.pop("removed_sha256", None)
+        # How much is compared, not what is served.
+        content.pop("full_sha256", None)
         if self.repair is not None:
             # What the file holds, not where it lies.
             content["repair"] = {"kind": self.repair.kind, "sha256": self.repair.sha256}
@@ -92,6 +102,8 @@ class Pruning:
         }
         if self.removed_sha256:
             content["removed_sha256"] = list(self.removed_sha256)
+        if self.full_sha256:
+            content["full_sha256"] = list(self.full_sha256)
         if self.repair is not None:
             content["repair"] = dict(vars(self.repair))
         return content
@@ -119,7 +131,7 @@ class Pruning:
         """
         keys = ("architecture", "num_blocks", "config_sha256", "weights_sha256", "removed")
         fields = strict_json.object_(
-            value, "pruning", required=keys, optional=("removed_sha256", "repair")
+            value, "pruning", required=keys, optional=("removed_sha256", "full_sha256", "repair")
         )
         num_blocks = block_count(fields["num_blocks"], "pruning.num_blocks")
         removed = [
@@ -129,25 +141,15 @@ class Pruning:
         check_blocks(removed, num_blocks, "pruning.removed")
         if removed != sorted(removed):
             raise SlebError("pruning.removed is not in ascending order; print the arguments again")
-        removed_sha256 = tuple(
-            strict_json.sha256(digest, f"pruning.removed_sha256[{i}]")
-            for i, digest in enumerate(
-                strict_json.list_(fields.get("removed_sha256", []), "pruning.removed_sha256")
-            )
-        )
-        if len(removed_sha256) not in (0, len(removed)):
-            raise SlebError(
-                f"pruning.removed_sha256 has {len(removed_sha256)} digests for {len(removed)} "
-                f"removed blocks; print the arguments again"
-            )
         return cls(
             architecture=strict_json.line(fields["architecture"], "pruning.architecture"),
             num_blocks=num_blocks,
             config_sha256=strict_json.sha256(fields["config_sha256"], "pruning.config_sha256"),
             weights_sha256=strict_json.sha256(fields["weights_sha256"], "pruning.weights_sha256"),
             removed=tuple(removed),
-            removed_sha256=removed_sha256,
+            removed_sha256=_parse_digests(fields, "removed_sha256", len(removed)),
             repair=_parse_repair(fields["repair"]) if "repair" in fields else None,
+            full_sha256=_parse_digests(fields, "full_sha256", num_blocks - len(removed) + 1),
         )
 
     def check_binding(
@@ -195,6 +197,16 @@ def repair_kind(value: object, where: str) -> str:
             f"upgrade sleb-serve, or re-run `sleb-serve select`"
         )
     return kind
+
+
+def _parse_digests(fields: Mapping[str, Any], key: str, count: int) -> tuple[str, ...]:
+    found = strict_json.list_(fields.get(key, []), f"pruning.{key}")
+    # An empty list asks for less than it seems to.
+    if len(found) != count and key in fields:
+        raise SlebError(
+            f"pruning.{key} has {len(found)} digests, not {count}; print the arguments again"
+        )
+    return tuple(strict_json.sha256(d, f"pruning.{key}[{i}]") for i, d in enumerate(found))
 
 
 def _parse_repair(value: object) -> RepairFile:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.blocks import block_count, check_blocks
@@ -150,18 +151,10 @@ def parse_manifest(data: bytes) -> Manifest:
 
 def _parse_model(value: object) -> ModelBinding:
     keys = ("id", "revision", "architecture", "num_blocks", "config_sha256", "weights_sha256")
-    fields = strict_json.object_(value, "model", required=keys, optional=("block_sha256",))
+    fields = strict_json.object_(
+        value, "model", required=keys, optional=("block_sha256", "full_sha256")
+    )
     num_blocks = block_count(fields["num_blocks"], "model.num_blocks")
-    digests = fields.get("block_sha256")
-    if digests is not None:
-        digests = tuple(
-            strict_json.sha256(digest, f"model.block_sha256[{i}]")
-            for i, digest in enumerate(strict_json.list_(digests, "model.block_sha256"))
-        )
-        if len(digests) != num_blocks:
-            raise SlebError(
-                f"model.block_sha256 has {len(digests)} digests for {num_blocks} blocks"
-            )
     return ModelBinding(
         id=strict_json.line(fields["id"], "model.id"),
         revision=_line_or_none(fields["revision"], "model.revision"),
@@ -169,8 +162,25 @@ def _parse_model(value: object) -> ModelBinding:
         num_blocks=num_blocks,
         config_sha256=strict_json.sha256(fields["config_sha256"], "model.config_sha256"),
         weights_sha256=strict_json.sha256(fields["weights_sha256"], "model.weights_sha256"),
-        block_sha256=digests,
+        block_sha256=_digests(fields, "block_sha256", num_blocks, f"{num_blocks} blocks"),
+        full_sha256=_digests(
+            fields, "full_sha256", num_blocks + 1, f"{num_blocks} blocks and the rest of the model"
+        ),
     )
+
+
+def _digests(
+    fields: Mapping[str, Any], key: str, count: int, needed: str
+) -> tuple[str, ...] | None:
+    if fields.get(key) is None:
+        return None
+    found = tuple(
+        strict_json.sha256(digest, f"model.{key}[{i}]")
+        for i, digest in enumerate(strict_json.list_(fields[key], f"model.{key}"))
+    )
+    if len(found) != count:
+        raise SlebError(f"model.{key} has {len(found)} digests for {needed}")
+    return found
 
 
 def _line_or_none(value: object, where: str) -> str | None:

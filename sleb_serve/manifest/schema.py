@@ -36,8 +36,9 @@ def _nothing() -> Mapping[str, Any]:
 class ModelBinding:
     """The model a manifest belongs to.
 
-    ``id`` and ``revision`` say where it came from; the architecture, the block count and the two
+    ``id`` and ``revision`` say where it came from; the architecture, the block count and the
     digests (see `sleb_serve.checkpoint`) are what a model must match to be served by the manifest.
+    ``weights_sha256`` and ``block_sha256`` are quick ones, over samples of the tensors.
     """
 
     id: str
@@ -48,6 +49,8 @@ class ModelBinding:
     weights_sha256: str
     block_sha256: tuple[str, ...] | None = None
     """The digest of each block's weights: with it, a server need not read removed blocks."""
+    full_sha256: tuple[str, ...] | None = None
+    """The digests over all bytes: of what lies outside the blocks, then of each block."""
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,14 @@ class Manifest:
         repairs = () if repair is None else (repair,)
         return replace(self, removed=self.removed[:blocks], repairs=repairs, golden=None)
 
-    def pruning(self) -> Pruning:
-        """What a server needs of this manifest."""
+    def pruning(self, *, full: bool = False) -> Pruning:
+        """What a server needs of this manifest; with `full`, to compare all bytes that it reads.
+
+        Raises:
+            SlebError: `full`, and the manifest holds no full digest.
+        """
         removed = tuple(sorted(self.blocks))
+        parts = enumerate(self.full_digests() if full else (), -1)
         digests = self.model.block_sha256
         return Pruning(
             architecture=self.model.architecture,
@@ -232,7 +240,21 @@ class Manifest:
             removed=removed,
             removed_sha256=() if digests is None else tuple(digests[block] for block in removed),
             repair=None if self.repair is None else self.repair_file(self.repair),
+            full_sha256=tuple(part for block, part in parts if block not in removed),
         )
+
+    def full_digests(self) -> tuple[str, ...]:
+        """`ModelBinding.full_sha256`.
+
+        Raises:
+            SlebError: there is none.
+        """
+        if self.model.full_sha256 is None:
+            raise SlebError(
+                "the manifest holds no full digest of its model's weights; make it again, of "
+                "safetensors, with `sleb-serve select`, `import` or `rebind`"
+            )
+        return self.model.full_sha256
 
     def perplexity(self, loss: float | None) -> float | None:
         """exp(loss); None where there is no such thing, as for a divergence."""
@@ -251,7 +273,7 @@ class Manifest:
             "model": {
                 name: _thaw(entry)
                 for name, entry in vars(self.model).items()
-                if name != "block_sha256" or entry is not None
+                if name == "revision" or entry is not None
             },
             "removed": [
                 {"block": r.block, "loss": r.loss, "perplexity": self.perplexity(r.loss)}

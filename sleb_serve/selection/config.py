@@ -117,6 +117,9 @@ class Progress:
     def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
         """The model and the text are there; these steps need not be computed again."""
 
+    def reading(self, done: int, total: int) -> None:
+        """So many bytes of the weights are read for their full digest."""
+
     def aimed(self, target: SpeedTarget, blocks: int) -> None:
         """So many blocks must go for a speed-up."""
 

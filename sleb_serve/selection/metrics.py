@@ -74,6 +74,10 @@ class SearchMetrics(Progress):
             self._note(step)
         self._shown.loaded(sequences, resumed, how)
 
+    def reading(self, done: int, total: int) -> None:
+        """Nothing to count."""
+        self._shown.reading(done, total)
+
     def aimed(self, target: SpeedTarget, blocks: int) -> None:
         """Nothing to count yet."""
         self._shown.aimed(target, blocks)

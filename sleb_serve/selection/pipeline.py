@@ -89,6 +89,9 @@ def _selected(
     beside = None if output is None or is_stream(output) else output
     task = _task(model, config, output, resume, progress)
     texts = _texts(task.checkpoint, config)
+    # All that can be refused without reading the weights has been.
+    binding = bind(model, task.checkpoint, full=True, reading=progress.reading)
+    task = replace(task, binding=binding)
 
     def search(sample: int) -> Search:
         log = None if beside is None else log_path(beside, sample)

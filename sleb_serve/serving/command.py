@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.compat.vllm_versions import check_version, vllm_version
@@ -29,6 +29,9 @@ from sleb_serve.serving.options import take_formats, take_overrides, value_of, w
 from sleb_serve.serving.speculative import draft_options
 from sleb_serve.utils.extras import require
 
+VERIFY = ("quick", "full")
+"""Which digest of the weights a server compares at its start."""
+
 _ENDPOINTS = "vllm.endpoint_plugins"
 _MODEL = re.compile(r"--model(=.*)?\Z", re.DOTALL)
 
@@ -45,7 +48,13 @@ def with_draft(model: str, manifest: Manifest, options: Sequence[str], tokens: i
     return [*options, *draft_options(model, checkpoint, pruning, options, tokens)]
 
 
-def serve_command(model: str | Path, manifest: Manifest, options: Sequence[str] = ()) -> list[str]:
+def serve_command(
+    model: str | Path,
+    manifest: Manifest,
+    options: Sequence[str] = (),
+    *,
+    verify: Literal["quick", "full"] = "quick",
+) -> list[str]:
     """The command that starts an OpenAI server with `manifest` applied to `model`.
 
     Args:
@@ -53,16 +62,23 @@ def serve_command(model: str | Path, manifest: Manifest, options: Sequence[str] 
         manifest: what to remove, already cut to the wanted prefix.
         options: any options of ``vllm serve``. ``--hf-overrides`` is merged with the manifest's;
             ``--served-model-name`` is left alone, otherwise one is made that names the pruning.
+        verify: which digest of the weights the server compares at its start; ``full`` reads all
+            bytes of the blocks that stay.
 
     Raises:
-        SlebError: the manifest is not for this model, or an option would undo the pruning.
+        SlebError: the manifest is not for this model, lacks the digest that is asked for, or an
+            option would undo the pruning.
     """
-    return server_command(str(model), with_manifest(str(model), manifest, options))
+    return server_command(str(model), with_manifest(str(model), manifest, options, verify))
 
 
-def with_manifest(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]:
+def with_manifest(
+    model: str, manifest: Manifest, options: Sequence[str], verify: str = "quick"
+) -> list[str]:
     """The options of ``vllm serve`` joined with the manifest's; see `serve_command`."""
-    pruning = manifest.pruning()
+    if verify not in VERIFY:
+        raise SlebError(f"verify={verify}: choose one of {', '.join(VERIFY)}")
+    pruning = manifest.pruning(full=verify == "full")
     rest, own = take_overrides(options)
     if any(_MODEL.match(option) for option in rest):
         raise SlebError("--model is given twice: name the model once, right after `serve`")

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.checkpoint.full_digest import Reading, not_told
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.compat.architectures import status, why_refused
 from sleb_serve.compat.vllm_versions import vllm_version
 from sleb_serve.cut.likeness import not_compared
 from sleb_serve.cut.servable import compare_layers
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.binding import check_model, compare_weights, revision_of
+from sleb_serve.manifest.binding import check_model, compare_full, compare_weights, revision_of
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.cache import caches_of
@@ -62,7 +63,14 @@ class CheckReport:
 
 
 def check(
-    model: str, manifest: Manifest, gpu: Gpu | None, tp: int, revision: str | None = None
+    model: str,
+    manifest: Manifest,
+    gpu: Gpu | None,
+    tp: int,
+    revision: str | None = None,
+    *,
+    full: bool = False,
+    reading: Reading = not_told,
 ) -> CheckReport:
     """Hold `manifest` against `model` and this machine's vLLM.
 
@@ -72,11 +80,14 @@ def check(
         gpu: what to work out the KV cache for; None to leave that out.
         tp: how many GPUs share every matrix.
         revision: of a hub model; None for the manifest's.
+        full: read all of the weights, and compare their full digest.
+        reading: told how far that is, in bytes.
 
     Raises:
-        SlebError: there is no such model.
+        SlebError: there is no such model; or `full`, and the manifest holds no full digest, or the
+            weights are not on this machine.
     """
-    pruning = manifest.pruning()
+    pruning = manifest.pruning(full=full)
     revision = revision_of(model, manifest, revision)
     checkpoint = open_checkpoint(model, revision)
     sizes: dict[str, Any] = {
@@ -92,6 +103,8 @@ def check(
         _heads(checkpoint, tp),
     ]
     if findings[0].status == OK:
+        if full:
+            findings.insert(1, _full(model, checkpoint, manifest, reading))
         findings += _memory(checkpoint, pruning, sizes)
         if gpu is not None:
             findings.append(_kv_cache(checkpoint, pruning, gpu, tp, sizes))
@@ -117,7 +130,7 @@ def _model(model: str, manifest: Manifest, revision: str | None) -> str:
     pruning, own = manifest.pruning(), manifest.model
     checkpoint = check_model(model, pruning, revision, servable=False)
     compared = compare_weights(model, checkpoint, pruning)
-    match = "config and weights match"
+    match = "config and weights match (quick digest, of samples)"
     if not compared:
         found = checkpoint.path.name
         if model == own.id and own.revision is not None and found != own.revision:
@@ -132,6 +145,37 @@ def _model(model: str, manifest: Manifest, revision: str | None) -> str:
     )
     kept = f"{pruning.num_kept} of {pruning.num_blocks} blocks stay"
     return f"{kept}{repaired}; {match}"
+
+
+def _full(model: str, checkpoint: Checkpoint, manifest: Manifest, reading: Reading) -> Finding:
+    """Whether every byte of the weights is the manifest's model's."""
+    pruning = manifest.pruning()
+    expected: list[str | None] = [*manifest.full_digests()]
+    which = "all blocks"
+    if _lacks(checkpoint):
+        # Shards of removed blocks alone are not downloaded to be served.
+        if _lacks(checkpoint, frozenset(pruning.removed)):
+            raise SlebError(
+                f"the weights of {model} are not on this machine, and the full digest is of all "
+                f"their bytes; download the model first (`hf download`)"
+            )
+        which = "the blocks that stay; weights of removed ones are not on this machine"
+        for block in pruning.removed:
+            expected[block + 1] = None
+
+    def question() -> str:
+        compare_full(model, checkpoint, expected, reading)
+        return f"every byte of the weights is as in the manifest's model: {which}"
+
+    return _asked("full digest", question)
+
+
+def _lacks(checkpoint: Checkpoint, without: frozenset[int] = frozenset()) -> bool:
+    try:
+        checkpoint.weight_files(without)
+    except SlebError:
+        return True
+    return False
 
 
 def _architecture(name: str) -> Finding:
