@@ -213,6 +213,7 @@ def _describe_worker(worker: Any) -> dict[str, Any]:
         "weights_read_bytes": built and built.weights_read_bytes,
         "weights_skipped_bytes": built and built.weights_skipped_bytes,
         "layers": built and built.layers,
+        "weights_compared": built and built.weights_compared,
     }
 
 

@@ -202,6 +202,8 @@ DELETE = object()
         ("model.weights_sha256", SHA + "\n", "model.weights_sha256 must be 64"),
         ("model.block_sha256", [SHA], "has 1 digests for 30 blocks"),
         ("model.block_sha256", [1] * 30, r"model.block_sha256\[0\] must be 64"),
+        ("model.full_sha256", [SHA] * 30, "has 30 digests for 30 blocks and the rest"),
+        ("model.full_sha256", [1] * 31, r"model.full_sha256\[0\] must be 64"),
         ("model.surprise", 1, "unknown key 'surprise' in model"),
         ("surprise", 1, "unknown key 'surprise' in manifest"),
         ("removed", [], "removed is empty"),

@@ -24,7 +24,7 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import fetch_index, open_checkpoint
 from sleb_serve.compat.architectures import status
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.binding import check_config_binding, check_none_loaded, compare_loaded
+from sleb_serve.manifest.binding import check_config_binding, check_readable, compare_loaded
 from sleb_serve.manifest.built import Built
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.tensors import NeededOnly, ShorterTensors
@@ -93,9 +93,10 @@ class SlebModelLoader(BaseModelLoader):
         held = [i for i, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer)]
         built = Built(pruning, tuple(pruning.cut.kept[i] for i in held), _count(model))
         check_same_digest(pruning)
+        strategy = self.load_config.safetensors_load_strategy
+        check_readable(pruning, self._format, strategy, self._extra)
         reader = self._reader(model_config, pruning)
         if self._format == "dummy":
-            check_none_loaded(pruning)
             reader.load_weights(model, model_config)
         else:
             tensors = ShorterTensors(checkpoint, pruning)

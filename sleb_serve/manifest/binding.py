@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.full_digest import Reading, not_told
@@ -178,14 +179,29 @@ def compare_loaded(
     note(f"Weights compared with the manifest: {pruning.compared} digest, {found[:16]}")
 
 
-def check_none_loaded(pruning: Pruning) -> None:
-    """Refuse random weights where all bytes are to be compared.
+def check_readable(
+    pruning: Pruning, reader: str, strategy: str | None, extra: Mapping[str, Any]
+) -> None:
+    """Refuse to compare all bytes where vLLM would read others than are compared.
+
+    Args:
+        pruning: the manifest's content.
+        reader: the load format that reads the files.
+        strategy: vLLM's ``--safetensors-load-strategy``.
+        extra: what the reader is configured with.
 
     Raises:
-        SlebError: they are.
+        SlebError: it does not read tensors one by one, of the checkpoint's own files alone.
     """
-    if pruning.full_sha256:
-        raise SlebError(
-            "--load-format dummy reads no weights that the full digest could be compared with; "
-            "leave it out, or --sleb-verify full"
-        )
+    if not pruning.full_sha256:
+        return
+    for option, given, known in (
+        ("--load-format", reader, ("hf", "safetensors")),
+        ("--safetensors-load-strategy", strategy, (None, "lazy", "prefetch")),
+        ("enable_multithread_load", bool(extra.get("enable_multithread_load")), (False,)),
+    ):
+        if given not in known:
+            raise SlebError(
+                f"{option} {given} may read other bytes than --sleb-verify full compares; leave "
+                f"out one of them"
+            )
