@@ -10,13 +10,16 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from forking import end_fork, start_fork
+from several_commands import run_commands
+from sleb_bench.server import free_port
 from sleb_serve.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
@@ -55,16 +58,23 @@ class Done:
 def run_in_one(
     commands: Sequence[Sequence[str]],
     folder: Path,
+    **environment: str,
+) -> list[Done]:
+    """Run commands in a process of their own, a fork that has imported what they need."""
+    (results,) = _in_forks(commands, folder, 1, environment)
+    return results
+
+
+def run_in_two(
+    commands: Sequence[Sequence[str]],
+    folder: Path,
     launcher: Sequence[str] = (),
     **environment: str,
 ) -> list[list[Done]]:
-    """Run commands in a new interpreter, or as many as a launcher starts; results by rank.
-
-    Its environment is its own from the start, which matters to what libraries read at import; and
-    importing them, which takes longer than most commands, is done once.
-    """
-    folder.mkdir(exist_ok=True)
-    (folder / "commands.json").write_text(json.dumps([list(command) for command in commands]))
+    """Run commands in two ranks: forks, or what a launcher starts. Results by rank."""
+    if not launcher:
+        return _in_forks(commands, folder, 2, environment)
+    _write(commands, folder)
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "tests" / "several_commands.py"), str(folder)],
         env={**os.environ, **environment},
@@ -74,8 +84,37 @@ def run_in_one(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    files = sorted(folder.glob("results-*.json"))
-    return [[Done(**result) for result in json.loads(file.read_text())] for file in files]
+    return [_results(folder, rank) for rank in range(2)]
+
+
+def _in_forks(
+    commands: Sequence[Sequence[str]], folder: Path, ranks: int, environment: Mapping[str, str]
+) -> list[list[Done]]:
+    _write(commands, folder)
+    logs = [folder / f"log-{rank}" for rank in range(ranks)]
+    several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    several["WORLD_SIZE"] = str(ranks)
+    children = []
+    try:
+        for rank, log in enumerate(logs):
+            place = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            children.append(start_fork(run_commands, log, folder, **environment, **place))
+        for child, log in zip(children, logs, strict=True):
+            child.join()
+            assert child.exitcode == 0, log.read_text()[-3000:]
+    finally:
+        for child in children:
+            end_fork(child)
+    return [_results(folder, rank) for rank in range(ranks)]
+
+
+def _write(commands: Sequence[Sequence[str]], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "commands.json").write_text(json.dumps([list(command) for command in commands]))
+
+
+def _results(folder: Path, rank: int) -> list[Done]:
+    return [Done(**result) for result in json.loads((folder / f"results-{rank}.json").read_text())]
 
 
 def answered(*arguments: str | Path, within: float = 20) -> Done:

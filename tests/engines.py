@@ -68,7 +68,7 @@ def run_jobs(
 ) -> list[dict[str, Any]]:
     """Run jobs in one child process; one that takes the process down is an error of the test."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    if python == sys.executable and all(name.startswith("VLLM_") for name in environment):
+    if python == sys.executable and all(n.startswith(("VLLM_", "HF_")) for n in environment):
         code = run_fork(_run, folder / "output.log", folder, **environment)
     else:
         code = _run_anew(python, folder, environment)

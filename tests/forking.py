@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -31,7 +33,7 @@ def forks() -> ForkServerContext:
     """Starts processes that have vLLM imported: forks of one in which no engine ever ran.
 
     Importing it costs a quarter of a minute or more. What libraries read of the environment while
-    they are imported is as it was when the first of these processes was started.
+    they are imported is as it was when the first of these processes was started; all but the hub's.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -90,5 +92,29 @@ def _do(
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    hub_changes = any(
+        name.startswith("HF_") and os.environ.get(name) != value
+        for name, value in environment.items()
+    )
     os.environ.update(environment)
+    if hub_changes:
+        _ask_this_hub()
     work(*arguments)
+
+
+def _ask_this_hub() -> None:
+    """Let the hub's library, and who copied from it, read its part of the environment again."""
+    from huggingface_hub import constants, hf_api
+
+    before = dict(vars(constants))
+    importlib.reload(constants)
+    changed = {
+        name: value
+        for name, value in vars(constants).items()
+        if isinstance(value, str | bool) and before.get(name, value) != value
+    }
+    for module in list(sys.modules.values()):
+        for name, value in changed.items():
+            if vars(module).get(name) == before[name]:
+                setattr(module, name, value)
+    hf_api.api.endpoint = constants.ENDPOINT

@@ -34,7 +34,8 @@ def short_text(folder: Path) -> Path:
     return file
 
 
-def evaluated(path: Path, output: Path, *options: str) -> dict[str, Any]:
-    assert main(["eval", str(path), "-o", str(output), "--dtype", "float32", *options]) == 0
+def evaluated(path: Path, output: Path, *options: str, answers: bool = False) -> dict[str, Any]:
+    arguments = ["eval", str(path), "-o", str(output), "--dtype", "float32", *options]
+    assert main(arguments if answers else [*arguments, "--no-answers"]) == 0
     report: dict[str, Any] = json.loads(output.read_text())
     return report

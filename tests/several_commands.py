@@ -23,8 +23,11 @@ def run(arguments: list[str]) -> dict[str, object]:
     return {"code": code, "out": out.getvalue(), "error": error.getvalue()}
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def run_commands(folder: Path) -> None:
     results = [run(arguments) for arguments in json.loads((folder / "commands.json").read_text())]
     rank = os.environ.get("RANK", "0")
     (folder / f"results-{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    run_commands(Path(sys.argv[1]))

@@ -62,14 +62,14 @@ def test_a_hub_model_is_the_manifests_revision_and_a_moved_branch_is_refused(
 
     def run(address: str, commands: list[list[str]]) -> list[Done]:
         environment = hub.environment(address, tmp_path / "cache")
-        (results,) = run_in_one(commands, tmp_path / "run", **environment)
-        return results
+        return run_in_one(commands, tmp_path / "run", **environment)
 
     with hub.serving("org/tiny", before, old) as (address, _):
         (done,) = run(address, [["import", "org/tiny", "[2, 4]", "-o", str(manifest)]])
         assert done.code == 0, done.error
     assert read_manifest(manifest).model.revision == old
     text = ["--perplexity", "python-docs", "--sequence-length", "48", "--sequences", "1"]
+    text += ["--no-answers"]
     asked = {
         "check": ["check", "org/tiny", "-m", str(manifest)],
         "eval": ["eval", "org/tiny", "-m", str(manifest), *text],

@@ -22,7 +22,15 @@ from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.utils.outputs import claimed, locked, object_with
 from sleb_serve.utils.scratch import ScratchFolder
 
-TEXT = ("--perplexity", "python-docs", "--sequence-length", "32", "--sequences", "2")
+TEXT = (
+    "--perplexity",
+    "python-docs",
+    "--sequence-length",
+    "32",
+    "--sequences",
+    "2",
+    "--no-answers",
+)
 LONG = ("--remove", "6", "--sequences", "30", "--sequence-length", "512")
 """A search of seconds."""
 ANY = object_with("a thing", "thing")

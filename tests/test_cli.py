@@ -336,7 +336,7 @@ def test_a_hub_model_is_bound_by_its_id_and_commit(models: Models, tmp_path: Pat
         ["serve", str(model), "-m", str(output), "--dry-run"]
         for model in ("org/tiny", models("opt"))
     )
-    ((selected, served, folder),) = run_in_one(
+    selected, served, folder = run_in_one(
         [select, serve, other],
         tmp_path / "run",
         HF_HUB_CACHE=str(tmp_path / "cache"),

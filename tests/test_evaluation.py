@@ -105,12 +105,12 @@ def test_a_frontiers_perplexities_are_those_of_models_with_the_blocks_deleted(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    monkeypatch.setattr(questions, "QUESTIONS", questions.QUESTIONS[:5])
+    monkeypatch.setattr(questions, "QUESTIONS", questions.QUESTIONS[:3])
     path, removed = models(name), REMOVED if name == "llama" else (2, 3, 1)
     output = tmp_path / "e.json"
     options = ["--removal-list", str(list(removed)), "--blocks", "2,0,3"]
     options += ["--perplexity", str(text), "--sequence-length", "50"]
-    report = evaluated(path, output, *options)
+    report = evaluated(path, output, *options, answers=True)
     assert [entry["blocks"] for entry in report["results"]] == [2, 0, 3]
     for entry in report["results"]:
         model = oracle.pruned(path, removed[: entry["blocks"]])
@@ -154,8 +154,13 @@ def test_repaired_models_are_judged_repaired_and_the_model_is_left_as_it_was(
 
 
 def test_an_interrupted_frontier_resumes(
-    models: Models, tmp_path: Path, text: Path, capsys: Capture
+    models: Models,
+    tmp_path: Path,
+    text: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(questions, "QUESTIONS", questions.QUESTIONS[:3])
     path, output = models("llama"), tmp_path / "e.json"
     options = ["--removal-list", str(list(REMOVED)), "--blocks", "0,1,3"]
     options += [
@@ -166,14 +171,14 @@ def test_an_interrupted_frontier_resumes(
         "--sequences",
         "2",
     ]
-    whole = evaluated(path, output, *options)
+    whole = evaluated(path, output, *options, answers=True)
     partial = json.loads(output.read_text())
     partial["results"][1]["perplexity"].popitem()
     partial["results"][2]["perplexity"].clear()
     partial["results"][0]["perplexity"][str(text)] = 12345.0  # to see that it is kept
     output.write_text(json.dumps(partial))
     capsys.readouterr()
-    again = evaluated(path, output, *options, "--resume")
+    again = evaluated(path, output, *options, "--resume", answers=True)
     assert capsys.readouterr().err.count("(resumed)") == 5
     assert again["results"][0]["perplexity"].pop(str(text)) == 12345.0
     whole["results"][0]["perplexity"].pop(str(text))
@@ -186,7 +191,8 @@ def test_results_go_back_into_the_manifest(models: Models, tmp_path: Path, text:
     path, file = models("llama"), tmp_path / "m.json"
     manifest_for(path, REMOVED).write(file)
     options = ["-m", str(file), "--blocks", "0,3", "--perplexity", str(text), "--write-back"]
-    report = evaluated(path, tmp_path / "e.json", *options, "--sequence-length", "40")
+    options += ["--sequence-length", "40"]
+    report = evaluated(path, tmp_path / "e.json", *options, answers=True)
     manifest = read_manifest(file)
     assert manifest.blocks == REMOVED
     assert manifest.pruning() == manifest_for(path, REMOVED).pruning()
@@ -244,6 +250,7 @@ def test_what_the_readme_maps_the_official_commands_to_runs(
     select += ["--calibration", "wikitext2", "--early-barrier", "1", "--late-barrier", "1"]
     assert main([*select, "--sequences", "2", "--sequence-length", "64"]) == 0
     judge = ["--perplexity", "wikitext2", "--sequence-length", "64", "--sequences", "2"]
+    judge += ["--no-answers"]
     assert main(["eval", path, "-m", output, *judge]) == 0
     blocks = list(read_manifest(Path(output)).blocks)
     capsys.readouterr()

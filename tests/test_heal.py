@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import oracle
-from commands import one_thread, run_in_one
+from commands import one_thread, run_in_two
 from conftest import Models, save_model
 from healing import COMMAND, REMOVED, SMALL, Told, healed, merged_by_peft, oracle_of, removing
 from sleb_serve import HealConfig, heal
@@ -216,10 +216,7 @@ def test_two_processes_train_as_one_does(models: Models, tmp_path: Path) -> None
         files = ["heal", str(models("llama")), "-m", str(manifest), "-o", output]
         return [*files, *COMMAND, "--batch-size", "5"]
 
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
-    ((told,), (quiet,)) = run_in_one(
-        [command("two")], tmp_path / "log", launcher, OMP_NUM_THREADS="1"
-    )
+    ((told,), (quiet,)) = run_in_two([command("two")], tmp_path / "two", OMP_NUM_THREADS="1")
     with one_thread():
         assert main(command("one")) == 0
     assert (told.code, quiet.code) == (0, 0), told.error

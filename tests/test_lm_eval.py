@@ -16,6 +16,7 @@ from forking import run_fork
 from judging import HAS_DATA, evaluated, needs_data, short_text, use_data
 from running import become
 from sleb_serve.cli.main import main
+from sleb_serve.evaluation.backends import known_tasks
 
 Capture = pytest.CaptureFixture[str]
 REMOVED = (5, 2, 3)
@@ -48,6 +49,7 @@ def test_tasks_score_as_plain_lm_eval_on_the_exported_checkpoint(
         device="cpu",
         limit=6,
         log_samples=False,
+        task_manager=known_tasks(),
     )["results"]
     for task, values in report["results"][0]["tasks"].items():
         for metric in ("acc", "acc_norm"):

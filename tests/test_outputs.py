@@ -29,7 +29,15 @@ def device(path: Path, minor: int) -> Path:
 
 
 def commands(model: Path, manifest: Path, output: Path) -> list[list[str]]:
-    text = ["--perplexity", "python-docs", "--sequence-length", "32", "--sequences", "2"]
+    text = [
+        "--perplexity",
+        "python-docs",
+        "--sequence-length",
+        "32",
+        "--sequences",
+        "2",
+        "--no-answers",
+    ]
     return [
         select_arguments(model, output),
         ["eval", str(model), "-m", str(manifest), "--blocks", "0,2", *text, "-o", str(output)],
@@ -60,7 +68,15 @@ def test_a_pipe_gets_the_whole_content_once(models: Models, tmp_path: Path) -> N
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
     reader.start()
-    text = ["--perplexity", "python-docs", "--sequence-length", "32", "--sequences", "2"]
+    text = [
+        "--perplexity",
+        "python-docs",
+        "--sequence-length",
+        "32",
+        "--sequences",
+        "2",
+        "--no-answers",
+    ]
     assert main(["eval", str(models("llama")), *text, "-o", str(pipe)]) == 0
     reader.join(10)
     report: dict[str, Any] = json.loads(got[0])

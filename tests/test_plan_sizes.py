@@ -250,7 +250,8 @@ def test_a_hub_model_is_sized_from_the_headers_of_its_files(models: Models, tmp_
             HF_ENDPOINT=url,
             HF_HUB_OFFLINE="0",
             HF_HOME=str(tmp_path / "home"),
-        )[0]
+        )
+    assert done.code == 0, done.error
     found = json.loads(done.out)["model"]
     numbers = sum(t.numel() for t in load_file(source / "model.safetensors").values())
     assert found["parameters"] == numbers

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from commands import one_thread, run_in_one
+from commands import one_thread, run_in_two
 from conftest import Models, save_model
 from forking import run_fork
 from memory import measure_memory
@@ -81,7 +81,7 @@ def test_two_processes_give_the_bytes_of_one(models: Models, tmp_path: Path) -> 
     searches = ("greedy", "fast")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
     commands = [command(search, "two") for search in searches]
-    first, second = run_in_one(commands, tmp_path / "two", launcher, OMP_NUM_THREADS="1")
+    first, second = run_in_two(commands, tmp_path / "two", launcher, OMP_NUM_THREADS="1")
     with one_thread():
         assert [main(command(search, "one")) for search in searches] == [0, 0]
     for search, told, quiet in zip(searches, first, second, strict=True):

@@ -81,7 +81,7 @@ def test_blocks_go_until_the_perplexity_is_too_high(
     smollm2: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """As many as a search without the limit takes to go beyond it; resumed, the same bytes."""
-    text = ("--sequence-length", "256")
+    text = ("--sequence-length", "64")
     path, whole, part = smollm2, tmp_path / "whole.json", tmp_path / "part.json"
     assert main(select_arguments(path, whole, "--remove", "3", *text)) == 0
     manifest = read_manifest(whole)

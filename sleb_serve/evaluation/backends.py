@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,8 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.manifest.schema import Manifest
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
     from sleb_serve.evaluation.evaluate import Evaluation
 
 
@@ -149,7 +152,12 @@ def run_tasks(
 
     try:
         found: dict[str, Any] = simple_evaluate(
-            model=lm, tasks=list(names), limit=limit, num_fewshot=num_fewshot, log_samples=False
+            model=lm,
+            tasks=list(names),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+            task_manager=known_tasks(),
         )
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise SlebError(f"lm-eval cannot run {', '.join(names)}: {first_line(error)}") from error
@@ -173,21 +181,27 @@ _LONGEST_TASK = 200
 """Characters of a task's name."""
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Refuse tasks that lm-eval does not have.
-
-    Raises:
-        SlebError: it lacks one, or is not installed.
-    """
+@cache
+def known_tasks() -> TaskManager:
+    """lm-eval's list of its tasks, which takes it ten seconds to make."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise SlebError(
             f"lm-eval is not installed ({first_line(error)}); pip install 'sleb-serve[eval]'"
         ) from error
-    manager = TaskManager()
+    return TaskManager()
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Refuse tasks that lm-eval does not have.
+
+    Raises:
+        SlebError: it lacks one, or is not installed.
+    """
     # It takes a name for a pattern, and long patterns take long.
-    missing = [n for n in names if len(n) > _LONGEST_TASK or not manager.match_tasks([n])]
+    known = known_tasks()
+    missing = [n for n in names if len(n) > _LONGEST_TASK or not known.match_tasks([n])]
     if missing:
         raise SlebError(
             f"lm-eval has no task {', '.join(missing)}; `lm_eval ls tasks` lists what it has"

@@ -198,14 +198,13 @@ def _prepared(
 
     revision = config.revision
     if manifest is not None:
-        revision = revision_of(model, manifest, config.revision)
-    # Lm-eval takes seconds to list its tasks; a model that is not there is told sooner.
+        revision = revision_of(model, manifest, revision)
+    # A model that is not there is told sooner than lm-eval lists its tasks.
     checkpoint = open_checkpoint(model, revision)
     if config.tasks:
         check_tasks(config.tasks)
     if manifest is None:
         download_weights(model, revision)
-        checkpoint = open_checkpoint(model, revision)
         checkpoint.check_layers()
     else:
         pruning, servable = manifest.pruning(), config.backend == "vllm"
