@@ -92,10 +92,10 @@ def long_texts() -> list[str]:
 
 def refuse(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8", newline="")
-    started = time.monotonic()
+    started = time.process_time()
     with contextlib.suppress(SlebError):
         read_blocks(str(path), 8)
-    assert time.monotonic() - started < 10, text[:50]
+    assert time.process_time() - started < 10, text[:50]
 
 
 @contextlib.contextmanager
