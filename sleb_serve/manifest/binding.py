@@ -102,3 +102,17 @@ def compare_weights(model: str, checkpoint: Checkpoint, pruning: Pruning) -> boo
         return False
     pruning.check_binding(model, weights_sha256=checkpoint.weights_sha256(known))
     return True
+
+
+def check_again(checkpoint: Checkpoint, model: str, pruning: Pruning) -> None:
+    """Refuse what is to be loaded into a pruned model that runs, unless it is the manifest's.
+
+    Raises:
+        SlebError: it is another model, or its weights are not here to be compared.
+    """
+    check_config_binding(checkpoint, model, pruning)
+    if not compare_weights(model, checkpoint, pruning):
+        raise SlebError(
+            f"the weights of {model} are not on this machine, so they cannot be compared with the "
+            f"manifest before they are loaded; restart the server"
+        )
