@@ -22,7 +22,7 @@ from running import OPTIONS, printed_command, selected
 from sleb_serve.cli.main import main
 from sleb_serve.manifest.reader import read_manifest
 from ways import SERVED, WAYS, Way
-from ways_tried import try_all
+from ways_tried import reload_others, try_all
 
 pytest.importorskip("vllm")
 
@@ -169,3 +169,16 @@ def test_a_sample_of_pairs_ends_in_an_error_or_in_the_manifests_model(case: Case
 @pytest.mark.slow
 def test_every_pair_of_ways_ends_in_an_error_or_in_the_manifests_model(case: Case) -> None:
     check_pairs(case, PAIRS)
+
+
+def test_a_model_that_runs_reloads_its_own_weights_only(case: Case) -> None:
+    command = printed_command(case.model, case.manifest, *OPTIONS)
+    folders = [str(case.model), case.places["{copy}"], case.places["{other}"]]
+    job, output, log = (case.folder / name for name in ("job.json", "reloaded.json", "log"))
+    arguments = command[command.index("--model") :]
+    job.write_text(json.dumps({"arguments": arguments, "folders": folders}))
+    assert run_fork(reload_others, log, str(job), str(output)) == 0, log.read_text()[-4000:]
+    own, copy, other = json.loads(output.read_text())
+    assert own == copy
+    assert own.endswith(" tensors")
+    assert "architecture expected LlamaForCausalLM, found OPTForCausalLM" in other

@@ -88,3 +88,36 @@ def _join() -> None:
         address = f"tcp://127.0.0.1:{get_open_port()}"
         distributed.init_distributed_environment(1, 0, address, 0, backend="gloo")
         distributed.ensure_model_parallel_initialized(1, 1)
+
+
+def reload_others(job: str, output: str) -> None:
+    """In a fork: load a command's model, and ask its loader for the weights of other folders."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    asked = json.loads(Path(job).read_text())
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(asked["arguments"])
+    Path(output).write_text(json.dumps(_reloaded(arguments, asked["folders"])))
+    os._exit(0)
+
+
+def _reloaded(arguments: Any, folders: list[str]) -> list[str]:
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+
+    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    found = []
+    with set_current_vllm_config(config):
+        _join()
+        loader = get_model_loader(config.load_config)
+        model = loader.load_model(vllm_config=config, model_config=config.model_config)
+        for folder in folders:
+            # As vLLM's reload_weights does with a path.
+            config.model_config.model = folder
+            try:
+                weights = loader.get_all_weights(config.model_config, model)
+                found.append(f"{len(list(weights))} tensors")
+            except Exception as error:
+                found.append(f"{type(error).__name__}: {error}")
+    return found

@@ -36,11 +36,11 @@ def check_dense(vllm_config: Any, model_config: Any, load_format: str) -> None:
     beside = [getattr(pair, f"{role}_model_config", None) for role in ("target", "draft")]
     if any(map(is_pruned, beside)):
         return
-    if FORMAT in (load_format, model_config.config_format):
-        raise SlebError(
-            f"--load-format or --config-format {FORMAT} was asked for without a manifest; "
-            f"{_PRINTED}"
-        )
+    for option, value in (("load", load_format), ("config", model_config.config_format)):
+        if value == FORMAT:
+            raise SlebError(
+                f"--{option}-format {FORMAT} was asked for without a manifest; {_PRINTED}"
+            )
     name, model = model_config.served_model_name, str(model_config.model)
     exported = (Path(model) / MANIFEST_NAME).is_file()
     if isinstance(name, str) and _TAGGED.fullmatch(name) and name != model and not exported:
