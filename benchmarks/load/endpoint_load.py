@@ -26,9 +26,14 @@ TOKENS = 96
 
 @dataclass(frozen=True)
 class Stream:
-    """A greedy completion as it came: its tokens' texts, and the seconds from the first on."""
+    """A greedy completion as it came, and the seconds from its first token on.
 
-    tokens: tuple[str, ...]
+    A busy server sends several tokens in one chunk.
+    """
+
+    text: str
+    tokens: int
+    chunks: int
     seconds: float
 
 
@@ -41,22 +46,27 @@ async def stream_and_ask(
 ) -> tuple[Stream, list[Answer]]:
     """One stream, and once its first token is there, so many requests at once to `path`."""
     body = {"model": model, "prompt": "Once", "max_tokens": tokens, "temperature": 0}
-    body |= {"stream": True, "ignore_eos": True}
+    body |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
     connector = aiohttp.TCPConnector(limit=0)
     pieces: list[str] = []
     asked: list[asyncio.Task[Answer]] = []
     async with aiohttp.ClientSession(url, connector=connector) as session:
-        start = 0.0
+        start, count = 0.0, 0
         async with session.post("/v1/completions", json=body) as reply:
             async for line in reply.content:
                 if not line.startswith(b"data: {"):
                     continue
-                pieces.append(json.loads(line[6:])["choices"][0]["text"])
+                chunk = json.loads(line[6:])
+                if chunk.get("usage"):
+                    count = chunk["usage"]["completion_tokens"]
+                    continue
+                pieces.append(chunk["choices"][0]["text"])
                 if not start:
                     start = time.perf_counter()
                     asked = [asyncio.create_task(_ask(session, path)) for _ in range(requests)]
         seconds = time.perf_counter() - start
-        return Stream(tuple(pieces), seconds), list(await asyncio.gather(*asked))
+        stream = Stream("".join(pieces), count, len(pieces), seconds)
+        return stream, list(await asyncio.gather(*asked))
 
 
 async def _ask(session: aiohttp.ClientSession, path: str) -> Answer:
@@ -78,10 +88,10 @@ async def _measure(url: str, output: Path, rounds: int) -> None:
             if {status for status, _ in answers} - {200}:
                 raise SystemExit("a request was refused")
             if number:
-                record = {"round": number, "requests": requests, "tokens": len(stream.tokens)}
+                record = {"round": number, "requests": requests, "chunks": stream.chunks}
                 lines.append({**record, "seconds": round(stream.seconds, 4)})
     output.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{os.cpu_count()} cores; {summary(lines)}")
+    print(f"{os.cpu_count()} cores; streams of {tokens} tokens; {summary(lines)}")
 
 
 def summary(lines: list[dict[str, float]]) -> str:
@@ -94,7 +104,7 @@ def summary(lines: list[dict[str, float]]) -> str:
     found = paired_ratio([[b / a] for a, b in zip(alone, beside, strict=True)], apart=True)
     low, high = found.interval or (float("nan"), float("nan"))
     return (
-        f"{len(alone)} rounds, streams of {int(lines[0]['tokens'])} tokens: "
+        f"{len(alone)} rounds: "
         f"{sum(alone) / len(alone):.2f} s alone, {sum(beside) / len(beside):.2f} s with "
         f"{REQUESTS} requests at once, {100 * (found.mean - 1):+.1f} % "
         f"({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %)"
