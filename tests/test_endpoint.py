@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from forking import run_fork
+from sleb_serve.errors import SlebError
 from sleb_serve.manifest.pruning import Pruning, RepairFile
 from sleb_serve.manifest.shown import shown, shown_name
+from sleb_serve.serving.address import key_of_environment
 from sleb_serve.utils.bearer import authorized
 
 pytest.importorskip("vllm")
@@ -176,3 +178,16 @@ def test_the_answer_is_the_manifest_content_and_what_ranks_told() -> None:
 def test_a_key_is_one_of_the_keys_and_nothing_else(header: str | None, expected: bool) -> None:
     assert authorized(header, ("a", "b")) == expected
     assert authorized(header, ())
+
+
+def test_a_key_that_cannot_be_sent_is_refused_and_not_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for key, found in (("", None), ("a key", "a key")):
+        monkeypatch.setenv("VLLM_API_KEY", key)
+        assert key_of_environment() == found
+    for key in ("secret\r\nX: y", "secrét"):
+        monkeypatch.setenv("VLLM_API_KEY", key)
+        with pytest.raises(SlebError) as refused:
+            key_of_environment()
+        assert "secr" not in str(refused.value)
