@@ -3,7 +3,8 @@
 Usage: generate.py [--check]
 
 A part is made from one source: the command line's parsers, the manifest's JSON Schema, the table of
-architectures and its records, the ledger of vLLM's names, the packages' docstrings. With --check
+architectures and its records, the ledger of vLLM's names, the tests' table of ways to ask, the
+packages' docstrings. With --check
 nothing is written, and the exit code is 1 if a page is not as it would be written.
 """
 
@@ -22,11 +23,12 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 RECORDS = ROOT / "benchmarks" / "records"
 
-for folder in (DOCS, ROOT / "benchmarks", ROOT / "plugins", ROOT):
+for folder in (DOCS, ROOT / "tests", ROOT / "benchmarks", ROOT / "plugins", ROOT):
     sys.path.insert(0, str(folder))
 
 from gpu_parts import gpu, gpu_plan  # noqa: E402
 from tree import tree  # noqa: E402
+from ways_parts import ways  # noqa: E402
 
 from sleb_serve.cli.main import parsers  # noqa: E402
 from sleb_serve.compat.architectures import made, support, support_markdown  # noqa: E402
@@ -287,6 +289,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "touched": touched,
     "tree": tree,
     "vllm-versions": vllm_versions,
+    "ways": ways,
 }
 
 

@@ -24,7 +24,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.serving import client, probe
-from sleb_serve.serving.client import parse_address
+from sleb_serve.serving.address import parse_address
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
+import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +16,18 @@ import pytest
 from safetensors.torch import load_file
 
 import oracle
-from conftest import Models
+from conftest import ROOT, Models
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
+sys.path.insert(0, str(ROOT / "benchmarks" / "load"))
+
+from endpoint_load import stream_and_ask  # noqa: E402
 
 from commands import command_line  # noqa: E402
 from running import LOCAL, OPTIONS, ForkedServer, printed_command, selected  # noqa: E402
 from sleb_bench.server import Server, free_port  # noqa: E402
+from sleb_serve.cli.main import main  # noqa: E402
 from sleb_serve.errors import SlebError  # noqa: E402
 from sleb_serve.manifest.reader import read_manifest  # noqa: E402
 
@@ -151,19 +158,55 @@ def test_the_manifest_is_in_the_servers_metrics(
     }
 
 
+def test_no_path_of_this_machine_is_told(server: Running, models: Models, manifest: Path) -> None:
+    texts = [
+        urllib.request.urlopen(f"{server.url}{path}", timeout=10).read().decode()
+        for path in ("/sleb/manifest", "/metrics")
+    ]
+    own = [line for line in texts[1].splitlines() if not line.startswith("#")]
+    places = (models("llama"), models("llama").parent, manifest, Path.home(), Path.cwd())
+    for place in places:
+        assert str(place) not in texts[0]
+        assert not [line for line in own if str(place) in line]
+    assert "/" not in texts[0]
+
+
+def test_a_thousand_requests_at_once_leave_a_stream_as_it_is(server: Running) -> None:
+    path = "/sleb/manifest"
+    alone, none = asyncio.run(stream_and_ask(server.url, server.name, path, 0))
+    beside, answers = asyncio.run(stream_and_ask(server.url, server.name, path, 1000))
+    assert none == []
+    assert alone.tokens == beside.tokens == 96
+    assert beside.text == alone.text
+    assert len(answers) == 1000
+    (answer,) = set(answers)
+    assert answer[0] == 200
+    assert json.loads(answer[1])["served_model_name"] == [server.name]
+
+
 @pytest.mark.slow
-def test_several_api_servers_tell_the_same(models: Models, manifest: Path, tmp_path: Path) -> None:
+def test_several_api_servers_tell_the_same(
+    models: Models, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = free_port()
-    options = [*OPTIONS, "--api-server-count", "2", *LOCAL, str(port)]
+    options = [*OPTIONS, "--api-server-count", "2", "--root-path", "/proxy", *LOCAL, str(port)]
     command = printed_command(models("llama"), manifest, *options)
-    server = ForkedServer(command, port, tmp_path / "log")
+    server = ForkedServer(command, port, tmp_path / "log", {"VLLM_API_KEY": "a key"})
     pruning = read_manifest(manifest).pruning()
     try:
         server.wait(300)
         # Whichever of them answers.
-        for _ in range(6):
-            told = json.load(urllib.request.urlopen(f"{server.url}/sleb/manifest", timeout=10))
+        for prefix in ("", "/proxy") * 3:
+            url = f"{server.url}{prefix}/sleb/manifest"
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(url, timeout=10)
+            asked = urllib.request.Request(url, headers={"Authorization": "Bearer a key"})
+            told = json.load(urllib.request.urlopen(asked, timeout=10))
             assert told["digest"] == pruning.digest
+            monkeypatch.setenv("VLLM_API_KEY", "another")
+            assert main(["probe", f"{server.url}{prefix}", "-m", str(manifest)]) == 1
+            monkeypatch.setenv("VLLM_API_KEY", "a key")
+            assert main(["probe", f"{server.url}{prefix}", "-m", str(manifest)]) == 0
             metrics = sleb_metrics(server.url)
             assert {name: [value for _, value in found] for name, found in metrics.items()} == {
                 "sleb_serve_manifest_info": [1],

@@ -66,6 +66,7 @@ def same(command: list[str]) -> list[str]:
 OTHERS = [4, 5, 6]
 """Blocks that the manifest does not remove."""
 FORMATS = ("--load-format", "--config-format")
+CLASS = '{"LlamaForCausalLM": "vllm.model_executor.models.qwen2:Qwen2ForCausalLM"}'
 WAYS: dict[str, tuple[Callable[[list[str]], list[str]], dict[str, str], str]] = {
     "VLLM_PLUGINS=none": (same, {"VLLM_PLUGINS": "none"}, "Unknown config format `sleb`"),
     "VLLM_PLUGINS names another plugin": (
@@ -123,6 +124,26 @@ WAYS: dict[str, tuple[Callable[[list[str]], list[str]], dict[str, str], str]] = 
         lambda command: [*command[: command.index("--model")], "--model", "{draft}", *OPTIONS],
         {},
         "['SlebLlamaForCausalLM'] are not supported for now",
+    ),
+    "formats, and overrides and --load-format undone": (
+        lambda command: [*command, "--hf-overrides", "{}", "--load-format", "auto"],
+        {},
+        "--config-format sleb was asked for without a manifest",
+    ),
+    "formats, overrides undone, as a draft": (
+        lambda command: [*command, "--hf-overrides", "{}", "--runner", "draft"],
+        {},
+        "--load-format sleb was asked for without a manifest",
+    ),
+    "all three undone, with the pruned model's name": (
+        lambda command: [*without(command, *FORMATS, "--hf-overrides")],
+        {},
+        "is a pruned model's, and no manifest was given",
+    ),
+    "another class for the architecture": (
+        lambda command: [*command, "--model-class-overrides", CLASS],
+        {},
+        "cannot be held against the manifest",
     ),
     "two --model": (
         lambda command: [*command, "--model", "{opt}"],

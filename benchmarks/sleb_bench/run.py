@@ -36,6 +36,7 @@ from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share
 from sleb_serve.roofline.workload import Prompts, Workload
+from sleb_serve.serving.address import key_of_environment
 from sleb_serve.serving.client import Client
 from sleb_serve.serving.command import check_plugin
 from sleb_serve.serving.probe import probe
@@ -166,7 +167,7 @@ def _manifests(
         if len(found) > 1:
             raise SlebError("--pruned is one server: give one number of --blocks")
         # A dense server in its place would measure nothing.
-        probe(Client(options.serving.urls[PRUNED]), found[0])
+        probe(Client(options.serving.urls[PRUNED], key=key_of_environment()), found[0])
     return found
 
 

@@ -26,7 +26,10 @@ def register() -> None:
 
 
 def endpoint() -> Any:
-    """Entry point of ``vllm.endpoint_plugins``: see `sleb_vllm.endpoint`."""
-    from sleb_vllm.endpoint import ManifestEndpoint
+    """Entry point of ``vllm.endpoint_plugins``: see `sleb_vllm.route`.
+
+    No module has its name, which would take its place once it is imported.
+    """
+    from sleb_vllm.route import ManifestEndpoint
 
     return ManifestEndpoint()

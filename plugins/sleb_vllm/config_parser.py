@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.transformers_utils.config import HFConfigParser, get_config_parser, register_config_parser
 
@@ -18,6 +19,7 @@ from sleb_serve.cut.layers import decoder_of
 from sleb_serve.cut.likeness import apply, compared
 from sleb_serve.cut.written import with_quantisation
 from sleb_serve.errors import SlebError
+from sleb_serve.manifest.asked import check_source
 from sleb_serve.manifest.binding import check_config_binding
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.repair_file import check_sidecar
@@ -50,6 +52,7 @@ class SlebConfigParser(HFConfigParser):
             return found, config
         check_version(vllm_version())
         check_supported(pruning.architecture)
+        check_source(str(model), envs.VLLM_USE_MODELSCOPE)
         checkpoint = open_checkpoint(str(model), revision)
         check_config_binding(checkpoint, str(model), pruning)
         if pruning.repair is not None:

@@ -24,11 +24,17 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.checkpoint.hub import fetch_index, open_checkpoint
 from sleb_serve.compat.architectures import status
 from sleb_serve.errors import SlebError
-from sleb_serve.manifest.binding import check_config_binding, check_readable, compare_loaded
+from sleb_serve.manifest.asked import check_dense, check_only, is_pruned
+from sleb_serve.manifest.binding import (
+    check_again,
+    check_config_binding,
+    check_readable,
+    compare_loaded,
+)
 from sleb_serve.manifest.built import Built
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.tensors import NeededOnly, ShorterTensors
-from sleb_serve.protocol import CONFIG_KEY, FORMAT, READER_KEY, READERS, check_reader
+from sleb_serve.protocol import FORMAT, READER_KEY, READERS, check_reader
 from sleb_vllm.lora import Renumbered
 from sleb_vllm.positions import dense_remainders
 from sleb_vllm.verify import check_config, check_same_digest, decoder_of, install_report
@@ -65,16 +71,13 @@ class SlebModelLoader(BaseModelLoader):
         """
         pruning = Pruning.of_config(model_config.hf_config)
         if pruning is None:
-            if model_config.runner_type != "draft":
-                raise SlebError(
-                    f"--load-format {FORMAT} was asked for without a manifest; use the arguments "
-                    f"that `sleb-serve serve --dry-run` prints"
-                )
+            check_dense(vllm_config, model_config, FORMAT)
             reader = self._reader(model_config, None)
             model: nn.Module = reader.load_model(
                 vllm_config=vllm_config, model_config=model_config, prefix=prefix
             )
             return model
+        check_only(model_config)
         check_config_binding(self._checkpoint(model_config), model_config.model, pruning)
         check_config(model_config, pruning)
         install_report()
@@ -127,10 +130,21 @@ class SlebModelLoader(BaseModelLoader):
             logger.warning("%s is not proven to be right: %s", pruning.architecture, why)
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[Any]:
-        """The tensors under their new names, for vLLM to load a second time in place."""
+        """The tensors under their new names, for vLLM to load a second time in place.
+
+        Raises:
+            SlebError: vLLM was told to load another model than the manifest's.
+        """
         pruning = Pruning.of_config(model_config.hf_config)
         assert pruning is not None
+        # Before anything is read: what is in place stays there.
         checkpoint = self._checkpoint(model_config)
+        check_again(checkpoint, model_config.model, pruning)
+        return self._all_weights(model_config, model, pruning, checkpoint)
+
+    def _all_weights(
+        self, model_config: Any, model: nn.Module, pruning: Pruning, checkpoint: Checkpoint
+    ) -> Iterator[Any]:
         reader = self._reader(model_config, pruning)
         with only_needed(checkpoint, pruning) as opener:
             tensors = ShorterTensors(checkpoint, pruning)
@@ -214,9 +228,9 @@ def _guard_others() -> None:
 def _guarded(load_model: Any) -> Any:
     @functools.wraps(load_model)
     def guarded(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(model_config.hf_config, CONFIG_KEY, None) is not None and not isinstance(
-            self, SlebModelLoader
-        ):
+        if not is_pruned(model_config):
+            check_dense(vllm_config, model_config, self.load_config.load_format)
+        elif not isinstance(self, SlebModelLoader):
             own = _draft_loader(vllm_config, model_config)
             if own is not None:
                 return own.load_model(vllm_config, model_config, *args, **kwargs)

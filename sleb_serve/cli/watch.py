@@ -13,6 +13,7 @@ from sleb_serve.cli.arguments import Command, add_blocks, add_json, add_manifest
 from sleb_serve.cli.progress import say, tell
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.reader import read_manifest
+from sleb_serve.serving.address import key_of_environment
 from sleb_serve.serving.canary import CONCURRENCY, canary, read_prompts
 from sleb_serve.serving.client import Client, ServerError
 from sleb_serve.serving.probe import TOLERANCE, NotReadyError, probe
@@ -32,7 +33,7 @@ examples:
       --requests 200 --max-drift 0.3 --json
 
 Exit code: 0 if both answered and the loss rose by no more than --max-drift, 1 if it rose by more, 2
-if that could not be asked.
+if that could not be asked. Both servers are sent the key in VLLM_API_KEY, if it is set.
 """
 
 
@@ -53,7 +54,7 @@ def _probe(options: argparse.Namespace) -> int:
     _check_nats("--tolerance", options.tolerance)
     manifest = read_manifest(options.manifest, repairs=False).prefix(options.blocks)
     try:
-        found = probe(Client(options.url), manifest, options.tolerance)
+        found = probe(Client(options.url, key=key_of_environment()), manifest, options.tolerance)
     except (NotReadyError, ServerError) as error:
         say(f"not ready: {error}")
         return 1
@@ -84,7 +85,8 @@ def _canary(options: argparse.Namespace) -> int:
             raise SlebError(f"--{name.replace('_', '-')} must be at least 1")
     _check_nats("--max-drift", options.max_drift)
     prompts = read_prompts(options.prompts, options.requests)
-    dense, pruned = Client(options.dense), Client(options.pruned)
+    key = key_of_environment()
+    dense, pruned = Client(options.dense, key=key), Client(options.pruned, key=key)
     with tqdm(total=len(prompts), unit="prompt", leave=False) as bar:
         drift = canary(
             dense, pruned, prompts, options.max_tokens, options.concurrency, lambda: bar.update()

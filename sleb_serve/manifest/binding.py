@@ -172,10 +172,7 @@ def compare_loaded(
     pruning.check_binding(model, weights_sha256=found)
     if pruning.full_sha256:
         note("Comparing all bytes of the weights with the manifest's full digests")
-        parts = iter(pruning.full_sha256)
-        removed = frozenset(pruning.removed)
-        expected = [None if b in removed else next(parts) for b in range(-1, pruning.num_blocks)]
-        compare_full(model, checkpoint, expected)
+        compare_full(model, checkpoint, _of_kept(pruning))
     note(f"Weights compared with the manifest: {pruning.compared} digest, {found[:16]}")
 
 
@@ -205,3 +202,26 @@ def check_readable(
                 f"{option} {given} may read other bytes than --sleb-verify full compares; leave "
                 f"out one of them"
             )
+
+
+def check_again(checkpoint: Checkpoint, model: str, pruning: Pruning) -> None:
+    """Refuse what is to be loaded into a pruned model that runs, unless it is the manifest's.
+
+    Raises:
+        SlebError: it is another model, or its weights are not here to be compared.
+    """
+    check_config_binding(checkpoint, model, pruning)
+    if not compare_weights(model, checkpoint, pruning):
+        raise SlebError(
+            f"the weights of {model} are not on this machine, so they cannot be compared with the "
+            f"manifest before they are loaded; restart the server"
+        )
+    if pruning.full_sha256:
+        compare_full(model, checkpoint, _of_kept(pruning))
+
+
+def _of_kept(pruning: Pruning) -> list[str | None]:
+    """Full digests as `compare_full` takes them, without those of removed blocks."""
+    parts = iter(pruning.full_sha256)
+    removed = frozenset(pruning.removed)
+    return [None if block in removed else next(parts) for block in range(-1, pruning.num_blocks)]

@@ -9,16 +9,15 @@ from __future__ import annotations
 import http.client
 import io
 import json
-import re
 import socket
 import ssl
 import time
-import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sleb_serve.errors import SlebError, first_line
+from sleb_serve.serving.address import Address, parse_address, without_credentials
 from sleb_serve.utils import strict_json
 
 TIMEOUT = 120.0
@@ -48,23 +47,6 @@ class ServerError(SlebError):
 
 
 @dataclass(frozen=True)
-class Address:
-    """Where a server is: ``path`` is what stands before ``/v1``, without a slash at its end."""
-
-    secure: bool
-    host: str
-    port: int
-    path: str
-
-    @property
-    def url(self) -> str:
-        """The address as a URL."""
-        scheme, usual = ("https", 443) if self.secure else ("http", 80)
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{scheme}://{host}{'' if self.port == usual else f':{self.port}'}{self.path}"
-
-
-@dataclass(frozen=True)
 class Completion:
     """A greedy answer to a prompt.
 
@@ -80,11 +62,11 @@ class Completion:
 
 
 class Client:
-    """A vLLM server at `url`, asked for the model that it serves."""
+    """A vLLM server at `url`, asked for the model that it serves, with `key` if it wants one."""
 
-    def __init__(self, url: str, timeout: float | None = None) -> None:
+    def __init__(self, url: str, timeout: float | None = None, key: str | None = None) -> None:
         self._address = parse_address(url)
-        self.url, self._timeout = self._address.url, timeout
+        self.url, self._timeout, self._key = self._address.url, timeout, key
 
     def get(self, path: str, read: Callable[[object], T]) -> T:
         """What `read` makes of the JSON at `path`.
@@ -116,7 +98,8 @@ class Client:
         where = f"{self.url}{path}"
         timeout = TIMEOUT if self._timeout is None else self._timeout
         try:
-            data = _exchange(self._address, method, path, body, time.monotonic() + timeout)
+            deadline = time.monotonic() + timeout
+            data = _exchange(self._address, method, path, body, deadline, self._key)
         except TimeoutError as error:
             raise ServerError(
                 f"{where}: no answer within {timeout:g} seconds; is the server up?"
@@ -132,43 +115,6 @@ class Client:
                 f"{where}: an answer that cannot be read: {strict_json.without_advice(error)}; is "
                 f"it a vLLM server?"
             ) from error
-
-
-def parse_address(url: str) -> Address:
-    """The address that a URL gives.
-
-    Raises:
-        SlebError: it is none; credentials in it are not repeated.
-    """
-    shown = strict_json.short(_without_credentials(url))
-    example = "give the server's address, as http://localhost:8000"
-    if not url.isprintable() or " " in url:
-        raise SlebError(f"{shown} has blanks or control characters in it; {example}")
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    # Its message may repeat a piece of a password.
-    except ValueError:
-        raise SlebError(f"{shown} is no address that can be asked; {example}") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise SlebError(f"{shown} is no address of a server; {example}")
-    # Anywhere: a password with a slash in it ends the host.
-    if "@" in url:
-        raise SlebError(f"{shown} holds a user name or password, which cannot be sent; {example}")
-    if parts.query or parts.fragment:
-        raise SlebError(f"{shown} holds more than an address (? or #); {example}")
-    try:
-        # An IPv6 address has colons, and needs no encoding.
-        host = host if ":" in host else host.encode("idna").decode()
-    except UnicodeError:
-        raise SlebError(f"{shown} has no valid host name; {example}") from None
-    secure = parts.scheme == "https"
-    path = urllib.parse.quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%~:@!$&'()*+,;=")
-    return Address(secure, host, (443 if secure else 80) if port is None else port, path)
-
-
-def _without_credentials(url: str) -> str:
-    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)?.*@", r"\1***@", url, flags=re.DOTALL)
 
 
 def _printable(text: str) -> str:
@@ -200,7 +146,12 @@ def _left(deadline: float) -> float:
 
 
 def _exchange(
-    address: Address, method: str, path: str, body: bytes | None, deadline: float
+    address: Address,
+    method: str,
+    path: str,
+    body: bytes | None,
+    deadline: float,
+    key: str | None,
 ) -> bytes:
     """The body of the answer to a request; an `OSError` or `HTTPException` if there is none."""
     request = http.client.HTTPConnection(address.host, address.port)
@@ -210,6 +161,8 @@ def _exchange(
         headers = {"Accept": "application/json", "Connection": "close"}
         if body is not None:
             headers["Content-Type"] = "application/json"
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
         request.request(method, address.path + path, body, headers)
         # The type is a socket's, but of a socket only makefile is used.
         timed: Any = _Timed(connection, deadline)
@@ -245,7 +198,7 @@ def _connect(address: Address, deadline: float) -> socket.socket:
 def _body(response: http.client.HTTPResponse, where: str) -> bytes:
     status = response.status
     if status in _REDIRECTS:
-        to = strict_json.short(_without_credentials(response.getheader("Location") or ""))
+        to = strict_json.short(without_credentials(response.getheader("Location") or ""))
         raise ServerError(
             f"{where}: HTTP {status}: it redirects to {to}; give the address that answers itself",
             status,
