@@ -48,7 +48,8 @@ def test_select_removes_so_many(models: Models, tmp_path: Path, capsys: Capture)
     assert 0 < count < 7
     assert main(arguments(path, output, "--target-speedup", "1.4", "--gpu", "L4")) == 0
     assert len(read_manifest(output).removed) == count
-    told = f"generation 1.4 times as fast on 1 x L4: {count} blocks must go, by the roofline"
+    told = f"generation 1.4 times as fast on 1 x L4: remove {count} blocks, according to the "
+    "roofline"
     assert told in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""``sleb-serve serve``: vLLM's server, in place of this process."""
+"""``sleb-serve serve``: replace this process with vLLM's server."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ examples:
   sleb-serve serve ./my-model -m m.json --dry-run      # print the vLLM command, start nothing
   sleb-serve serve meta-llama/Llama-2-70b-hf -m org/llama-70b-sleb16    # a manifest on the hub
   sleb-serve serve ./my-model -m m.json --dry-run --format vllm-config >serve.yaml
-  sleb-serve serve ./my-model -m m.json --as-draft     # the dense model, drafted for by the pruned
+  sleb-serve serve ./my-model -m m.json --as-draft     # the pruned model drafts for the dense one
 
-Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
+Other options are passed to vLLM unchanged; see vllm serve --help.
 The server refuses to start rather than serve the dense model.
 """
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
-    """The command's own options; all others are vLLM's."""
+    """Add the command's own options; all others are vLLM's."""
     parser.usage = USAGE
     add_removal(parser, required=True)
     add_blocks(parser)
@@ -52,21 +52,21 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="what --dry-run prints: a shell command, JSON, a file for vLLM's --config, or "
-        "YAML for Ray Serve LLM and KServe (default: shell)",
+        help="output of --dry-run: a shell command, JSON, a file for vLLM's --config, or YAML "
+        "for Ray Serve LLM and KServe (default: shell)",
     )
     parser.add_argument(
         "--as-draft",
         action="store_true",
-        help="serve the whole model, with the pruned one drafting for it: the dense model's output",
+        help="serve the dense model, with the pruned one as its draft model",
     )
     parser.add_argument(
-        "--draft-tokens", metavar="N", type=int, default=3, help="tokens drafted at a time (3)"
+        "--draft-tokens", metavar="N", type=int, default=3, help="tokens per draft (default: 3)"
     )
 
 
 def _quoted(word: str) -> str:
-    """A word for a shell, and a terminal on the way there."""
+    """Quote a word for a shell, with escapes that are safe to print in a terminal."""
     if word.isprintable():
         return shlex.quote(word)
     plain = word.replace("\\", "\\\\").replace("'", "\\'")
@@ -74,7 +74,7 @@ def _quoted(word: str) -> str:
 
 
 def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    """Print the command, and become it unless --dry-run is given."""
+    """Print the command, and execute it unless --dry-run is given."""
     if set(arguments) & {"-h", "--help"}:
         parser.parse_args(["--help"])
     model = next(iter(arguments), "-")
@@ -109,7 +109,7 @@ def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     os.environ.update(environment)
     command = server_command(model, rest)
     try:
-        # In place of this process: signals and the exit code are vLLM's own.
+        # Replace this process, so that signals and the exit code are vLLM's own.
         os.execvp(command[0], command)
     except OSError as error:
         raise SlebError(
