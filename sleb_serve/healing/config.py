@@ -21,9 +21,9 @@ class HealConfig:
     """Options of `sleb_serve.heal`.
 
     Attributes:
-        texts: the sources to train on, each with its weight:
-            ``wikitext2``, ``c4``, ``python-docs``, or files of texts or chats (.txt, .jsonl,
-            .jsonl.gz, .parquet). In chats, only the answers are learned.
+        texts: the sources to train on, each with its weight: ``wikitext2``, ``c4``,
+            ``python-docs``, or files of texts or chats (.txt, .jsonl, .jsonl.gz, .parquet). In
+            chats, only the answers are learned.
         tokens: training tokens; None for 2,000,000 unless `minutes` is given.
         minutes: maximum training time.
         rank: rank of each weight's update.
