@@ -1,4 +1,4 @@
-"""A manifest's model card: what is removed, what that costs, and how to serve it."""
+"""A manifest's model card: removed blocks, quality, serving instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sleb_serve.evaluation.report import describe, evaluation_table
 from sleb_serve.manifest.schema import Manifest
 
 LIBRARY = "sleb-serve"
-"""What a card's front matter names as its library; by it a card is known as one of ours."""
+"""Library name in a card's front matter, which identifies our cards."""
 _TAGS = ("sleb", "depth-pruning", "vllm")
 _REPAIRS: Mapping[str, str] = {
     "fold": "The weights before each gap are fitted, in closed form, to the blocks that are gone.",
@@ -21,10 +21,10 @@ _REPAIRS: Mapping[str, str] = {
 
 
 def model_card(manifest: Manifest, repository: str) -> str:
-    """The README.md of a repository with a manifest, in Markdown, with YAML front matter.
+    """Return a repository's README.md in Markdown with YAML front matter.
 
     Args:
-        manifest: all of its removals.
+        manifest: the manifest with all removals.
         repository: ``organisation/name``.
     """
     from huggingface_hub import ModelCardData
@@ -39,7 +39,7 @@ def model_card(manifest: Manifest, repository: str) -> str:
 
 
 def is_ours(card: Path) -> bool:
-    """Whether a README.md was made of a `model_card`."""
+    """Return whether a README.md was written by `model_card`."""
     import yaml
     from huggingface_hub import metadata_load
 
@@ -51,7 +51,7 @@ def is_ours(card: Path) -> bool:
 
 
 def _base_model(manifest: Manifest) -> str | None:
-    """The model's hub id; None for a folder, whose name is no id."""
+    """Return the model's hub id; None for a folder."""
     return manifest.model.id if manifest.model.revision is not None else None
 
 
@@ -96,7 +96,7 @@ def _quality(manifest: Manifest, served: str, repository: str) -> Iterator[str]:
 
 
 def _tables(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What `sleb-serve eval --write-back` stored; a manifest may hold other results, too."""
+    """Return the results of `sleb-serve eval --write-back`; a manifest may have others."""
     for backend in ("hf", "vllm"):
         if backend in evaluation:
             try:

@@ -1,7 +1,7 @@
-"""What a running vLLM server answers: a few requests, and errors in one line.
+"""A small client for running vLLM servers with one-line errors.
 
-A server is asked directly, without a proxy, and its redirects are not followed. Whatever it
-answers, a request ends in time and in little memory, with a typed answer or a `ServerError`.
+Requests use no proxy and follow no redirects. For any answer, a request ends in limited time and
+memory, with a typed result or a `ServerError`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils import strict_json
 
 TIMEOUT = 120.0
-"""Seconds that a request may take, once the host's name is looked up, to the answer's last byte."""
+"""Maximum seconds from the name lookup to the answer's last byte."""
 MAX_BYTES = 8 << 20
-"""An answer holds a text of some thousand tokens with a log-probability each."""
+"""Enough for a text of some thousand tokens with log-probabilities."""
 _CHUNK = 64 << 10
 _MAX_SAID = 300
 _MAX_LOGPROB = 1e6
-"""vLLM says -9999 for minus infinity."""
+"""vLLM writes -9999 for minus infinity."""
 _MAX_TOKENS = 1 << 31
 _OK = range(200, 300)
 _REDIRECTS = range(300, 400)
@@ -37,9 +37,9 @@ T = TypeVar("T")
 
 
 class ServerError(SlebError):
-    """A server that cannot be reached, or answers with an error.
+    """The server cannot be reached or answers with an error.
 
-    ``status`` is the HTTP status, None where there was no answer.
+    ``status`` is the HTTP status, or None without an answer.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -49,7 +49,7 @@ class ServerError(SlebError):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is: ``path`` is what stands before ``/v1``, without a slash at its end."""
+    """A server's address; ``path`` is the part before ``/v1``, without a trailing slash."""
 
     secure: bool
     host: str
@@ -58,7 +58,7 @@ class Address:
 
     @property
     def url(self) -> str:
-        """The address as a URL."""
+        """Return the address as a URL."""
         scheme, usual = ("https", 443) if self.secure else ("http", 80)
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{scheme}://{host}{'' if self.port == usual else f':{self.port}'}{self.path}"
@@ -69,9 +69,9 @@ class Completion:
     """A greedy answer to a prompt.
 
     Attributes:
-        text: what was generated.
-        tokens: how many tokens that is.
-        prompt_logprobs: of each prompt token but the first, in nats; empty if not asked for.
+        text: the generated text.
+        tokens: its number of tokens.
+        prompt_logprobs: of each prompt token except the first, in nats; empty if not requested.
     """
 
     text: str
@@ -80,28 +80,28 @@ class Completion:
 
 
 class Client:
-    """A vLLM server at `url`, asked for the model that it serves."""
+    """A client for the vLLM server at `url`."""
 
     def __init__(self, url: str, timeout: float | None = None) -> None:
         self._address = parse_address(url)
         self.url, self._timeout = self._address.url, timeout
 
     def get(self, path: str, read: Callable[[object], T]) -> T:
-        """What `read` makes of the JSON at `path`.
+        """Get the JSON at `path` and parse it with `read`.
 
         Raises:
-            ServerError: no answer, an error, no JSON, or what `read` refused with a `SlebError`.
+            ServerError: there is no answer, an error, no JSON, or `read` raised a `SlebError`.
         """
         return self._ask("GET", path, None, read)
 
     def model(self) -> str:
-        """The name of the model that is served first."""
+        """Return the name of the first served model."""
         return self.get("/v1/models", _first_model)
 
     def complete(
         self, model: str, prompt: str | Sequence[int], max_tokens: int, *, score: bool
     ) -> Completion:
-        """Answer a prompt greedily; with `score`, also the prompt's own log-probabilities."""
+        """Complete a prompt greedily; with `score`, also get the prompt's log-probabilities."""
         body: dict[str, Any] = {
             "model": model,
             "prompt": prompt if isinstance(prompt, str) else list(prompt),
@@ -135,10 +135,10 @@ class Client:
 
 
 def parse_address(url: str) -> Address:
-    """The address that a URL gives.
+    """Parse a server's URL.
 
     Raises:
-        SlebError: it is none; credentials in it are not repeated.
+        SlebError: it is invalid; the message omits credentials.
     """
     shown = strict_json.short(_without_credentials(url))
     example = "give the server's address, as http://localhost:8000"
@@ -147,18 +147,18 @@ def parse_address(url: str) -> Address:
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname or "", parts.port
-    # Its message may repeat a piece of a password.
+    # Its message may contain part of a password.
     except ValueError:
         raise SlebError(f"{shown} is no address that can be asked; {example}") from None
     if parts.scheme not in ("http", "https") or not host:
         raise SlebError(f"{shown} is no address of a server; {example}")
-    # Anywhere: a password with a slash in it ends the host.
+    # Search everywhere, because a slash in a password ends the host.
     if "@" in url:
         raise SlebError(f"{shown} holds a user name or password, which cannot be sent; {example}")
     if parts.query or parts.fragment:
         raise SlebError(f"{shown} holds more than an address (? or #); {example}")
     try:
-        # An IPv6 address has colons, and needs no encoding.
+        # An IPv6 address contains colons and needs no encoding.
         host = host if ":" in host else host.encode("idna").decode()
     except UnicodeError:
         raise SlebError(f"{shown} has no valid host name; {example}") from None
@@ -176,7 +176,7 @@ def _printable(text: str) -> str:
 
 
 class _Timed(io.RawIOBase):
-    """What a socket receives until a moment; `HTTPResponse` takes it for the socket."""
+    """Reads from a socket until a deadline; replaces the socket in `HTTPResponse`."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection, self._deadline = connection, deadline
@@ -202,7 +202,7 @@ def _left(deadline: float) -> float:
 def _exchange(
     address: Address, method: str, path: str, body: bytes | None, deadline: float
 ) -> bytes:
-    """The body of the answer to a request; an `OSError` or `HTTPException` if there is none."""
+    """Return the body of a response; raise an `OSError` or `HTTPException` without one."""
     request = http.client.HTTPConnection(address.host, address.port)
     with _connect(address, deadline) as connection:
         connection.settimeout(_left(deadline))
@@ -211,7 +211,7 @@ def _exchange(
         if body is not None:
             headers["Content-Type"] = "application/json"
         request.request(method, address.path + path, body, headers)
-        # The type is a socket's, but of a socket only makefile is used.
+        # The declared type is a socket, but only makefile is used.
         timed: Any = _Timed(connection, deadline)
         with http.client.HTTPResponse(timed, method=method) as response:
             response.begin()
@@ -219,13 +219,13 @@ def _exchange(
 
 
 def _connect(address: Address, deadline: float) -> socket.socket:
-    """A connection to the first of the host's addresses that takes one."""
+    """Connect to the first of the host's addresses that accepts."""
     failed: OSError = OSError("the host has no address")
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     for i, (family, kind, protocol, _, where) in enumerate(found):
         connection = socket.socket(family, kind, protocol)
         try:
-            # One that never answers must leave time for the others.
+            # Leave time for other addresses if one never answers.
             connection.settimeout(_left(deadline) / (len(found) - i))
             connection.connect(where)
             if address.secure:
@@ -279,7 +279,7 @@ def _body(response: http.client.HTTPResponse, where: str) -> bytes:
 
 
 def _start(response: http.client.HTTPResponse) -> bytes:
-    """The start of an error's text, which is for people; nothing if it cannot be had."""
+    """Return the start of an error's text; empty if it is not available."""
     try:
         return response.read(4 * _MAX_SAID)
     except (OSError, ValueError, http.client.HTTPException):
@@ -308,13 +308,13 @@ def _completion(answer: object) -> Completion:
     )
     places = choice.get("prompt_logprobs")
     scored = [] if places is None else strict_json.list_(places, "prompt_logprobs")
-    # No token comes before the first.
+    # The first token has no predecessor.
     rest = scored[1:] if scored and scored[0] is None else scored
     return Completion(text, tokens, tuple(map(_logprob, rest)))
 
 
 def _logprob(place: object) -> float:
-    """That of the prompt's own token, which comes first, under its id."""
+    """Return the log-probability of the prompt's own token, which comes first."""
     tokens = strict_json.any_object(place, "a place of prompt_logprobs")
     if not tokens:
         raise SlebError("a place of prompt_logprobs is empty")
