@@ -72,7 +72,7 @@ class ManifestEndpoint:
 
 
 class _Ending:
-    """Sees to it that a server that stops does end, and says whether its engine had died.
+    """Forces the process to exit after shutdown, with code 1 if the engine had crashed.
 
     vLLM ends with 0 either way, so whoever restarts servers by their exit code would leave it down;
     and it may wait for ever for streams whose engine is gone, with the clients waiting, too.

@@ -102,8 +102,7 @@ class LayerSweep:
         """Mean nats per predicted token with `removed` and each of `candidates` in turn skipped.
 
         The official score is the sum over sequences of the mean cross-entropy of the L-1 predicted
-        tokens, times L (sleb.py of the official code); this is that sum divided by all sequences'
-        tokens.
+        tokens, times L (sleb.py of the official code); this is that sum over the number of tokens.
 
         Args:
             removed: blocks that are already removed.
