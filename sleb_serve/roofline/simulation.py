@@ -181,7 +181,7 @@ class _Engine:
         """Run prompts within the budget and the cache, and add complete ones to ``filled``.
 
         Returns the step's new tokens, those attended to, and those read.
-        """  # noqa: D205
+        """
         limits = self.limits
         while new < limits.tokens:
             if self.partial is None and (preempted or not self._admit()):
