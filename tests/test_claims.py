@@ -1,4 +1,4 @@
-"""Outputs are claimed: other files stay, a second run is refused, a stopped one leaves nothing."""
+"""Claimed outputs: other files are kept, a second run is refused, a stopped one leaves nothing."""
 
 from __future__ import annotations
 
