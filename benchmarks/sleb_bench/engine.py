@@ -132,9 +132,7 @@ class Host:
             result = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(10)
-            raise EngineError(
-                f"the {name} engine ended without a word; see its log: {self._log}"
-            ) from None
+            raise EngineError(f"the {name} engine process died; see its log: {self._log}") from None
         if isinstance(result, _Failure):
             why = " ".join(result.reason.split())
             raise EngineError(

@@ -167,20 +167,20 @@ def _table(found: Sequence[Depth]) -> Section:
     notes = (
         "Speeds are pruned over dense, with 95 % intervals; healing changes no shape, so a healed "
         "model has its pruned one's speed.",
-        "Same tokens: the share of places where the model finds the dense model's likeliest next "
-        "token the likeliest, on the text where it is least. Same answers: the mean share of the "
-        "dense model's answers to short questions before the first other token.",
+        "Same tokens: the share of positions with the dense model's most likely next token, on "
+        "the text with the lowest share. Same answers: the mean share of the dense model's "
+        "answers to short questions before the first different token.",
     )
     return Section("Every depth", tuple(rows), notes)
 
 
 def _steps() -> Section:
     files = (
-        "`manifest.json`, `healed.json`: what is removed, and the changes of the weights that stay",
-        "`eval.json`, `healed.eval.json`: quality; lm-eval's own results lie beside them",
-        "`bench/report.html`: how speed was measured",
+        "`manifest.json`, `healed.json`: the removed blocks, and the updates of the kept weights",
+        "`eval.json`, `healed.eval.json`: quality; lm-eval's own results are next to them",
+        "`bench/report.html`: the speed measurements",
     )
-    return Section("What it was made from", (), files)
+    return Section("Source files", (), files)
 
 
 def _picture(found: Sequence[Depth]) -> bytes:

@@ -58,7 +58,7 @@ class SlebConfigParser(HFConfigParser):
         shorten(config, pruning)
         if not compared(dense, config, pruning.architecture, pruning.cut):
             logger.warning(
-                "Transformers has no %s, so the layers that stay were not compared with the dense "
+                "Transformers has no %s, so the kept layers were not compared with the dense "
                 "model's before the start",
                 pruning.architecture,
             )

@@ -34,7 +34,7 @@ def _bench(options: argparse.Namespace) -> int:
     manifest = manifest_of_options(options)
     report = bench(bench_options(options), manifest, options.blocks, say, force=options.force)
     tell(report.read_text())
-    say(f"wrote {report.with_suffix('.html')} and what it was made from")
+    say(f"wrote {report.with_suffix('.html')} and its source files")
     return 0
 
 

@@ -196,7 +196,7 @@ def _run(options: argparse.Namespace) -> int:
     if is_first():
         files = " and ".join(repair.file for repair in healed.repairs)
         tell(describe(healed))
-        tell(f"\nwrote {options.output} and beside it {files}")
+        tell(f"\nwrote {options.output} and {files}")
     return 0
 
 

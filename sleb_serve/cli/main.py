@@ -87,7 +87,7 @@ def _hint(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     command = commands.choices.get(next(iter(arguments), ""))
     resumes = command is not None and "--resume" in command._option_string_actions
-    return "; run it again with --resume to go on" if resumes else ""
+    return "; re-run with --resume to continue" if resumes else ""
 
 
 def _run(

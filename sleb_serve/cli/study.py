@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
     with SearchBars() as search, HealBars() as bars:
         page = study(wanted, Told(say, search, bars, EvalLines()), force=options.force)
     tell(page.read_text())
-    say(f"wrote {page.with_suffix('.html')} and what it was made from")
+    say(f"wrote {page.with_suffix('.html')} and its source files")
     return 0
 
 

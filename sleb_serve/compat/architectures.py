@@ -111,7 +111,7 @@ def support_text() -> str:
 def support_markdown() -> str:
     """Return the support matrix as a Markdown table with a row per status and reason."""
     data = _data()
-    lines = ["| | why | architectures (…ForCausalLM, if no more is said) |", "|---|---|---|"]
+    lines = ["| | why | architectures (…ForCausalLM unless given in full) |", "|---|---|---|"]
     groups = [("proven", "equal to Transformers with the blocks skipped", data["proven"])]
     groups += [
         (kind, why, names) for kind in ("expected", "refused") for why, names in data[kind].items()

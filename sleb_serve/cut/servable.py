@@ -137,7 +137,7 @@ def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping
 
 
 def _warn() -> None:
-    _LOG.warning("layers that stay: %s", not_compared())
+    _LOG.warning("kept layers: %s", not_compared())
 
 
 def _needs_transformers(checkpoint: Checkpoint, why: str) -> MissingExtraError:

@@ -14,9 +14,9 @@ LIBRARY = "sleb-serve"
 """Library name in a card's front matter, which identifies our cards."""
 _TAGS = ("sleb", "depth-pruning", "vllm")
 _REPAIRS: Mapping[str, str] = {
-    "fold": "The weights before each gap are fitted, in closed form, to the blocks that are gone.",
-    "heal": "Low-rank changes of the weights that stay are trained: the model without the blocks "
-    "learns to predict as the dense one does. The server adds them while it loads the weights.",
+    "fold": "The weights before each gap are fitted in closed form to the removed blocks.",
+    "heal": "Low-rank updates of the kept weights are trained so that the pruned model predicts "
+    "like the dense one. The server adds them to the weights at load time.",
 }
 
 
@@ -72,13 +72,13 @@ def _body(manifest: Manifest, repository: str) -> Iterator[str]:
     yield "```"
     yield ""
     yield (
-        f"Name a commit (`-m hf://{repository}@COMMIT`) to stay with what it holds now. A model "
-        f"whose config or weights differ from the manifest's digests is refused."
+        f"Name a commit (`-m hf://{repository}@COMMIT`) to pin the current content. A model is "
+        "refused if its config or weights do not match the manifest's digests."
     )
     yield from ("", "## What is removed", "", "```text", describe(manifest), "```")
     yield from ("", "## Repair", "")
     if manifest.repair is None:
-        yield "None: the weights of the blocks that stay are the model's."
+        yield "None: the kept blocks have the model's own weights."
     else:
         yield f"`{manifest.repair.kind}`. {_REPAIRS[manifest.repair.kind]}"
     yield from ("", "## Quality", "")

@@ -152,7 +152,7 @@ def _layers(checkpoint: Checkpoint, pruning: Pruning) -> Finding:
         return Finding("layers", FAILED, one_line(str(error)))
     if not compared:
         return Finding("layers", WARNING, not_compared())
-    return Finding("layers", OK, "those that stay are as in the dense model")
+    return Finding("layers", OK, "the kept layers equal the dense model's")
 
 
 def _vllm() -> Finding:

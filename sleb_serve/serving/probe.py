@@ -33,7 +33,7 @@ class Probed:
     def to_text(self) -> str:
         """Return a one-line summary."""
         golden = (
-            "no golden log-probabilities in this manifest for so many blocks"
+            "no golden log-probabilities in this manifest for this number of blocks"
             if self.difference is None
             else f"golden log-probabilities within {self.difference:.4f} nats"
         )
