@@ -1,4 +1,4 @@
-"""Draw the board's panels from a Prometheus server, where there is no Grafana to look at.
+"""Draw the dashboard's panels from a Prometheus server, without Grafana.
 
 Usage: plot_board.py http://localhost:9090 board.png [--seconds 600]
 """
@@ -20,7 +20,7 @@ _POINTS = 60
 
 
 def panels(interval: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Each panel's title and queries with their legends, Grafana's variables filled in."""
+    """Return each panel's title and queries with legends, with Grafana's variables filled in."""
     for panel in json.loads(BOARD.read_text())["panels"]:
         queries = [
             (target["expr"].replace("$__rate_interval", interval), target["legendFormat"])
@@ -30,7 +30,7 @@ def panels(interval: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def ask(prometheus: str, path: str, **parameters: Any) -> list[dict[str, Any]]:
-    """The result of a query."""
+    """Return the result of a query."""
     query = urllib.parse.urlencode(parameters)
     with urllib.request.urlopen(f"{prometheus}/api/v1/{path}?{query}", timeout=30) as reply:
         result: list[dict[str, Any]] = json.load(reply)["data"]["result"]
@@ -38,14 +38,14 @@ def ask(prometheus: str, path: str, **parameters: Any) -> list[dict[str, Any]]:
 
 
 def legend(text: str, labels: dict[str, str]) -> str:
-    """Grafana's legend of a series."""
+    """Return Grafana's legend of a series."""
     for name, value in labels.items():
         text = text.replace(f"{{{{{name}}}}}", value)
     return text
 
 
 def main() -> None:
-    """Draw all panels into one picture."""
+    """Draw all panels into one image."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -42,7 +42,7 @@ _PART = re.compile(
 
 
 def pages() -> dict[Path, str]:
-    """Each page with a generated part, as it should be."""
+    """Return the up-to-date text of each page with a generated part."""
     found = {}
     for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))):
         text = path.read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def _filled(match: re.Match[str]) -> str:
 
 
 def command_line() -> str:
-    """Every command with its options, from the parsers that `--help` prints."""
+    """Document every command with its options, from the parsers of `--help`."""
     parser, _ = parsers()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     helps = {action.dest: action.help or "" for action in commands._choices_actions}
@@ -125,7 +125,7 @@ def _epilog(text: str) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it stands, but for options, which are set as code."""
+    """Escape text for Markdown, and format options as code."""
     text = re.sub(r"([<>*\[\]])", r"\\\1", text)
     return re.sub(r"(?<![\w`-])(--?[a-z][\w-]*)", r"`\1`", text)
 
@@ -138,13 +138,13 @@ def _sentence(text: str) -> str:
 
 
 def manifest_keys() -> str:
-    """The keys of a manifest, object by object, from its JSON Schema."""
+    """Document the keys of a manifest, object by object, from its JSON Schema."""
     schema = json.loads((DOCS / "reference" / "manifest.schema.json").read_text(encoding="utf-8"))
     return "\n".join([*_table(schema, schema), *_objects(schema, schema)])
 
 
 def _objects(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[str]:
-    """A section for each object in an object."""
+    """Yield a section for each nested object."""
     for key, value in schema["properties"].items():
         inner = value.get("items", value)
         if "properties" in inner:
@@ -167,7 +167,7 @@ def _table(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _type(value: Mapping[str, Any], root: Mapping[str, Any]) -> str:
-    """A schema's type in words."""
+    """Describe a schema's type."""
     if "anyOf" in value:
         return " or ".join(_type(way, root) for way in value["anyOf"])
     for way in value.get("allOf", ()):
@@ -192,7 +192,7 @@ def _type(value: Mapping[str, Any], root: Mapping[str, Any]) -> str:
 
 
 def architectures() -> str:
-    """The table of architectures, with the versions it was made with."""
+    """Return the table of architectures, with the versions used."""
     date, versions = made()
     statuses = [row["status"] for row in support().values()]
     counted = ", ".join(f"{statuses.count(s)} {s}" for s in ("proven", "expected", "refused"))
@@ -201,7 +201,7 @@ def architectures() -> str:
 
 
 def architecture_counts() -> str:
-    """One line on how many architectures can be served."""
+    """Return a line with the number of supported architectures."""
     statuses = [row["status"] for row in support().values()]
     return (
         f"{statuses.count('proven')} architectures are proven, {statuses.count('expected')} are "
@@ -210,7 +210,7 @@ def architecture_counts() -> str:
 
 
 def proofs() -> str:
-    """How near each architecture came to Transformers, from the records."""
+    """Return each architecture's difference from Transformers, from the records."""
     lines = (RECORDS / "architectures.jsonl").read_text(encoding="utf-8").splitlines()
     by_name: dict[str, list[dict[str, Any]]] = {}
     for record in map(json.loads, lines):
@@ -220,7 +220,7 @@ def proofs() -> str:
     for name, records in sorted(by_name.items()):
         if known.get(name, {}).get("status") != "proven":
             continue
-        # A removal that is refused has no difference.
+        # Refused removals have no difference.
         runs = [r for record in records for r in record["sets"].values() if "difference" in r]
         mean = " (mean)" if any(record["dtype"] != "float32" for record in records) else ""
         equal = all(run["greedy"] for run in runs)
@@ -238,7 +238,7 @@ def proofs() -> str:
 
 
 def vllm_versions() -> str:
-    """Which versions of vLLM are tested, and what of vLLM the plugin relies on."""
+    """Return the tested versions of vLLM, and the symbols that the plugin relies on."""
     known = ledger()
     tested: dict[str, dict[str, str]] = known["fingerprints"]
     versions = list(tested)
@@ -252,7 +252,7 @@ def vllm_versions() -> str:
 
 
 def touched() -> str:
-    """What the plugin replaces, wraps or adds in vLLM."""
+    """Return the names that the plugin replaces, wraps or adds in vLLM."""
     lines = ["| name in vLLM | what the plugin does | why | no longer needed with |"]
     lines.append("|---|---|---|---|")
     for name, entry in ledger()["touched"].items():
@@ -266,13 +266,13 @@ def touched() -> str:
 
 
 def show() -> str:
-    """What `sleb-serve show` prints of the demo's manifest."""
+    """Return the output of `sleb-serve show` for the demo's manifest."""
     manifest = read_manifest(RECORDS / "demo" / "manifest.json")
     return f"```text\n{describe(manifest)}\n```"
 
 
 def python_script() -> str:
-    """The script that goes from a model to a server in Python."""
+    """Return the Python script from a model to a server."""
     return f"```python\n{(DOCS / 'python_api.py').read_text(encoding='utf-8').strip()}\n```"
 
 
@@ -294,7 +294,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
 
 
 def main() -> int:
-    """Write what is not as it should be, or say so."""
+    """Update stale pages, or report them."""
     check = "--check" in sys.argv[1:]
     stale = {
         path: text for path, text in pages().items() if path.read_text(encoding="utf-8") != text

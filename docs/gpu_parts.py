@@ -1,4 +1,4 @@
-"""The generated parts about GPUs: what the kit measured, and what the roofline predicts."""
+"""The generated parts about GPUs: the kit's measurements, and the roofline's predictions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "records" / "g
 
 
 def gpu(records: Path = RECORDS) -> str:
-    """What the kit in benchmarks/gpu measured, a table a run; or that there is no record yet."""
+    """Return a table per run of the kit in benchmarks/gpu, or a note if there is none."""
     runs = sorted(records.glob("*/results.jsonl"))
     if not runs:
         return "No record yet: nothing of this project has run on a GPU."
@@ -41,7 +41,7 @@ def _gpu_run(path: Path) -> str:
 
 
 def _gpu_result(entry: Mapping[str, Any]) -> str:
-    """One result in a line; empty for what no reader needs."""
+    """Format a result in one line; empty for irrelevant ones."""
     if "error" in entry or "skipped" in entry:
         return f"{entry['what']}: {entry.get('error') or entry['skipped']}"
     what = entry["what"]
@@ -68,7 +68,7 @@ def _escaped(text: str) -> str:
 
 
 def gpu_plan() -> str:
-    """What `sleb-serve plan` prints for LLaMA-2-70B on the machines that are planned for."""
+    """Return the output of `sleb-serve plan` for LLaMA-2-70B on the planned machines."""
     parts = []
     for arguments in (
         ["--gpu", "A100-80G", "-tp", "2"],

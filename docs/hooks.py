@@ -1,8 +1,8 @@
-"""What mkdocs runs beside its plugins: links from pages to files of the repository.
+"""mkdocs hooks for links from pages to files of the repository.
 
-Pages link to records, sources and pictures by their relative path, as a reader of the repository
-does. The site holds a copy of each linked file under ``repository/``, and its pages link there. A
-linked folder becomes a page that lists its files.
+Pages link to records, sources and images by relative path, as in the repository. The site has a
+copy of each linked file under ``repository/``, and its pages link there. A linked folder becomes a
+page that lists its files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LINK = re.compile(r"(?<=\]\()([^()\s#:]+)(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add every file of the repository that a page links to."""
+    """Add every linked file of the repository."""
     for page in list(files.documentation_pages()):
         for target in _LINK.findall(page.content_string):
             path = _outside(page.src_uri, target)
@@ -43,7 +43,7 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
 
 
 def _outside(page: str, target: str) -> Path | None:
-    """The file of the repository that a link names, if it is not one of the documentation's."""
+    """Return the repository file of a link, if it is outside the documentation."""
     named = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target))
     path = ROOT / named
     is_page = named.startswith("docs/") and not named.endswith(".py")
@@ -51,8 +51,8 @@ def _outside(page: str, target: str) -> Path | None:
 
 
 def _uri(path: Path) -> str:
-    """Where the copy lies in the site. Markdown is shown as text: its links lead elsewhere."""
-    # mkdocs leaves out names that begin with a dot.
+    """Return the copy's path in the site. Markdown is shown as text, because its links differ."""
+    # mkdocs skips names that begin with a dot.
     name = f"repository/{path.relative_to(ROOT).as_posix().lstrip('.')}"
     if path.is_dir():
         return f"{name}/index.html"

@@ -1,4 +1,4 @@
-"""The generated part that shows the repository's tree."""
+"""Generates the repository tree in docs/contributing.md."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 _OTHER = {
-    "benchmarks/draft": "the pruned model as draft of its dense self",
-    "benchmarks/equal": "plugin against export; how often the intervals of equals hold 1",
-    "benchmarks/fleet": "what `plan` predicts of a saturating load, against engines that run it",
-    "benchmarks/gpu": "the kit that measures on a GPU, and packs itself for one without a network",
-    "benchmarks/healing": "what healing brings back of a pruned model's quality",
+    "benchmarks/draft": "the pruned model as draft for the dense model",
+    "benchmarks/equal": "plugin against export; coverage of the intervals for equal engines",
+    "benchmarks/fleet": "`plan`'s predictions for a saturating load, compared with real engines",
+    "benchmarks/gpu": "the GPU measurement kit, which can be packed for a machine without a "
+    "network",
+    "benchmarks/healing": "the quality that healing recovers",
     "benchmarks/load": "load time and resident memory, dense and pruned",
-    "benchmarks/records": "what was measured, raw",
-    "benchmarks/repair": "what a repair costs to serve",
-    "benchmarks/selection": "the selector's speed, size, scaling and quality",
+    "benchmarks/records": "raw measurements",
+    "benchmarks/repair": "the serving cost of a repair",
+    "benchmarks/selection": "speed, memory, scaling and quality of the search",
     "benchmarks/soak": "a pruned server under mixed load",
-    "deploy": "a Grafana board, Prometheus, compose",
+    "deploy": "a Grafana dashboard, Prometheus, compose",
     "deploy/kubernetes": "a pruned model on two GPUs",
     "docs": "this documentation; generate.py writes its generated parts",
-    "requirements": "the lock files: the CPU stack, and what checks deploy/",
-    "tests": "the suite; oracle.py holds the independent answers",
-    ".ci/run": "what CI runs: lint, types, tests",
-    ".github/workflows": "the same on GitHub, and the release",
-    "CHANGELOG.md": "what changed, by release",
+    "requirements": "the lock files: the CPU stack, and the linters for deploy/",
+    "tests": "the test suite; oracle.py computes independent reference results",
+    ".ci/run": "the CI jobs: lint, types, tests",
+    ".github/workflows": "the CI jobs on GitHub, and the release",
+    "CHANGELOG.md": "changes by release",
     "Dockerfile": "sleb-serve in vLLM's own image",
     "Makefile": "set-up, demo, tests, documentation",
-    "mkdocs.yml": "how this documentation is built",
+    "mkdocs.yml": "configuration of the documentation site",
     "pyproject.toml": "the package, its tools and the import contracts",
 }
 
 
 def tree() -> str:
-    """The repository: packages by the first line of their docstrings, the rest by `_OTHER`."""
+    """Build the tree: packages with the first line of their docstrings, the rest from `_OTHER`."""
     entries = dict(_OTHER)
     for base in (ROOT / "sleb_serve", ROOT / "plugins", ROOT / "benchmarks"):
         for file in base.rglob("__init__.py"):

@@ -1,6 +1,6 @@
 """Depth-pruned LLMs: find the blocks to remove, serve the model without them, measure the gain.
 
-Importing this module loads neither torch nor vLLM; a name is loaded when it is first used.
+Importing this module loads neither torch nor vLLM; names are loaded on first use.
 
     >>> from sleb_serve import SelectConfig, select
     >>> manifest = select("./my-model", SelectConfig(remove=6, calibration="python-docs"))

@@ -1,10 +1,10 @@
-"""The one exception that users are meant to read."""
+"""The exception for user-facing errors."""
 
 from __future__ import annotations
 
 
 class SlebError(Exception):
-    """A mistake in what was asked for: what is wrong, why, and the next step, in one line.
+    """A user-facing error: the problem, its cause and the next step, in one line.
 
     The command line prints the message to standard error and exits with code 2.
     """
@@ -14,6 +14,6 @@ class SlebError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says first, for use inside a message of our own."""
+    """Return the first line of another library's exception, for use in our own message."""
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The names on which the package and its vLLM plugin agree."""
+"""Names shared by the package and its vLLM plugin."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 from sleb_serve.errors import SlebError
 
 CONFIG_KEY = "sleb"
-"""Where a pruned model's Hugging Face config holds its `sleb_serve.manifest.pruning.Pruning`."""
+"""Key of the `sleb_serve.manifest.pruning.Pruning` in a pruned model's Hugging Face config."""
 
 ENTRY_POINT = "sleb"
-"""The plugin's name among the ``vllm.general_plugins``, as ``VLLM_PLUGINS`` selects by."""
+"""The plugin's name in ``vllm.general_plugins``, for ``VLLM_PLUGINS``."""
 
 FORMAT = "sleb"
-"""The value of ``--load-format`` and ``--config-format`` that asks for the pruned model."""
+"""The value of ``--load-format`` and ``--config-format`` for the pruned model."""
 
 READER_KEY = "reader"
-"""Where ``--model-loader-extra-config`` names the load format that reads the files."""
+"""Key in ``--model-loader-extra-config`` of the load format that reads the files."""
 
 READERS = (
     *("hf", "safetensors", "pt", "npcache", "dummy"),
     *("fastsafetensors", "instanttensor", "runai_streamer"),
 )
-"""Load formats of vLLM that read the very files whose digest is in the manifest."""
+"""vLLM load formats that read the files covered by the manifest's digest."""
 
 _GUARD = "Sleb"
 
 MANIFEST_PATH = "/sleb/manifest"
-"""Where a server tells which manifest it serves."""
+"""Path where a server reports its manifest."""
 
 
 def check_reader(load_format: str) -> None:
-    """Refuse a load format whose files cannot be held against a manifest.
+    """Refuse a load format with files that cannot be compared with a manifest.
 
     Raises:
-        SlebError: it is none of `READERS`.
+        SlebError: it is not in `READERS`.
     """
     if load_format not in READERS:
         raise SlebError(
@@ -45,16 +45,16 @@ def check_reader(load_format: str) -> None:
 
 
 def guard_name(architecture: str) -> str:
-    """The architecture that the overrides ask for, which no vLLM has.
+    """Return the architecture name for the overrides, which vLLM does not have.
 
-    The plugin's config parser takes it out of them again; so where it does not run, vLLM refuses
-    to start, rather than serve the dense model.
+    The plugin's config parser removes it. Without the plugin, vLLM refuses to start rather than
+    serve the dense model.
     """
     return f"{_GUARD}{architecture}"
 
 
 def without_guard(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that holds a manifest, with the architecture that it had before."""
+    """A config.json with a manifest and its original architecture."""
     names = config.get("architectures")
     if CONFIG_KEY not in config or not isinstance(names, list):
         return dict(config)

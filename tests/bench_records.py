@@ -18,7 +18,7 @@ def variant(name: str, blocks: int, over: str | None = "dense") -> dict[str, Any
 
 
 DECODE = (1.0, 1.0, 2.0)
-"""Elapsed times of the pruned model's decoding: of the warm-up, and of its rounds."""
+"""Decoding times of the pruned model: of the warm-up, and of its rounds."""
 QUIET = {"others": 0.0, "steal": 0.0, "load": 0.5, "mhz": None, "disturbed": False}
 
 
@@ -42,7 +42,7 @@ def records(
 
 
 def setting() -> dict[str, Any]:
-    """What was asked for, and of what machine."""
+    """Options and machine of the run."""
     sizes = {"num_requests": 4, "prompt_length": 100, "output_length": 1}
     decode = {**sizes, "prompt_length": 16, "output_length": 11}
     return {
@@ -70,7 +70,7 @@ def setting() -> dict[str, Any]:
 
 
 def engines() -> list[dict[str, Any]]:
-    """What the two engines said when they started."""
+    """Start records of the two engines."""
     return [
         {
             "record": "engine",

@@ -1,4 +1,4 @@
-"""Answers that no server should give, and addresses that are none."""
+"""Invalid server answers and invalid addresses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fake_servers import COMPLETIONS, HEAD, MODELS, chunked, drip, http
 
 
 def completion(**changes: Any) -> dict[str, Any]:
-    """What an honest server answers to a completion, with changes to its one choice."""
+    """A valid completion answer, with changes to its choice."""
     places = [None, {"7": {"logprob": -1.5}}, {"9": {"logprob": -2.5}}]
     choice = {"text": "an answer", "prompt_logprobs": places} | changes
     return {"choices": [choice], "usage": {"completion_tokens": 2}}
 
 
 def scored(value: str) -> bytes:
-    """A completion whose last log-probability is spelled so."""
+    """A completion with this text as its last log-probability."""
     return json.dumps(completion()).replace("-2.5", value).encode()
 
 

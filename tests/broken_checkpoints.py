@@ -1,4 +1,4 @@
-"""Checkpoints of which one file is broken: what no download and no writer should leave."""
+"""Checkpoints with one broken file."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ WRONG: tuple[Any, ...] = (
     *("\x1b[2J\x07\x00", "\ud800", "../x", [], [None], [True], ["x"], [-1, 1.5], [[]]),
     *({}, {"x": None}, {"\x1b[2J": 1}, {"0": 0}, [0] * 1000),
 )
-"""Values of every kind in places of another."""
+"""Values of every kind for places of another kind."""
 
 BYTES: tuple[bytes, ...] = (
     *(b"", b"{", b"null", b"[]", b"3", b'"x"', b"NaN", b"\xff\xfe{", b"\x00" * 9, b"9" * 5000),
     *(b"[" * 100_000, b'{"a":' * 100_000, b'{"a": 1, "a": 2}', b"{} {}", b" " * 1_000_000),
     *(b'{"a": 1' + b"0" * 100_000 + b"}", b'{"\\ud800": 1}', b"{" + b'"a":1,' * 100_000),
 )
-"""Whole files that are no JSON object, or none that two readers read alike."""
+"""Files that are not a JSON object, or that readers interpret differently."""
 
 
 def copy_with(model: Path, folder: Path, name: str, content: bytes) -> Path:
-    """A checkpoint with one file's content replaced, the others linked."""
+    """A checkpoint with one replaced file and links to the others."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in model.iterdir():
@@ -53,7 +53,7 @@ def copy_with(model: Path, folder: Path, name: str, content: bytes) -> Path:
 
 
 def spelled(value: Any) -> bytes:
-    """As JSON, with what JSON does not have spelled as Python does."""
+    """JSON with Python's spelling of values that JSON lacks."""
     return json.dumps(value).encode()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints made out of another: physically pruned, quantised, and a LoRA adapter beside it."""
+"""Derived checkpoints: physically pruned, quantised, and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GROUP = 32
 
 
 def compacted(source: Path, folder: Path, removed: Sequence[int]) -> Path:
-    """A copy without the removed layers, the rest renumbered: what stock vLLM can serve."""
+    """A copy for stock vLLM without the removed layers, the rest renumbered."""
     config = _config(source)
     kept = [i for i in range(config["num_hidden_layers"]) if i not in removed]
     tensors = {}

@@ -1,4 +1,4 @@
-"""The command line run in this process, and what it is asked."""
+"""The command line in this process, and common arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def select_arguments(model: Path, output: Path, *options: str) -> list[str]:
 
 
 def refused(arguments: Sequence[str], capture: Capture) -> str:
-    """Run the command line in this process, expecting a refusal; its one line."""
+    """Run the command line in this process, expect a refusal, and return its line."""
     assert main(arguments) == 2
     captured = capture.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("sleb-serve")]
@@ -48,7 +48,7 @@ def command_line(*arguments: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a command."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -60,7 +60,7 @@ def run_in_one(
     folder: Path,
     **environment: str,
 ) -> list[Done]:
-    """Run commands in a process of their own, a fork that has imported what they need."""
+    """Run commands in a separate process, a fork with the needed imports."""
     (results,) = _in_forks(commands, folder, 1, environment)
     return results
 
@@ -118,7 +118,7 @@ def _results(folder: Path, rank: int) -> list[Done]:
 
 
 def answered(*arguments: str | Path, within: float = 20) -> Done:
-    """Run the command line in this process as an attack; what it says, if it says it well.
+    """Run the command line in this process as an attack, and return its well-formed output.
 
     An exception fails the test, as do other exit codes than 0, 1 and 2, an error of more than one
     line, what a terminal cannot show, and much text or time: of a processor, since others may
@@ -134,7 +134,7 @@ def answered(*arguments: str | Path, within: float = 20) -> Done:
     assert code in (0, 1, 2), done
     # A progress bar may have come and gone before a line.
     errors = [line.rpartition("\r")[2] for line in done.error.split("\n") if line]
-    # Where metrics are served is said before the model is looked for.
+    # The metrics address is printed before the model is opened.
     said = [line for line in errors if line and not line.startswith("metrics: http://localhost:")]
     assert code != 2 or len(said) == 1, done
     for line in (*done.out.split("\n"), *errors):
@@ -145,7 +145,7 @@ def answered(*arguments: str | Path, within: float = 20) -> Done:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums in one order: with more threads the last bit differs."""
+    """Use one thread, because the summation order changes the last bit."""
     import torch
 
     before = torch.get_num_threads()
@@ -163,7 +163,7 @@ def run_with_one_thread(arguments: list[str]) -> None:
 
 
 def run_on_full_disk(arguments: list[str], limit: int) -> None:
-    """For a fork: the command line where no file can be longer than so many bytes."""
+    """For a fork: the command line with a file size limit."""
     error = io.StringIO()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))

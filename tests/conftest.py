@@ -1,4 +1,4 @@
-"""Shared by the tests: tiny random models, the demo model, and where the offline data lies."""
+"""Shared fixtures: tiny random models, the demo model, offline data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tiny import AS_MADE, TINY, Tiny
 if TYPE_CHECKING:
     from fake_servers import Fake
 
-# Before anything imports a library that reads them.
+# Set before importing libraries that read them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def add_torchvision() -> None:
-    """Let this process and its children find what `torchvision_cpu` has put aside for them."""
+    """Let this process and its children find torchvision from `torchvision_cpu`."""
     folder = Path(sys.prefix) / "torchvision"
     if folder.is_dir() and find_spec("torchvision") is None:
         sys.path.append(str(folder))
@@ -55,12 +55,12 @@ _BUSY: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck
 settings.register_profile("quick", max_examples=50, **_BUSY)
 settings.register_profile("thorough", max_examples=1000, **_BUSY)
 THOROUGH = os.environ.get("SLEB_TEST_THOROUGH", "") not in ("", "0")
-"""Whether properties are tried on many inputs, which takes minutes."""
+"""Return whether to test properties on many inputs, which takes minutes."""
 settings.load_profile("thorough" if THOROUGH else "quick")
 
 ROOT = Path(__file__).resolve().parent.parent
 Models = Callable[[str], Path]
-"""What the fixture `models` is: the folder of a tiny model, by its name."""
+"""Type of the fixture `models`: returns the folder of a tiny model by name."""
 SHARED_DATASETS = ROOT.parent / "shared" / "hf" / "datasets"
 
 
@@ -75,7 +75,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that workers side by side end together."""
+    """Run slow files first, so that parallel workers end together."""
     places = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
@@ -96,7 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The demo model's checkpoint, shared with `make demo` where the Makefile says so."""
+    """The demo model's checkpoint, shared with `make demo` if the Makefile sets it."""
     from sleb_bench.demo_model import demo_model
     from sleb_serve.errors import SlebError
 
@@ -141,7 +141,7 @@ def save_tiny(name: str, tiny: Tiny, path: Path) -> None:
     with torch.no_grad():
         for own, parameter in model.named_parameters():
             if parameter.ndim > 1 and not own.endswith(AS_MADE):
-                # The usual 0.02 makes blocks whose absence nobody notices.
+                # With the usual 0.02, removing a block would have no visible effect.
                 parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5)
     model.to(getattr(torch, tiny.dtype)).save_pretrained(path)
     tokenizer().save_pretrained(path)

@@ -1,4 +1,4 @@
-"""Cuts that a property is tried on."""
+"""Strategies for cuts in property tests."""
 
 from __future__ import annotations
 

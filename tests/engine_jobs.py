@@ -1,8 +1,8 @@
-"""Run by the plugin's tests in a process of its own: vLLM engines, one after the other.
+"""Child process of the plugin's tests that runs vLLM engines one after another.
 
-Usage: engine_jobs.py JOBS.json RESULTS.json. A job names a model, what is removed, and arguments of
-`vllm.LLM`; its result is what the engine computed and what it says of itself, or its refusal. One
-process for many engines: the first start costs a quarter of a minute, the next two seconds.
+Usage: engine_jobs.py JOBS.json RESULTS.json. A job has a model, removed blocks, and arguments of
+`vllm.LLM`; its result is the engine's output and description, or its refusal. One process for many
+engines: the first start costs a quarter of a minute, the next two seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-# To ask the workers for what they built; the functions are this file's own.
+# Lets this file's functions inspect the workers.
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 
@@ -29,15 +29,15 @@ def main(jobs_file: str, results_file: str) -> None:
     for number, job in enumerate(jobs, 1):
         began = time.monotonic()
         results.append(_configure(job) if job.get("only_configure") else _try(job))
-        # In the log, for whoever looks for what takes so long.
+        # In the log, to find slow steps.
         print(f"job {number} took {time.monotonic() - began:.1f} s", flush=True)
         Path(results_file).write_text(json.dumps(results))
 
 
 def _start_sooner() -> None:
-    """Leave out what vLLM does for each engine in a process, and need not do in one of tests.
+    """Skip vLLM's per-engine work that tests do not need.
 
-    None of it changes what an engine computes; without it one starts in a second, not in five.
+    It does not change results; without it an engine starts in one second instead of five.
     """
     from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
@@ -77,7 +77,7 @@ def _arguments(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _configure(job: dict[str, Any]) -> dict[str, Any]:
-    """Only what the first process does: refuse, or make the configuration."""
+    """Run only the first process's work: refuse, or create the configuration."""
     from vllm import EngineArgs
 
     try:
@@ -88,7 +88,7 @@ def _configure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _try(job: dict[str, Any]) -> dict[str, Any]:
-    """A refusal is a result, too; the engines after it must not suffer."""
+    """Return a refusal as a result, so that later engines still run."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     try:
@@ -203,7 +203,7 @@ def _counters(llm: Any) -> dict[str, float]:
 
 
 def _describe_worker(worker: Any) -> dict[str, Any]:
-    """What one rank holds, counted by vLLM's own means."""
+    """Describe one rank's layers with vLLM's own functions."""
     model = worker.get_model()
     built = getattr(model, "sleb", None)
     return {

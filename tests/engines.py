@@ -1,4 +1,4 @@
-"""Start vLLM engines for tests, and hold their answers against Transformers."""
+"""Start vLLM engines for tests, and compare their answers with Transformers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NEW_TOKENS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """One engine start: a model, the removed blocks, and how it is run."""
+    """One engine start: a model, the removed blocks, and settings."""
 
     model: str
     removed: tuple[int, ...]
@@ -66,7 +66,7 @@ def run_jobs(
     python: str = sys.executable,
     **environment: str,
 ) -> list[dict[str, Any]]:
-    """Run jobs in one child process; one that takes the process down is an error of the test."""
+    """Run jobs in one child process; the test fails if the process dies."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     if python == sys.executable and all(n.startswith(("VLLM_", "HF_")) for n in environment):
         code = run_fork(_run, folder / "output.log", folder, **environment)
@@ -78,7 +78,7 @@ def run_jobs(
 
 
 def _run(folder: Path) -> None:
-    """In the child."""
+    """Run in the child."""
     import engine_jobs
 
     os.chdir(folder)
@@ -118,7 +118,7 @@ def greedy_equal(
 ) -> bool:
     """Whether an engine's continuations are a model's greedy ones, up to ties.
 
-    One pass over prompt and continuation tells of each token whether it is the likeliest there.
+    One pass over prompt and continuation shows whether each token is the most likely.
     """
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
     for prompt, tokens in zip(prompts, result["tokens"], strict=True):
@@ -132,14 +132,14 @@ def greedy_equal(
 
 
 def check_greedy(result: dict[str, Any], model: Any, prompts: Sequence[Sequence[int]]) -> None:
-    """Hold continuations alone against a model's: all of them, at full length."""
+    """Compare only continuations with a model's: all of them, at full length."""
     assert "error" not in result, result["error"]
     assert [len(tokens) for tokens in result["tokens"]] == [NEW_TOKENS] * len(prompts)
     assert greedy_equal(result, model, prompts)
 
 
 def check_equal(result: dict[str, Any], path: Path, case: Case, limit: float = 1e-3) -> None:
-    """Hold an engine's answers against Transformers with the blocks deleted."""
+    """Compare an engine's answers with Transformers with the blocks deleted."""
     model = oracle.pruned(path, case.removed, getattr(torch, case.dtype))
     found = differences(result, model)
     if case.dtype == "float32":
@@ -150,7 +150,7 @@ def check_equal(result: dict[str, Any], path: Path, case: Case, limit: float = 1
 
 
 def check_size(result: dict[str, Any], path: Path, case: Case) -> None:
-    """The engine holds the kept layers' KV cache and exactly a pruned model's parameters."""
+    """Check that the engine has the kept layers' KV cache and a pruned model's parameters."""
     count = open_checkpoint(str(path)).num_blocks
     kept = [index for index in range(count) if index not in case.removed]
     for rank in result["ranks"]:

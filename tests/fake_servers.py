@@ -1,4 +1,4 @@
-"""Servers that answer as vLLM would, and ones that answer with whatever bytes we choose."""
+"""Fake servers: vLLM-like ones, and ones with arbitrary answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sleb_serve.manifest.schema import Golden
 
 
 class Fake(ThreadingHTTPServer):
-    """A server that answers as vLLM would, with log-probabilities of our choice."""
+    """A vLLM-like server with given log-probabilities."""
 
     def __init__(self, manifest: Any, logprobs: tuple[float, ...], text: str = "an answer") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -71,7 +71,7 @@ class Hostile(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, *_: Any) -> None:
-        """A client that had enough is no error."""
+        """Ignore clients that disconnect."""
 
 
 class HostileHandler(socketserver.StreamRequestHandler):

@@ -1,4 +1,4 @@
-"""Work in processes of its own, sooner: forks of one that has imported what takes long."""
+"""Fast child processes: forks of a process with slow imports done."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PRELOADED = [
     "vllm.v1.worker.cpu_model_runner",
     "vllm.v1.worker.cpu_worker",
 ]
-"""What forks find imported; what is not installed is passed over."""
+"""Modules imported before forking, if installed."""
 
 
 def forks() -> ForkServerContext:
-    """Starts processes that have vLLM imported: forks of one in which no engine ever ran.
+    """Start processes with vLLM imported: forks of a process that never ran an engine.
 
     Importing it costs a quarter of a minute or more. What libraries read of the environment while
     they are imported is as it was when the first of these processes was started; all but the hub's.
@@ -54,7 +54,7 @@ def start_fork(
 
 
 def run_fork(work: Callable[..., None], log: Path, *arguments: Any, **environment: str) -> int:
-    """As `start_fork`, to the end; the exit code."""
+    """Run `start_fork` to its end, and return the exit code."""
     child = start_fork(work, log, *arguments, **environment)
     try:
         child.join()
@@ -65,7 +65,7 @@ def run_fork(work: Callable[..., None], log: Path, *arguments: Any, **environmen
 
 
 def end_fork(child: ForkServerProcess) -> None:
-    """Leave nothing of a fork and the processes that it started."""
+    """Kill a fork and its child processes."""
     assert child.pid is not None
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Healed tiny models, and Transformers' own with what PEFT merges."""
+"""Healed tiny models, and Transformers models with factors merged by PEFT."""
 
 from __future__ import annotations
 

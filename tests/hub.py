@@ -1,4 +1,4 @@
-"""A model hub on this machine: as much of the Hugging Face hub's API as the library needs."""
+"""A local model hub with the parts of the Hugging Face API that the library needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Files = dict[str, bytes | Path]
 
 
 class Repository:
-    """A repository: the files of each commit, and the commits that names mean."""
+    """A repository: the files of each commit, and the commits of each name."""
 
     def __init__(self, commits: dict[str, Files], main: str, private: bool = False) -> None:
         self.commits, self.private = commits, private
@@ -217,7 +217,7 @@ def files_of(folder: Path) -> Files:
 
 @contextmanager
 def running() -> Iterator[Hub]:
-    """A hub without repositories; what it holds may be changed."""
+    """An empty hub that tests can fill."""
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -250,7 +250,7 @@ def serving(
 
 
 def environment(address: str, cache: Path) -> dict[str, str]:
-    """What makes a process ask the hub at `address`, with a cache of its own."""
+    """Environment for using the hub at `address` with a separate cache."""
     return {
         "HF_ENDPOINT": address,
         "HF_HUB_OFFLINE": "0",

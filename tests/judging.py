@@ -1,4 +1,4 @@
-"""Evaluations for tests: the command, its text, and data sets where they are at hand."""
+"""Evaluations for tests: the command, its text, and available data sets."""
 
 from __future__ import annotations
 

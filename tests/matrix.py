@@ -1,7 +1,7 @@
 """The equality matrix: tiny models of every kind, pruned in vLLM, against blocks skipped.
 
-Usage: matrix.py RECORDS.jsonl [NAME...]   appends a line a model to RECORDS.jsonl, and leaves out
-those that are there. Several may run side by side, each with its own file.
+Usage: matrix.py RECORDS.jsonl [NAME...]   appends a line per model to RECORDS.jsonl, and skips
+existing ones. Several may run side by side, each with its own file.
        matrix.py --table RECORDS.jsonl... > TABLE.md
 """
 
@@ -54,7 +54,7 @@ class Model:
             tiny_pooling.add_head(self.name, path)
 
     def job(self, path: Path, removed: Sequence[int]) -> dict[str, Any]:
-        """What an engine is asked."""
+        """Return the engine's job."""
         case = Case(self.name, tuple(removed), self.tiny.dtype)
         job = case.job(path, max_num_batched_tokens=256, **self.tiny.engine)
         job["stand_ins"] = True
@@ -67,7 +67,7 @@ class Model:
         return oracle.load(path, getattr(torch, self.tiny.dtype))
 
     def differs(self, result: dict[str, Any], model: Any) -> tuple[float, bool]:
-        """How far an engine's answers are from a model's, and whether greedy ones are equal."""
+        """Compare an engine's answers with a model's: distance, and whether greedy ones match."""
         if self.kind == POOLING:
             found = [value for vector in result["vectors"] for value in vector]
             expected = [v for p in PROMPTS for v in tiny_pooling.oracle_pooled(self.name, model, p)]
@@ -78,7 +78,7 @@ class Model:
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot be run here; None if it can."""
+        """Return why it cannot run here; None if it can."""
         needs = tiny_hybrid.TORCHVISION | {f"{n}-mm" for n in tiny_hybrid.TORCHVISION}
         if self.name in needs and find_spec("torchvision") is None:
             return "vLLM's module needs torchvision"
@@ -105,7 +105,7 @@ MODELS = _models()
 
 
 def environment(models: Sequence[Model]) -> dict[str, str]:
-    """What their engines' process needs."""
+    """Return the environment of their engines' process."""
     latent = any(model.name in tiny_text.TINY for model in models)
     return dict(tiny_text.ENVIRONMENT) if latent else {}
 
@@ -126,7 +126,7 @@ def measure(models: Sequence[Model], root: Path) -> list[dict[str, Any]]:
 def record(
     model: Model, path: Path, results: Sequence[dict[str, Any]], sets: Sequence[Any] = SETS
 ) -> dict[str, Any]:
-    """What was found of a model: the difference when dense, and by what is removed."""
+    """Return a model's record: the differences when dense and by removal."""
     (architecture,) = json.loads((path / "config.json").read_text())["architectures"]
     entry: dict[str, Any] = {
         "model": model.name,

@@ -1,4 +1,4 @@
-"""How much memory a command takes, by Linux's count."""
+"""Memory use of a command, as counted by Linux."""
 
 from __future__ import annotations
 

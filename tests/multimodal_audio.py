@@ -1,4 +1,4 @@
-"""Tiny models that take in sound, some of them images as well."""
+"""Tiny models with audio input, some also with images."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def image_job(name: str, path: Path) -> dict[str, Any]:
 
 
 def image_answer(name: str, path: Path, model: Any, tokens: list[int]) -> dict[str, Any]:
-    """What a Transformers model says of the same prompt and of an engine's continuation of it.
+    """Score the same prompt and an engine's continuation with a Transformers model.
 
     One pass over both, without a cache: `logprobs` of the prompt, and by how much each new token
     is `behind` the likeliest there.

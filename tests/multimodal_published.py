@@ -1,4 +1,4 @@
-"""Tiny multimodal checkpoints as their families are published: other names, other forms."""
+"""Tiny multimodal checkpoints in their published formats and names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models that turn images by height and width, as Qwen and GLM do."""
+"""Tiny models with rotary positions by height and width, such as Qwen and GLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tiny multimodal models are made of: token numbers, towers, text models."""
+"""Parts of tiny multimodal models: token numbers, towers, text models."""
 
 from __future__ import annotations
 

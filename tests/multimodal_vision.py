@@ -1,4 +1,4 @@
-"""Tiny models that take in images by one grid of patches: LLaVA and its kin."""
+"""Tiny models with images as one grid of patches: LLaVA and similar models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Independent answers to hold the product against: nothing here uses its scoring or its plugin."""
+"""Independent reference results; nothing here uses the package's scoring or plugin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ THINKERS = {
     "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
-"""Of models that speak, the part that reads and writes text."""
+"""Text parts of models with speech output."""
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -35,7 +35,7 @@ def decoder_layers(model: Any) -> Any:
 
 
 class Skipped(nn.Module):
-    """Runs a layer and answers as if it had not: the states it was given, in the layer's form."""
+    """Runs a layer but returns its input states in the layer's output format."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def loss(model: Any, sequences: Sequence[Sequence[int]]) -> float:
-    """The official score a token: the sum over sequences of mean cross-entropy x L, over all L."""
+    """The official score per token: sum over sequences of mean cross-entropy x L, over all L."""
     total = 0.0
     for sequence in sequences:
         ids = torch.tensor([sequence])
@@ -147,7 +147,7 @@ def naive_search(
     """SLEB as its authors run it: the whole model once per candidate, the block deleted.
 
     Returns:
-        Per step, the block that went and every candidate's loss.
+        Per step, the removed block and every candidate's loss.
     """
     model = load(path, dtype)
     count = model.config.num_hidden_layers

@@ -1,4 +1,4 @@
-"""The scheduler that `sleb-serve plan --rate` simulates, written down plainly."""
+"""A plain implementation of the scheduler that `sleb-serve plan --rate` simulates."""
 
 from __future__ import annotations
 

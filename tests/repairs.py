@@ -1,4 +1,4 @@
-"""Repairs fitted to random tokens, and put into Transformers' model."""
+"""Repairs fitted to random tokens, and applied to Transformers models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fitted(path: Path, removed: Sequence[int], count: int = 20, length: int = 24
 
 
 def repaired(path: Path, removed: Sequence[int], tensors: dict[str, torch.Tensor]) -> Any:
-    """Transformers with the blocks skipped and a repair's weights put where they belong."""
+    """Transformers with the blocks skipped and a repair's weights applied."""
     model = oracle.load(path)
     own = dict(model.named_parameters())
     for name, tensor in tensors.items():
@@ -68,14 +68,14 @@ def repaired_job(
 def check_repaired(
     result: dict[str, Any], path: Path, removed: tuple[int, ...], manifest: Path
 ) -> None:
-    """Hold an engine against Transformers with the repair's weights."""
+    """Compare an engine with Transformers with the repair's weights."""
     check_answers(result, repaired(path, removed, load_file(sidecar_path(manifest))), path, removed)
 
 
 def check_answers(result: dict[str, Any], model: Any, path: Path, removed: tuple[int, ...]) -> None:
-    """Hold an engine against a model of Transformers that is repaired."""
+    """Compare an engine with a repaired Transformers model."""
     assert max(differences(result, model)) < 1e-3
     assert greedy_equal(result, model)
     check_size(result, path, Case(path.name, removed))
-    # The repair is not so small that its absence would pass.
+    # The repair is large enough that its absence would fail.
     assert max(differences(result, oracle.pruned(path, removed))) > 1e-2

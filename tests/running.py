@@ -1,4 +1,4 @@
-"""Servers for tests: what starts them, and forks of a process that has vLLM imported."""
+"""Servers for tests, started in forks of a process with vLLM imported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def selected(model: Path, folder: Path) -> Path:
 
 
 def printed_command(model: Path, manifest: Path, *options: str) -> list[str]:
-    """What --dry-run prints as its last line, split as a shell would."""
+    """Return the last line of --dry-run, split like in a shell."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["serve", str(model), "-m", str(manifest), *options, "--dry-run"]) == 0
@@ -44,7 +44,7 @@ def printed_command(model: Path, manifest: Path, *options: str) -> list[str]:
 def run_until_end(
     command: Sequence[str], port: int, log: Path, **environment: str
 ) -> tuple[int, str]:
-    """Run a server that must not start; its exit code and output, no port ever having answered.
+    """Run a server that must not start; return its exit code and output, and check its port.
 
     It runs in a fork of a process that has vLLM imported, as the command's own main program.
     """

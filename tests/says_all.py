@@ -1,11 +1,10 @@
-"""Which configs say all of their layers, so that they can be cut without Transformers.
+"""Find architectures with configs that describe all layers and can be cut without Transformers.
 
 Usage: says_all.py   prints the architectures, for "config_says_all" in architectures.json
 
-Each tiny model's config.json is cut by this package alone, once for every block, and what
-Transformers makes of the result is compared with the dense model: as it is, without what it says of
-layers, with a sliding window, and with nothing but its sizes. If in none of these forms a layer
-changes, its position alone changes nothing.
+This package alone cuts each tiny model's config.json, once for every block, and Transformers'
+reading of the result is compared with the dense model: unchanged, without layer entries, with a
+sliding window, and with only its sizes. If no layer changes in any form, positions do not matter.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ LEAST_FORMS = 3
 
 
 def loaded(config: Mapping[str, Any]) -> Any:
-    """What Transformers makes of a config.json; None if it refuses it."""
+    """Load a config.json in Transformers; None if it is refused."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
         try:
@@ -73,7 +72,7 @@ def forms(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def compared(form: Mapping[str, Any], architecture: str) -> int:
     """How many blocks were removed, each alone, and left all others as they are; -1: one did not.
 
-    What the package refuses to write is no danger.
+    Refused cuts are not a problem.
     """
     dense = loaded(form)
     count = count_of(at(form, decoder_path(form) or ()) or {})

@@ -1,7 +1,7 @@
-"""Run commands of the command line one after the other in one process, which a launcher may start.
+"""Run several commands one after another in one process, which a launcher may start.
 
-Usage: several_commands.py FOLDER. The commands are in FOLDER/commands.json; what came of each goes
-to FOLDER/results-RANK.json.
+Usage: several_commands.py FOLDER. The commands are in FOLDER/commands.json; the results go to
+FOLDER/results-RANK.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""In plain torch, what vLLM's CPU build lacks and some models need; the models stay vLLM's own."""
+"""Plain torch replacements for kernels that vLLM's CPU build lacks; the models are vLLM's own."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from sleb_serve.cli.main import as_options, main, parsers
 Models = Callable[[str], Path]
 
 CONFIG = SelectConfig(remove=2, calibration="python-docs", sequences=2, sequence_length=32)
-"""What `select_arguments` asks for on the command line."""
+"""The same options as `select_arguments` on the command line."""
 
 
 def test_the_api_selects_what_the_command_line_does_and_writes_nothing(

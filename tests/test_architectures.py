@@ -1,4 +1,4 @@
-"""The equality matrix's fast part, and what the support matrix says of vLLM's models."""
+"""The fast part of the equality matrix, and the support matrix against vLLM's models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FAST = {
     MULTIMODAL: ("llava-mm", "qwen2_vl-mm", "gemma4-mm", "internvl-mm"),
     POOLING: ("qwen3_embed", "llama_classify", "bert_embed"),
 }
-"""Of each kind, and of each form in which a config speaks of its layers."""
+"""Models of each kind and each config format."""
 NAMES = tuple(name for names in FAST.values() for name in names)
 IMAGES = ("llava", "qwen2_5_vl", "idefics3", "internvl", "mistral3")
 

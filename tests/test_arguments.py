@@ -1,4 +1,4 @@
-"""No argument of any command ends in a traceback, or in a message that a terminal cannot show."""
+"""No argument of any command causes a traceback or an unprintable message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paired benchmark: one real run, and what it refuses."""
+"""The paired benchmark: one real run, and refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sleb_serve.cli.main import main
 
 @pytest.fixture(scope="module")
 def run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small run with everything that can stand beside the dense model."""
+    """One small run with all optional variants."""
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("run")
     path, manifest = models("llama"), folder / "m.json"

@@ -1,4 +1,4 @@
-"""How long the benchmark measures, what shares a process, and what disturbs a pair."""
+"""Stopping rules, shared processes and disturbed pairs of the benchmark."""
 
 from __future__ import annotations
 

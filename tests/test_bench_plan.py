@@ -1,4 +1,4 @@
-"""The roofline plan against figures that were published, and against arithmetic by hand."""
+"""The roofline plan against published numbers and manual arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paired benchmark's arithmetic, and what its report says."""
+"""The paired benchmark's arithmetic and report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has a turn when, on engines that take the seconds they are told to."""
+"""The order of turns, on fake engines with given times."""
 
 from __future__ import annotations
 

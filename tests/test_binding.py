@@ -1,4 +1,4 @@
-"""A manifest and the checkpoint it is for: fewer weights, another commit, none at hand."""
+"""Binding of a manifest to a checkpoint: missing weights, another commit, no weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints with a broken file: used as it is, or refused in one line, by every command."""
+"""Checkpoints with a broken file: every command uses them or refuses them in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sleb-serve check`: does it fit, and what does it save."""
+"""`sleb-serve check`: memory and savings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests that name a model, and refusals of folders that hold none."""
+"""Digests of models, and refusals of folders without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs are claimed: other files stay, a second run is refused, a stopped one leaves nothing."""
+"""Claimed outputs: other files are kept, a second run is refused, a stopped one leaves nothing."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_a_signal_ends_a_search_in_one_line_and_leaves_its_log(
     assert child.exitcode == 128 + number
     lines = (tmp_path / "log").read_text().replace("\r", "\n").splitlines()
     said = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-    assert f"sleb-serve: {said}; run it again with --resume to go on" in lines
+    assert f"sleb-serve: {said}; re-run with --resume to continue" in lines
     assert not [line for line in lines if "Traceback" in line or "Error" in line]
     assert not list(scratch.iterdir())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "m.json.search.jsonl", "tmp"]

@@ -1,4 +1,4 @@
-"""The command line as users meet it: one-line errors, exit codes, nothing half-written."""
+"""The command line: one-line errors, exit codes, no half-written files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which vLLM versions are taken, and a guard that fails by name when a symbol of vLLM moves."""
+"""Accepted vLLM versions, and a guard that names changed symbols of vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compiled engines leave in the compile cache, and find there."""
+"""The compile cache of compiled engines."""
 
 from __future__ import annotations
 

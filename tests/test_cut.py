@@ -1,4 +1,4 @@
-"""The cut of a config and of tensors' names, held against a slow and plain oracle."""
+"""The cut of configs and tensor names, against a slow and plain oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names that a cut leaves: tensors, and what a quantisation says of modules."""
+"""Names after a cut: tensors, and modules in quantisation configs."""
 
 from __future__ import annotations
 

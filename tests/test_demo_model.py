@@ -1,4 +1,4 @@
-"""The demo model is made once, also by processes that begin at once."""
+"""The demo model is created once, also by concurrent processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files in deploy/ and the Dockerfile: their commands are commands, their names agree."""
+"""The files in deploy/ and the Dockerfile: valid commands, matching names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pruned model in each way that people serve models, on real engines."""
+"""A pruned model in each serving mode, on real engines."""
 
 from __future__ import annotations
 

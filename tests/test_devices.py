@@ -1,4 +1,4 @@
-"""What is chosen by device, with a GPU that is only said to be there, where a CPU can follow."""
+"""Device-dependent choices with a simulated GPU, where a CPU can follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported checkpoints: equal to deletion in Transformers and stock vLLM, whole or not there."""
+"""Exported checkpoints: equal to deletion in Transformers and stock vLLM, written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What breaks in production: workers, disks, folders."""
+"""Production failures: workers, disks, folders."""
 
 from __future__ import annotations
 

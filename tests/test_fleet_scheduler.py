@@ -1,4 +1,4 @@
-"""The steps that `sleb-serve plan` simulates against those of vLLM's own scheduler."""
+"""The simulated steps of `sleb-serve plan` against vLLM's own scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists of blocks from anywhere: read or refused in one line, soon, in little memory."""
+"""Untrusted lists of blocks: read or refused in one line, quickly and with little memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken answers: `probe` and `canary` say so in one line, soon, and leak no password."""
+"""Broken answers: `probe` and `canary` report them in one line, quickly, without passwords."""
 
 from __future__ import annotations
 

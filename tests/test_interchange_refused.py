@@ -1,4 +1,4 @@
-"""Lists of blocks from elsewhere that say something else than whole blocks to remove."""
+"""Refused lists of other tools, with more than whole blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selecting, evaluating and exporting what is not a plain text model, and published oddities."""
+"""Selecting, evaluating and exporting other than plain text models, and published oddities."""
 
 from __future__ import annotations
 

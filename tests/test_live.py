@@ -1,4 +1,4 @@
-"""Asking running servers: probe and canary against simulated ones, and select's metrics."""
+"""probe and canary against simulated servers, and select's metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest's JSON Schema, held against the reader."""
+"""The manifest's JSON Schema against the reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package declares: every import has a place in pyproject.toml, and an extra its name."""
+"""Declared dependencies: every import is in pyproject.toml, and errors name the extra."""
 
 from __future__ import annotations
 

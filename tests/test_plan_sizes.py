@@ -1,4 +1,4 @@
-"""The sizes that `sleb-serve plan` works with, against Transformers and what is stored."""
+"""The sizes in `sleb-serve plan`, against Transformers and stored files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof that pruning is live: what ranks report is held against the manifest."""
+"""Proof of pruning: the ranks' reports against the manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fast search: how often it errs, what it leaves out, and that what it finds is exact."""
+"""The fast search: error rate, skipped work, and exact results."""
 
 from __future__ import annotations
 

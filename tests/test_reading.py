@@ -1,4 +1,4 @@
-"""What the plugin reads of a checkpoint: nothing of a removed layer."""
+"""The plugin reads nothing of a removed layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A manifest bound to another form of its model: what is served, and what is refused."""
+"""Manifests bound to another version of their model: serving and refusals."""
 
 from __future__ import annotations
 

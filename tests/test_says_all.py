@@ -1,4 +1,4 @@
-"""Which exports need no Transformers: see says_all.py."""
+"""Exports that need no Transformers; see says_all.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection where memory is short, and shared by processes."""
+"""Selection with little memory, and by several processes."""
 
 from __future__ import annotations
 

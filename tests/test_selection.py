@@ -1,4 +1,4 @@
-"""The greedy search, held against a search written as plainly as can be."""
+"""The greedy search against a plain implementation."""
 
 from __future__ import annotations
 

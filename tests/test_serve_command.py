@@ -1,4 +1,4 @@
-"""The command that `serve` prints: the user's options and the manifest's, and none undone."""
+"""The command of `serve`: keeps the user's options and the manifest's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real server with the pruned model: what it answers, and what it tells of itself."""
+"""A real server with the pruned model: its answers and its reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speculative decoding: a pruned model as the target, and as the draft of its dense self."""
+"""Speculative decoding: a pruned model as the target, and as the draft for the dense model."""
 
 from __future__ import annotations
 

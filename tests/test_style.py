@@ -1,4 +1,4 @@
-"""What keeps the code readable: short modules and short functions."""
+"""Short modules and short functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many blocks a wanted speed-up takes."""
+"""The number of blocks for a target speed-up."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_select_removes_so_many(models: Models, tmp_path: Path, capsys: Capture)
     assert 0 < count < 7
     assert main(arguments(path, output, "--target-speedup", "1.4", "--gpu", "L4")) == 0
     assert len(read_manifest(output).removed) == count
-    told = f"generation 1.4 times as fast on 1 x L4: {count} blocks must go, by the roofline"
+    told = f"1.4 times as fast on 1 x L4: remove {count} blocks, according to the roofline"
     assert told in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Text to train on: shares, order, what is held out, and which tokens of chats count."""
+"""Training text: shares, order, held-out text, and learned tokens of chats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a pruning is called safe, and when harmful."""
+"""The verdicts safe and harmful."""
 
 from __future__ import annotations
 

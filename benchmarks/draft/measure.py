@@ -1,8 +1,8 @@
-"""A model with its pruned self as draft, against the model alone, in interleaved starts.
+"""Compare a model with its pruned version as draft against the model alone, in interleaved starts.
 
 Usage: measure.py MODEL FOLDER --removed 5,25,17 [--tokens 3] [--rounds 3]. FOLDER gets
-`records.jsonl`. Each start is a process of its own; what is timed is greedy generation of 64
-tokens for one prompt after the other, from English text.
+`records.jsonl`. Each start is a separate process; it times greedy generation of 64 tokens for one
+English prompt after another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 64
 
 
 def main() -> None:
-    """Start by turns, write the records, print the ratio and the acceptance rate."""
+    """Start in turns, write the records, print the ratio and the acceptance rate."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
@@ -61,7 +61,7 @@ def main() -> None:
             records.append(record)
     with (options.folder / "records.jsonl").open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-    # In bfloat16 a near tie may fall either way when several tokens are verified at once.
+    # In bfloat16, near ties may resolve differently when several tokens are verified at once.
     pairs = [
         (a, b) for r in records for a, b in zip(r["tokens"], records[0]["tokens"], strict=True)
     ]

@@ -1,8 +1,8 @@
-"""How often the benchmark's intervals hold 1 for equal engines while the machine has other work.
+"""Measure how often the benchmark's intervals contain 1 for equal engines on a busy machine.
 
 Usage: busy.py MODEL M.json FOLDER [--runs 10] [--processes N] [--on S] [--off S] [OPTION…]. Each
-run is `sleb-serve bench --beside dense OPTION…`: dense over dense, and pruned over dense. Beside it
-processes burn all they can get, for random times with random breaks. Runs that FOLDER has are kept.
+run is `sleb-serve bench --beside dense OPTION…`: dense over dense, and pruned over dense. Other
+processes meanwhile use all available CPU time in random bursts. Existing runs in FOLDER are kept.
 Prints Markdown; SmolLM2 is at .cache/demo after `make demo`.
 """
 
@@ -27,7 +27,7 @@ from sleb_serve.utils.markdown import table
 
 
 def main() -> None:
-    """Run the benchmark beside other work, again and again; print what the intervals held."""
+    """Run the benchmark repeatedly under load; print whether the intervals contained 1."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("manifest", type=Path)
@@ -58,7 +58,7 @@ def _bench(model: str, manifest: Path, folder: Path, more: Sequence[str]) -> Non
 
 @contextmanager
 def burning(processes: int, on: float, off: float, seed: int) -> Iterator[None]:
-    """Processes that burn processor time now and then, while the block runs."""
+    """Run processes that use CPU time in bursts inside the context."""
     context = multiprocessing.get_context("spawn")
     burners = [
         context.Process(target=burn, args=(on, off, f"{seed} {number}"), daemon=True)
@@ -75,7 +75,7 @@ def burning(processes: int, on: float, off: float, seed: int) -> Iterator[None]:
 
 
 def burn(on: float, off: float, seed: str) -> None:
-    """Burn for a random time, rest for a random time, for ever."""
+    """Alternate random bursts of work and random pauses forever."""
     source = random.Random(seed)
     while True:
         time.sleep(source.expovariate(1 / off))
@@ -85,7 +85,7 @@ def burn(on: float, off: float, seed: str) -> None:
 
 
 def summary(folders: list[Path]) -> list[str]:
-    """Every run's ratios, and in how many the interval of equals holds 1."""
+    """Return every run's ratios, and how often the interval for equal engines contains 1."""
     head = ("run", "workload", "ratio", "speed (95 %)", "processor time (95 %)", "disturbed pairs")
     rows: list[tuple[str, ...]] = [head]
     equals: dict[str, list[tuple[float, float]]] = {}

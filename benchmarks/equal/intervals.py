@@ -1,8 +1,8 @@
-"""How often the benchmark's interval holds the truth, simulated, on quiet and on busy machines.
+"""Simulate the coverage of the benchmark's interval on quiet and busy machines.
 
-Usage: intervals.py [--runs 300] [--seed 1]. Two engines whose speeds have a known ratio take turns
-on a machine whose other load comes and goes. Pairs are made, and a run is ended, by the benchmark's
-own rules: `sleb_bench.pace` and `sleb_bench.ratios`. Prints Markdown.
+Usage: intervals.py [--runs 300] [--seed 1]. Two engines with a known speed ratio take turns on a
+machine with varying background load. The benchmark's own rules form pairs and stop runs:
+`sleb_bench.pace` and `sleb_bench.ratios`. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from sleb_serve.utils.markdown import table
 
 TRUTH = 1.19
 STARTING = 12.0
-"""Seconds that it takes to start the engines."""
+"""Seconds to start the engines."""
 OTHER = 1.0
-"""Seconds of a turn of another workload, which comes between two pairs."""
+"""Seconds of another workload's turn between two pairs."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What disturbs the engines.
+    """Disturbances of the engines.
 
     Attributes:
-        noise: standard deviation of a turn's logarithm on a quiet machine.
-        on: mean seconds of a burst of other load; 0 for none.
-        off: mean seconds between two.
-        slower: how many times longer a turn takes in a burst, at most; at least 1.3.
-        spikes: the share of turns that take some 30 % longer, each by itself.
-        starts: standard deviation, from start to start, of the ratio's logarithm.
-        apart: engines have processes of their own.
+        noise: standard deviation of a turn's log time on a quiet machine.
+        on: mean seconds of a burst of background load; 0 for none.
+        off: mean seconds between bursts.
+        slower: maximum slow-down in a burst; at least 1.3.
+        spikes: share of independent turns that take about 30 % longer.
+        starts: standard deviation of the log ratio between starts.
+        apart: whether engines have separate processes.
     """
 
     noise: float = 0.02
@@ -64,7 +64,7 @@ MACHINES = {
 
 
 class Clock:
-    """The time of the simulated machine, on which work takes longer while others work, too."""
+    """Clock of the simulated machine, where work takes longer during bursts."""
 
     def __init__(self, machine: Machine, source: np.random.Generator) -> None:
         self.now = 0.0
@@ -73,7 +73,7 @@ class Clock:
         self._until, self._speed = 0.0, 1.0
 
     def work(self, seconds: float) -> float:
-        """Do what takes so many seconds on a quiet machine; the seconds that it took."""
+        """Do work of the given quiet-machine seconds; return the actual seconds."""
         begin = self.now
         while seconds > 0:
             if self.now >= self._until:
@@ -86,7 +86,7 @@ class Clock:
         return self.now - begin
 
     def _change(self) -> None:
-        """The next burst, or the next quiet time."""
+        """Begin the next burst or quiet period."""
         machine = self._machine
         if not machine.on:
             self._until = math.inf
@@ -98,7 +98,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Run:
-    """What one simulated run ended with."""
+    """Result of a simulated run."""
 
     found: Ratio
     pairs: int
@@ -114,7 +114,7 @@ def simulate(
     minutes: float = 5.0,
     starts: int = 3,
 ) -> Run:
-    """One run of the benchmark on a machine."""
+    """Simulate one run of the benchmark on a machine."""
     clock = Clock(machine, source)
     pace = Pace(precision, minutes, starts, machine.apart, lambda: clock.now)
     found: list[list[float]] = []
@@ -138,7 +138,7 @@ def simulate(
 def _pair(
     machine: Machine, clock: Clock, source: np.random.Generator, ratio: float, number: int
 ) -> float:
-    """A turn of each engine; which is first changes. The ratio of speeds."""
+    """Simulate a turn of each engine in alternating order; return the ratio of speeds."""
     seconds = {}
     for work in (ratio, 1.0) if number % 2 else (1.0, ratio):
         noise = math.exp(source.normal(0, machine.noise))
@@ -149,24 +149,24 @@ def _pair(
 
 
 def coverage(machine: Machine, runs: int, seed: int) -> list[Run]:
-    """Many runs on one kind of machine."""
+    """Simulate many runs on one kind of machine."""
     source = np.random.default_rng(seed)
     return [simulate(machine, source) for _ in range(runs)]
 
 
 def holds(run: Run) -> bool:
-    """Whether its interval holds the truth."""
+    """Return whether its interval contains the true ratio."""
     assert run.found.interval is not None
     return run.found.interval[0] <= TRUTH <= run.found.interval[1]
 
 
 def main() -> None:
-    """Print how often the interval held the truth, how wide it was, what it took."""
+    """Print the interval's coverage, its width, and the cost."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    rows = [("machine", "interval holds the truth", "reaches to a side", "pairs", "minutes")]
+    rows = [("machine", "interval holds the truth", "half-width", "pairs", "minutes")]
     for name, machine in MACHINES.items():
         runs = coverage(machine, options.runs, options.seed)
         held = sum(map(holds, runs)) / len(runs)

@@ -1,12 +1,12 @@
-"""Plugin against exported checkpoint, prompts only, both engines in one process.
+"""Compare plugin and exported checkpoint on prompts, with both engines in one process.
 
-Usage: prompts.py MODEL M.json OUTPUT.jsonl [--starts 20] [--pairs 24] [--engine-args JSON]. What a
-prompt costs differs from one engine process to the next by more than the two engines do, and on a
-shared machine from second to second. So both are built in one process, which of them first changing
-from start to start, and take the same prompts in turns of a second, again by turns. The exported
-checkpoint is run by vLLM's own model class; the plugin is there, but has nothing to do with it. A
-start is a fork of a process that has imported vLLM and nothing else. A line a start; starts that
-OUTPUT has are kept. Prints the ratio of speeds and its interval.
+Usage: prompts.py MODEL M.json OUTPUT.jsonl [--starts 20] [--pairs 24] [--engine-args JSON]. The
+cost of a prompt varies more between engine processes than between the two engines, and on a shared
+machine also from second to second. So both are built in one process, in alternating order, and
+process the same prompts in alternating turns of a second. The exported checkpoint runs in vLLM's
+own model class; the plugin is registered but idle. A start is a fork of a process that has only
+imported vLLM. OUTPUT gets one line per start; existing starts are kept. Prints the ratio of speeds
+and its interval.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMPORTED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_model_runner")
 
 
 def main() -> None:
-    """Start, measure by turns, end; and again."""
+    """Start, measure in turns, end; repeat."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("manifest", type=Path)
@@ -78,7 +78,7 @@ def main() -> None:
 def measure(
     pipe: Connection, variants: dict[str, Any], start: int, pairs: int, vocabulary: int
 ) -> None:
-    """The child: build both, and let them take prompts by turns; seconds a prompt."""
+    """Run the child: build both engines, and measure seconds per prompt in turns."""
     from vllm import LLM, SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
@@ -101,7 +101,7 @@ def _class_name(model: Any) -> str:
 
 
 def _say(path: Path, plugin: str, export: str) -> None:
-    """The ratio of speeds, exported over plugin."""
+    """Return the ratio of speeds, exported over plugin."""
     starts = []
     for line in _lines(path)[1:]:
         pairs = zip(line["seconds"][plugin], line["seconds"][export], strict=True)

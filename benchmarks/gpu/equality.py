@@ -1,4 +1,4 @@
-"""Whether vLLM without some blocks computes what Transformers computes with them deleted."""
+"""Compare vLLM without some blocks with Transformers with them deleted."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PROMPTS: Sequence[list[int]] = (
 )
 TOKENS = 12
 NEARER = 10
-"""By how much nearer the answers must be to the oracle's than to the dense model's."""
+"""Required ratio of the distances to the dense model's answers and to the oracle's."""
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One engine: a model without some blocks, and how vLLM runs it."""
+    """One engine: a model without some blocks, and vLLM's settings."""
 
     model: str
     removed: tuple[int, ...]
@@ -36,11 +36,11 @@ class Case:
 
 
 Answers = tuple[list[list[float]], list[list[int]]]
-"""By prompt: log-probabilities of its tokens but the first, and the tokens that follow greedily."""
+"""By prompt: log-probabilities of its tokens except the first, and the greedy continuation."""
 
 
 def cases(gpu: bool) -> list[Case]:
-    """The engines, the most valuable first; graphs and 16 bits on a GPU alone."""
+    """Return the engines, most valuable first; graphs and 16 bits only on a GPU."""
     gone = {"llama": (2, 5), "qwen3_moe": (1, 4), "lfm2": (1, 3)}
     plain = [Case(model, removed) for model, removed in gone.items()]
     plain.append(Case("llama", ()))
@@ -56,7 +56,7 @@ def cases(gpu: bool) -> list[Case]:
 
 
 def step_equal(kit: Kit) -> None:
-    """Every case against Transformers on the same device and in the same dtype."""
+    """Compare every case with Transformers on the same device and in the same dtype."""
     gpu = on_gpu()
     if not gpu:
         kit.skip("CUDA graphs", "a CPU has none")
@@ -79,7 +79,7 @@ def step_equal(kit: Kit) -> None:
 
 
 def compared(found: Answers, wanted: Answers, dense: Answers | None) -> dict[str, Any]:
-    """How far answers are from the oracle's, and the oracle's from the dense model's."""
+    """Return the distances of answers from the oracle, and of the oracle from the dense model."""
     largest, mean = _distance(found[0], wanted[0])
     result = {
         "max_difference": largest,
@@ -93,7 +93,7 @@ def compared(found: Answers, wanted: Answers, dense: Answers | None) -> dict[str
 
 
 def same_tokens(found: Answers, wanted: Answers) -> float:
-    """The part of the greedy tokens that are the same."""
+    """Return the share of equal greedy tokens."""
     pairs = zip(chain(*found[1]), chain(*wanted[1]), strict=True)
     same = [a == b for a, b in pairs]
     return sum(same) / len(same)
@@ -107,7 +107,7 @@ def _distance(found: list[list[float]], wanted: list[list[float]]) -> tuple[floa
 
 
 def with_transformers(folder: Path, removed: tuple[int, ...], dtype: str) -> Answers:
-    """The blocks deleted by hand, every token from a pass over all that stand before it."""
+    """Answer with the blocks deleted manually, with a full pass for every token."""
     import torch
     from torch import nn
     from transformers import AutoModelForCausalLM
@@ -137,7 +137,7 @@ def with_transformers(folder: Path, removed: tuple[int, ...], dtype: str) -> Ans
 
 
 def arguments(folder: Path, removed: Sequence[int], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Of ``vllm.LLM`` for a tiny model without some blocks."""
+    """Return ``vllm.LLM`` arguments for a tiny model without some blocks."""
     values = {
         "model": str(folder),
         "max_model_len": 512,
@@ -154,7 +154,7 @@ def arguments(folder: Path, removed: Sequence[int], own: Mapping[str, Any]) -> d
 
 
 def with_vllm(folder: Path, case: Case) -> tuple[Answers, dict[str, Any]]:
-    """What an engine answers, and which runner and attention it says it used."""
+    """Return an engine's answers, and its reported runner and attention."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -176,7 +176,7 @@ def with_vllm(folder: Path, case: Case) -> tuple[Answers, dict[str, Any]]:
 
 
 def answers_of(llm: Any, *, prompts: bool = True, **more: Any) -> Answers:
-    """Log-probabilities of the prompts, if they are wanted, and greedy tokens."""
+    """Return log-probabilities of the prompts, if requested, and greedy tokens."""
     from vllm import SamplingParams
 
     outputs = llm.generate(

@@ -1,4 +1,4 @@
-"""What every step of the kit needs: where things lie, and how a result is told."""
+"""Common parts of the kit's steps: folders and results."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Any
 from stepping import append
 
 _MODEL_BYTES = 40 << 30
-"""A memory file system smaller than this is not used: a model, its export and logs lie there."""
+"""Minimum size of a memory file system for a model, its export and logs."""
 
 
 @dataclass(frozen=True)
 class Kit:
-    """One step's surroundings.
+    """The environment of a step.
 
     Attributes:
         step: its name.
-        output: gets the results.
-        tiny: tiny shapes, as a CPU can do them.
-        errors: of what failed while the step went on.
+        output: folder for the results.
+        tiny: whether to use tiny shapes for a CPU.
+        errors: errors of failed parts.
     """
 
     step: str
@@ -37,7 +37,7 @@ class Kit:
 
     @property
     def work(self) -> Path:
-        """For models and logs: in memory if there is enough, which is faster than a disk."""
+        """Return the folder for models and logs, in memory if there is enough."""
         shm = Path("/dev/shm")
         if self.tiny:
             return self.output / "work"
@@ -45,12 +45,12 @@ class Kit:
         return (shm if roomy else Path("/tmp")) / "sleb-gpu"
 
     def tell(self, what: str, **values: Any) -> None:
-        """One result, a line at once."""
+        """Write one result line immediately."""
         append(self.output, {"record": "result", "step": self.step, "what": what, **values})
 
     @contextmanager
     def telling(self, what: str, **about: Any) -> Iterator[dict[str, Any]]:
-        """A result that is filled in; an exception becomes part of it, and the step goes on."""
+        """Provide a result to fill in; record an exception in it, and continue the step."""
         found: dict[str, Any] = {}
         begin = time.monotonic()
         try:
@@ -64,19 +64,19 @@ class Kit:
         self.tell(what, **about, **found, seconds=round(time.monotonic() - begin, 2))
 
     def skip(self, what: str, why: str) -> None:
-        """A part of the step that cannot be done here."""
+        """Record a part of the step that cannot run here."""
         self.tell(what, skipped=why)
 
 
 def on_gpu() -> bool:
-    """Whether torch sees a GPU."""
+    """Return whether torch sees a GPU."""
     import torch
 
     return bool(torch.cuda.is_available())
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if there is one, before a clock is read."""
+    """Wait for the GPU, if any, before reading a clock."""
     import torch
 
     if on_gpu():
@@ -84,18 +84,18 @@ def synchronize() -> None:
 
 
 def engine_arguments() -> dict[str, Any]:
-    """More arguments of ``vllm.LLM`` for every engine, from SLEB_ENGINE_ARGS, as JSON."""
+    """Return extra ``vllm.LLM`` arguments for every engine from SLEB_ENGINE_ARGS, as JSON."""
     found: dict[str, Any] = json.loads(os.environ.get("SLEB_ENGINE_ARGS", "{}"))
     return found
 
 
 def sleb_serve(*arguments: str) -> list[str]:
-    """The command line of this interpreter."""
+    """Return a command line with this interpreter."""
     return [sys.executable, "-m", "sleb_serve.cli", *arguments]
 
 
 def environment(output: Path, tiny: bool) -> Mapping[str, str]:
-    """Variables of every step: no network, one process an engine."""
+    """Return every step's environment: no network, one process per engine."""
     found = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -108,9 +108,9 @@ def environment(output: Path, tiny: bool) -> Mapping[str, str]:
 
 
 def spread(count: int, removed: int) -> list[int]:
-    """`removed` of `count` blocks, the first and the last left alone, in an order that is no sort.
+    """Choose `removed` of `count` blocks, except the first and the last, in unsorted order.
 
-    Speed does not depend on which blocks go; that the right ones go is another step's.
+    Speed does not depend on the choice; another step checks which blocks are removed.
     """
     inner: Sequence[int] = range(1, count - 1)
     found = sorted({inner[i * len(inner) // removed] for i in range(removed)})

@@ -1,9 +1,9 @@
-"""Take out of a CUDA library the machine code that one kind of GPU never runs, so it packs small.
+"""Remove unneeded machine code from a CUDA library, so that it compresses well.
 
-Usage: lean.py SOURCE TARGET. Every fat binary keeps its place; of its entries, those for compute
-capability 9.0 stay. Of FlashAttention 3's, only kernels for `HEADS` and `TYPES` stay, and a small
-kernel that is never asked for stands where none is left. Zeros fill the rest: xz packs them to
-nothing. Needs readelf and c++filt (binutils).
+Usage: lean.py SOURCE TARGET. Every fat binary keeps its place but only its entries for compute
+capability 9.0. FlashAttention 3 keeps only kernels for `HEADS` and `TYPES`; an unused small kernel
+replaces empty binaries. Zeros fill the rest, which xz compresses well. Needs readelf and c++filt
+(binutils).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAIN_LOOP = re.compile(
     r"cutlass::arch::Sm90, (?P<flags>.*?)>"
 )
 _SOFT_CAP = 2
-"""Which of the flags says that scores are capped."""
+"""Index of the flag for capped scores."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class FatBinary:
     """Machine code for several architectures.
 
     Attributes:
-        start: where it begins in the file.
-        body: where its entries begin.
-        end: where it ends.
+        start: its start in the file.
+        body: start of its entries.
+        end: its end.
         wanted: its entries for `ARCHITECTURE`, as bytes.
     """
 
@@ -47,7 +47,7 @@ class FatBinary:
 
 
 def main(source: str, target: str) -> None:
-    """Write `source` to `target`, leaner."""
+    """Write a reduced `source` to `target`."""
     data = bytearray(Path(source).read_bytes())
     found = list(fat_binaries(data, *section(source)))
     small = min((entry for binary in found for entry in binary.wanted), key=len)
@@ -67,7 +67,7 @@ def main(source: str, target: str) -> None:
 
 
 def section(path: str) -> tuple[int, int]:
-    """Where the section of fat binaries begins and how long it is."""
+    """Return the start and length of the section of fat binaries."""
     command = ["readelf", "--sections", "--wide", path]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     match = re.search(r"\.nv_fatbin\s+\S+\s+[0-9a-f]+\s+([0-9a-f]+)\s+([0-9a-f]+)", text)
@@ -77,12 +77,12 @@ def section(path: str) -> tuple[int, int]:
 
 
 def fat_binaries(data: bytearray, offset: int, size: int) -> Iterator[FatBinary]:
-    """Those of a section, one after the other."""
+    """Yield the fat binaries of a section."""
     at, end = offset, offset + size
     while at + 16 <= end:
         magic, _, header, length = struct.unpack_from("<IHHQ", data, at)
         if magic != _MAGIC:
-            at += 8  # what aligns the next
+            at += 8  # alignment of the next
             continue
         body, stop = at + header, at + header + length
         yield FatBinary(at, body, stop, tuple(_wanted(data, body, stop)))
@@ -99,7 +99,7 @@ def _wanted(data: bytearray, at: int, stop: int) -> Iterator[bytes]:
 
 
 def is_wanted(code: bytes) -> bool:
-    """Whether FlashAttention 3's code has a kernel of `HEADS` and `TYPES`, or one for all."""
+    """Return whether FlashAttention 3 code has a kernel for `HEADS` and `TYPES`, or for all."""
     names = b"\n".join(sorted(set(re.findall(rb"\.text\.([A-Za-z0-9_]+)", code))))
     plain = subprocess.run(["c++filt"], input=names, capture_output=True, check=True).stdout
     loops = list(_MAIN_LOOP.finditer(plain.decode()))

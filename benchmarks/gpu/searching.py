@@ -1,4 +1,4 @@
-"""`select` on the GPU: its time, the share of the matrix peak that it reaches, the plain way."""
+"""Measure `select` on the GPU: time, share of the matrix peak, and the plain method."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from sleb_serve.selection.pipeline import select
 from sleb_serve.selection.search import Step
 
 PASSES = 3
-"""Plain passes that are measured, after one to warm up."""
+"""Measured plain passes, after one for warm-up."""
 
 
 class Clock(Progress):
-    """When the search began, and when its steps ended."""
+    """Start of the search, and ends of its steps."""
 
     def __init__(self) -> None:
         self.begin = self.end = 0.0
         self.steps: list[float] = []
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
-        """Count from the first step: loading is not the search."""
+        """Start the clock at the first step, after loading."""
         self.begin = self.begin or time.monotonic()
 
     def step_ended(self, number: int, step: Step) -> None:
-        """A step's losses were read, so the GPU is through with it."""
+        """Record a step's end; its losses were read, so the GPU has finished it."""
         before, self.end = self.end or self.begin, time.monotonic()
         self.steps.append(round(self.end - before, 3))
 
 
 def step_select(kit: Kit) -> None:
-    """7 of 32 blocks on 16 sequences of 2,048 tokens: greedy, fast, and the plain way's passes."""
+    """Remove 7 of 32 blocks on 16 x 2,048 tokens: greedy, fast, and plain passes."""
     folder = llama_7b(kit)
     sequences, length, remove = (2, 64, 2) if kit.tiny else (16, 2048, 7)
     dtype = "bfloat16" if on_gpu() else "float32"
@@ -76,7 +76,7 @@ def step_select(kit: Kit) -> None:
 def _searched(
     checkpoint: Checkpoint, folder: Path, config: SelectConfig, peak: float
 ) -> dict[str, Any]:
-    """A search through the Python API; flop/s are those of its layers' weights alone."""
+    """Run a search through the Python API; flop/s count only the layers' weights."""
     clock, begin = Clock(), time.monotonic()
     with _counted() as runs:
         manifest = select(str(folder), config, progress=clock)
@@ -97,7 +97,7 @@ def _searched(
 
 @contextmanager
 def _counted() -> Iterator[list[int]]:
-    """On how many states each run of a layer works, while this is open."""
+    """Record the number of states in each layer call inside the context."""
     runs: list[int] = []
     run = CausalLM.run
 
@@ -113,7 +113,7 @@ def _counted() -> Iterator[list[int]]:
 
 
 def _plain(checkpoint: Checkpoint, text: Sequences, dtype: str, remove: int) -> dict[str, Any]:
-    """Passes of the official way: each candidate deleted, all sequences through the whole model."""
+    """Time passes of the official method: delete a candidate, run all sequences."""
     model = load_model(checkpoint, dtype)
     blocks = checkpoint.num_blocks
     passes = []
@@ -123,7 +123,7 @@ def _plain(checkpoint: Checkpoint, text: Sequences, dtype: str, remove: int) -> 
         with blocks_deleted(model, [min(block, blocks - 2)]):
             perplexity(model, text.tokens)
         passes.append(round(time.monotonic() - begin, 3))
-    # Step k scores all blocks that are left but the ends, with one layer less each.
+    # Step k scores all remaining blocks except the ends, with one layer less each.
     candidates = [blocks - 2 - k for k in range(remove)]
     layers = [(blocks - 1 - k) / (blocks - 1) for k in range(remove)]
     whole = sum(c * share for c, share in zip(candidates, layers, strict=True))

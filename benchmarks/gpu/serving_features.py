@@ -1,4 +1,4 @@
-"""Ways to serve that need a GPU or its kernels: sleep mode, FP8 KV cache, LoRA adapters."""
+"""Serving features that need a GPU or its kernels: sleep mode, FP8 KV cache, LoRA adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RANK = 4
 
 
 def step_sleep(kit: Kit) -> None:
-    """A pruned model asleep frees its memory, and answers as before when it wakes up."""
+    """Check that a sleeping pruned model frees memory and answers the same after waking up."""
     folder = tiny_model(kit, "llama")
     for level in (1, 2):
         with (
@@ -30,7 +30,7 @@ def step_sleep(kit: Kit) -> None:
             found["freed_bytes"] = _free() - awake
             llm.wake_up()
             if level == 2:
-                # Level 2 drops the weights; what is read again must be the pruned model's.
+                # Level 2 drops the weights; reloading must restore the pruned model's.
                 llm.collective_rpc("reload_weights")
             after = answers_of(llm)
             found |= compared(after, before, None)
@@ -38,7 +38,7 @@ def step_sleep(kit: Kit) -> None:
 
 
 def step_fp8_cache(kit: Kit) -> None:
-    """A pruned model with its KV cache in 8 bits; its answers are near, not equal."""
+    """Run a pruned model with an 8-bit KV cache; answers are close but not equal."""
     folder = tiny_model(kit, "llama")
     # The kit's FlashAttention has no 8-bit kernels.
     values = {"kv_cache_dtype": "fp8", "attention_config": {"backend": "TRITON_ATTN"}}
@@ -53,7 +53,7 @@ def step_fp8_cache(kit: Kit) -> None:
 
 
 def step_lora(kit: Kit) -> None:
-    """An adapter of the dense model on the pruned one, against its product in the weights."""
+    """Compare a dense model's adapter on the pruned one with merged weights."""
     from vllm.lora.request import LoRARequest
 
     folder = tiny_model(kit, "llama")
@@ -64,7 +64,7 @@ def step_lora(kit: Kit) -> None:
     values = {"dtype": "float32", "enforce_eager": True, "enable_lora": True, "max_lora_rank": 8}
     with kit.telling("LoRA") as found, _engine(folder, **values) as llm:
         request = LoRARequest("adapter", 1, str(adapter))
-        # vLLM gives no log-probabilities of prompts with an adapter.
+        # vLLM returns no prompt log-probabilities with an adapter.
         answers: Answers = answers_of(llm, prompts=False, lora_request=request)
         found["greedy_equal"] = same_tokens(answers, wanted)
         found["greedy_equal_to_no_adapter"] = same_tokens(answers, plain)
@@ -91,7 +91,7 @@ def _free() -> int:
 
 
 def _adapter(source: Path, folder: Path) -> Path:
-    """A random adapter of every block's q_proj and down_proj, as PEFT saves one."""
+    """Write a random adapter of every block's q_proj and down_proj in PEFT's format."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -120,7 +120,7 @@ def _adapter(source: Path, folder: Path) -> Path:
 
 
 def _merge(source: Path, adapter: Path, target: Path) -> None:
-    """The dense checkpoint with the adapter's product added."""
+    """Write the dense checkpoint with the adapter merged."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, target, dirs_exist_ok=True)

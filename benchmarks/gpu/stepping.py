@@ -1,4 +1,4 @@
-"""Steps, each in a process of its own with a time limit; what came of it is on disk at once."""
+"""Runs steps in separate processes with time limits, and saves results immediately."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 RESULTS = "results.jsonl"
 LEAST = 15.0
-"""Seconds under which no step is begun: importing vLLM takes as long."""
+"""Minimum remaining seconds for a step, the time to import vLLM."""
 _TAIL = 1500
 
 
@@ -24,11 +24,11 @@ class Step:
     """One measurement.
 
     Attributes:
-        name: as on the command line.
-        limit: seconds after which it is ended.
-        module: where it is: a function ``step_NAME`` (dashes as underscores) that takes a `Kit`.
-        what: what it measures, in a line.
-        gpu_only: why a CPU cannot do it; empty if it can.
+        name: its name on the command line.
+        limit: time limit in seconds.
+        module: module with a function ``step_NAME`` (dashes as underscores) that takes a `Kit`.
+        what: one-line description of the measurement.
+        gpu_only: why a CPU cannot run it; empty if it can.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Step:
 
 
 def append(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Add one JSON line to the results, on disk when this returns."""
+    """Append one JSON line to the results and sync it to disk."""
     line = json.dumps(entry)
     print(line, flush=True)
     with (folder / RESULTS).open("a", encoding="utf-8") as file:
@@ -57,15 +57,15 @@ def run_steps(
     gpu: bool,
     environment: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Run the steps in their order, while there is time.
+    """Run the steps in order, while there is time.
 
     Args:
-        steps: the most valuable first.
+        steps: the steps, most valuable first.
         command: the child process of a step.
-        folder: gets the results, and a log of each step.
-        budget: seconds for all of them; a step's own limit ends with it.
-        gpu: whether there is one; without, steps that need it are skipped.
-        environment: variables that are added for the children.
+        folder: folder for the results and the steps' logs.
+        budget: seconds for all steps; also limits each step.
+        gpu: whether there is a GPU; without one, steps that need it are skipped.
+        environment: extra variables for the children.
 
     Returns:
         The outcome of each step: done, failed, stopped or skipped.
@@ -90,7 +90,7 @@ def run_steps(
 def _run(
     step: Step, command: Sequence[str], folder: Path, limit: float, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """One step; its whole process group is gone afterwards, for it would hold the GPU's memory."""
+    """Run one step, and kill its process group afterwards to free the GPU's memory."""
     log = folder / f"{step.name}.log"
     begin = time.monotonic()
     code: int | None = None

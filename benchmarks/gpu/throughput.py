@@ -1,4 +1,4 @@
-"""`sleb-serve bench` as users run it, on LLaMA-2's shapes; its report becomes results."""
+"""Run `sleb-serve bench` on LLaMA-2's shapes, and convert its report to results."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from typing import Any
 from kit import Kit, engine_arguments, on_gpu, sleb_serve, spread
 from made import LLAMA_2_7B, LLAMA_2_70B, TINY, llama_7b, llama_70b
 
-# 64 sequences of 192 tokens take 6.44 GB of the dense model's KV cache.
+# 64 sequences of 192 tokens need 6.44 GB of the dense model's KV cache.
 SHARED = {"kv_cache_memory_bytes": 6_600_000_000, "gpu_memory_utilization": 0.1}
 ALONE = {"gpu_memory_utilization": 0.9}
 STEP_TOKENS = {"max_num_batched_tokens": 8192}
 TENTH, FIFTH, THIRD = 4, 7, 10
-"""Of 32 blocks, as `sleb-serve select --remove 0.1` and so on rounds them."""
+"""Removed blocks of 32, rounded as by `sleb-serve select --remove 0.1` and so on."""
 ROOM = 12 << 30
 """GPU memory that the 70B-shaped blocks leave for KV cache, activations and graphs, beside vLLM's
 own tenth."""
 
 
 def step_speed(kit: Kit) -> None:
-    """Dense, 7 of 32 removed by the plugin, and the same exported, by turns."""
+    """Compare dense, 7 of 32 removed by the plugin, and the same exported, in turns."""
     _bench(kit, llama_7b(kit), FIFTH, SHARED, "--beside", "export", "--minutes", "3.5")
 
 
 def step_depths(kit: Kit) -> None:
-    """Dense, 4 and 10 of 32 removed, by turns."""
+    """Compare dense, 4 and 10 of 32 removed, in turns."""
     counts = "1,3" if kit.tiny else f"{TENTH},{THIRD}"
     _bench(kit, llama_7b(kit), THIRD, SHARED, "--blocks", counts, "--minutes", "3")
 
 
 def step_capacity(kit: Kit) -> None:
-    """Dense and 7 removed, one at a time with nearly all of the memory: start, KV cache."""
+    """Measure start and KV cache of dense and 7 removed, one at a time with nearly all memory."""
     more = ("--one-at-a-time", "--minutes", "0.1")
     _bench(kit, llama_7b(kit), FIFTH, ALONE, *more, workloads="prefill")
 
 
 def step_large(kit: Kit) -> None:
-    """As many of LLaMA-2-70B's blocks as fit, dense and a fifth removed, one at a time."""
+    """Compare as many LLaMA-2-70B blocks as fit, dense and a fifth removed, one at a time."""
     _large(kit, {})
 
 
 def step_fp8(kit: Kit) -> None:
-    """The same with weights made FP8 while they are loaded."""
+    """Do the same with weights converted to FP8 at load time."""
     _large(kit, {"quantization": "fp8"})
 
 
@@ -65,7 +65,7 @@ def _memory() -> int:
 
 
 def blocks_that_fit(memory: int) -> int:
-    """How many of LLaMA-2-70B's blocks a GPU of so many bytes holds beside a small KV cache."""
+    """Return how many LLaMA-2-70B blocks fit a GPU's bytes with a small KV cache."""
     shape = LLAMA_2_70B
     d, f = shape["hidden_size"], shape["intermediate_size"]
     kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -112,7 +112,7 @@ def _bench(
 
 
 def _quick(options: Sequence[str]) -> list[str]:
-    """The same options with a twentieth of a minute to measure."""
+    """Return the options with a twentieth of a minute to measure."""
     found = list(options)
     if "--minutes" in found:
         found[found.index("--minutes") + 1] = "0.05"

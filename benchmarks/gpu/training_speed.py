@@ -1,4 +1,4 @@
-"""What a step of `heal` costs on the GPU: tokens/s, memory."""
+"""Measure a step of `heal` on the GPU: tokens/s, memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANK, STEPS = 32, 5
 
 
 def step_heal(kit: Kit) -> None:
-    """Forward and back of teacher and student, layers run again on the way back and not."""
+    """Measure steps of teacher and student, with and without checkpointing."""
     at_once, length = (2, 32) if kit.tiny else (4, 512)
     checkpoint = open_checkpoint(str(llama_7b(kit)))
     model: Any = load_model(checkpoint, "bfloat16" if on_gpu() else "float32")
@@ -45,7 +45,7 @@ def step_heal(kit: Kit) -> None:
 
 
 def _steps(twin: Twin, text: list[Passage], tokens: int) -> dict[str, Any]:
-    """Some steps after one to warm up; the optimizer's own work is left out."""
+    """Time some steps after a warm-up step, without the optimizer's work."""
     import torch
 
     seconds = []

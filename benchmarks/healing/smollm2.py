@@ -1,11 +1,11 @@
-"""How much of a pruned model's quality healing brings back: SmolLM2, 6 (or 3) of 30 blocks removed.
+"""Measure the quality that healing recovers: SmolLM2, 6 (or 3) of 30 blocks removed.
 
 Usage: smollm2.py FOLDER [--blocks K] [--from HEALED.json] [heal's own options]. It trains on
-WikiText-2's train split and as much everyday text, HellaSwag's validation rows with their right
-endings; further from HEALED.json, if given. It judges the dense, the pruned and the healed model on
-WikiText-2's test split, on Python's help topics, which were not trained on, and on the first 400
-rows of three zero-shot tasks, none of which is HellaSwag.
-Manifest, sidecar and evaluations go to FOLDER; texts and tasks come from the hub or its cache.
+WikiText-2's train split and as much everyday text, HellaSwag's validation rows with their correct
+endings; it continues from HEALED.json, if given. It evaluates the dense, the pruned and the healed
+model on WikiText-2's test split, on Python's help topics, which were not trained on, and on the
+first 400 rows of three zero-shot tasks other than HellaSwag. Manifest, sidecar and evaluations go
+to FOLDER; texts and tasks come from the hub or its cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ JUDGED = (
 
 
 def main() -> None:
-    """Heal, and evaluate what is not evaluated yet."""
+    """Heal, and run missing evaluations."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=6)
@@ -41,7 +41,7 @@ def main() -> None:
     model = str(demo_model(ROOT / ".cache" / "demo"))
     pruned, healed = folder / "pruned.json", folder / "healed.json"
     manifest = read_manifest(FOUND).prefix(options.blocks)
-    # Other evaluations of the same blocks belong to other settings.
+    # Other evaluations of the same blocks used other settings.
     write_atomically(pruned, replace(manifest, evaluation={}).to_json())
     if not healed.exists():
         texts = ("--text", f"wikitext2:1,{everyday(folder)}:1")
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def everyday(folder: Path) -> Path:
-    """A file of short texts on everyday tasks, one a row."""
+    """Write a file of short texts on everyday tasks, one per row."""
     from datasets import load_dataset
 
     rows = load_dataset("Rowan/hellaswag", split="validation")
@@ -66,7 +66,7 @@ def everyday(folder: Path) -> Path:
 
 
 def run(*arguments: str) -> None:
-    """One command of sleb-serve, to its end."""
+    """Run a command of sleb-serve to its end."""
     print("sleb-serve", *arguments, flush=True)
     subprocess.run([sys.executable, "-m", "sleb_serve.cli", *arguments], check=True)
 

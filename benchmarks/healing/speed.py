@@ -1,9 +1,8 @@
-"""What a step of healing costs: tokens/s, share of the matrix peak, and peak memory over inference.
+"""Measure a step of healing: tokens/s, share of the matrix peak, peak memory over inference.
 
 Usage: speed.py FOLDER [--steps N]. SmolLM2 with 6 of 30 blocks removed, four sequences of 512
-tokens at once, with layers run again on the way back and without. Each measurement runs in a
-process of its own, whose peak memory is the operating system's count. Records go to
-FOLDER/speed.jsonl.
+tokens at once, with and without checkpointing. Each measurement runs in its own process, with peak
+memory from the operating system. Records go to FOLDER/speed.jsonl.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ AT_ONCE, LENGTH, RANK = 4, 512, 32
 
 
 def main() -> None:
-    """Measure each way in turn."""
+    """Measure each mode in turn."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=8)
@@ -47,7 +46,7 @@ def main() -> None:
 
 
 def measured(model: str, way: str, steps: int) -> dict[str, Any]:
-    """One way of running the batch, in this process."""
+    """Run the batch in one mode, in this process."""
     import torch
 
     from sleb_serve.checkpoint.hub import open_checkpoint
@@ -84,7 +83,7 @@ def measured(model: str, way: str, steps: int) -> dict[str, Any]:
     trained = sum(factor.numel() for factor in twin.factors.values())
     rate = AT_ONCE * LENGTH / median(seconds)
     needed = flops(whole, len(kept), trained, way == "checkpointing")
-    held = peak()  # before the machine itself is measured
+    held = peak()  # before measuring the machine itself
     peak_flops = device_here().flops
     return about | {
         "seconds": seconds,
@@ -98,10 +97,10 @@ def measured(model: str, way: str, steps: int) -> dict[str, Any]:
 
 
 def flops(model: Any, kept: int, trained: int, again: bool) -> int:
-    """Of a token, in matrix products with weights: attention's own and all else are left out.
+    """Return flop per token in matrix products with weights, without attention's own and the rest.
 
-    Forward 2 a weight for either model; back, the student's inputs 2, and 4 a number that is
-    trained; the head's 2 for either model and 2 back.
+    Forward: 2 per weight for either model. Backward: 2 for the student's inputs, and 4 per
+    trainable parameter. Head: 2 for either model and 2 backward.
     """
     layers = model.model.layers
     blocks = sum(p.numel() for n, p in layers.named_parameters() if "lora" not in n)
@@ -112,7 +111,7 @@ def flops(model: Any, kept: int, trained: int, again: bool) -> int:
 
 
 def peak() -> int:
-    """Bytes that this process held at most."""
+    """Return this process's peak bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

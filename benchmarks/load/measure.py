@@ -1,7 +1,7 @@
-"""Load time and resident memory of a pruned model against the dense one, in interleaved starts.
+"""Compare load time and resident memory of pruned and dense models, in interleaved starts.
 
-Usage: measure.py FOLDER [--rounds N]. FOLDER gets a random Llama of 2.2 GB (kept for the next
-run), `records.jsonl` with every start, and `report.md`. Each start is a process of its own.
+Usage: measure.py FOLDER [--rounds N]. FOLDER gets a random Llama of 2.2 GB (kept for the next run),
+`records.jsonl` with every start, and `report.md`. Each start is a separate process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYERS = 22
 
 
 def main() -> None:
-    """Make the model if need be, start by turns, write records and report."""
+    """Create the model if needed, start in turns, write records and report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
@@ -115,7 +115,7 @@ def _load(model: Path, overrides: dict[str, Any]) -> dict[str, float]:
 
 
 def _resident() -> int:
-    """Bytes of this process's own memory; mapped files, the page cache's, are not counted."""
+    """Return the bytes of this process's own memory, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

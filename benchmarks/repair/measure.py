@@ -1,8 +1,8 @@
-"""What a repair costs to serve: decode throughput of a repaired model over the same one unrepaired.
+"""Measure the serving cost of a repair: decode throughput, repaired over unrepaired.
 
-Usage: measure.py FOLDER [--starts N] [--rounds N]. SmolLM2 with 6 of 30 blocks removed, as it is,
-and with a fold, engines of one process measured by turns. What is fitted does not
-change the speed, so the repairs are fitted on little text. Records go to FOLDER/records.jsonl.
+Usage: measure.py FOLDER [--starts N] [--rounds N]. SmolLM2 with 6 of 30 blocks removed, without and
+with a fold, engines in one process measured in turns. The fitted values do not affect the speed, so
+the repairs are fitted on little text. Records go to FOLDER/records.jsonl.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def asked(checkpoint: Checkpoint, model: str, kind: str, folder: Path) -> dict[str, Any]:
-    """What asks vLLM for the pruned model with this repair."""
+    """Return the engine arguments for the pruned model with this repair."""
     output = folder / f"{kind}.json"
     repairs: tuple[Repair, ...] = ()
     if kind != "none":
@@ -95,7 +95,7 @@ def asked(checkpoint: Checkpoint, model: str, kind: str, folder: Path) -> dict[s
 def measure(
     arguments: Mapping[str, Mapping[str, Any]], start: int, rounds: int, folder: Path, record: Any
 ) -> None:
-    """One start of all engines, and rounds in which each has its turn, another first each time."""
+    """Start all engines, and measure rounds with a turn of each in varying order."""
     generator = random.Random(start)
     with ExitStack() as stack:
         host = Host({}, folder / "engines.log")
@@ -111,14 +111,14 @@ def measure(
                 work = Workload("decode", "decode", batch, PROMPT, OUTPUT)
                 for kind in order:
                     sample = engines[kind].measure(work, [prompts])
-                    # The first token of each sequence comes out of the prompt's step.
+                    # The first token of each sequence comes from the prompt's step.
                     speed = batch * (OUTPUT - 1) / sample.elapsed_time
                     if number:
                         record(start=start, round=number, batch=batch, repair=kind, tokens_s=speed)
 
 
 def ratios(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Repaired over unrepaired within each round: median and range."""
+    """Return repaired over unrepaired within each round: median and range."""
     lines = ["| batch | fold |", "|---|---|"]
     samples = {
         (r["start"], r["round"], r["batch"], r["repair"]): r["tokens_s"]

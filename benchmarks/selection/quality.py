@@ -1,10 +1,10 @@
-"""What selection and repair are worth: perplexity and zero-shot accuracy of SmolLM2.
+"""Measure the quality of selection and repair: perplexity and zero-shot accuracy of SmolLM2.
 
 Usage: quality.py FOLDER [--counts 3 6 9] [--models sleb sleb+fold …] [--zero-shot N]. Calibrated on
-WikiText-2's train split, judged on its test split and on Python's help topics, and by lm-eval's
-tasks on N rows of each. Every result is a line of FOLDER/quality.jsonl, every step of a search one
-of FOLDER/scores.jsonl; what is there is not computed again. All is computed in bfloat16, or in
-float32 where a CPU has no instructions for that; results in another dtype do not stand in for it.
+WikiText-2's train split, evaluated on its test split, on Python's help topics, and on N rows of
+each lm-eval task. Results are lines of FOLDER/quality.jsonl, search steps lines of
+FOLDER/scores.jsonl; existing ones are kept. Everything runs in bfloat16, or in float32 on CPUs
+without native support; results in another dtype are not reused.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TASKS = ("piqa", "arc_easy", "winogrande")
 
 
 def main() -> None:
-    """Select, repair, judge; a line a model."""
+    """Select, repair and evaluate; write a line per model."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--zero-shot", type=int, default=0, metavar="ROWS")
@@ -84,23 +84,23 @@ def main() -> None:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """What `append` wrote to a file, if it is there."""
+    """Read the output of `append`, if it exists."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append(path: Path, **entry: Any) -> None:
-    """Write a line to a file."""
+    """Append a line to a file."""
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def last(count: int) -> list[int]:
-    """The last blocks but the very last."""
+    """Return the last blocks except the final one."""
     return list(range(29 - count, 29))
 
 
 class Study:
-    """Judges prunings of one model, and remembers what it has found."""
+    """Evaluates prunings of one model, and caches results."""
 
     def __init__(self, path: Path, rows: int) -> None:
         self.path, self.rows = path, rows
@@ -136,7 +136,7 @@ class Study:
         return self.tokenize("\n\n".join(data["text"]))
 
     def sleb(self, count: int) -> list[int]:
-        """SLEB's greedy choice, in order."""
+        """Return SLEB's greedy choice, in order."""
         order = self.path.with_name("order.json")
         if order.exists():
             self._order = json.loads(order.read_text())
@@ -147,7 +147,7 @@ class Study:
         return self._order[:count]
 
     def search(self, name: str, count: int) -> list[int]:
-        """The choice of another search than the greedy one."""
+        """Return the choice of another search."""
         limits: dict[str, int] = {"num_blocks": self.checkpoint.num_blocks, "remove": count}
         if name == "beam":
             found = beam(self._score, width=BEAM, **limits)
@@ -158,7 +158,7 @@ class Study:
         return [choice.block for choice in found]
 
     def _score(self, removed: Sequence[int], candidates: Sequence[int]) -> Scores:
-        """The search's scores, each computed once."""
+        """Compute the search's scores, each once."""
         key = (tuple(removed), tuple(candidates))
         if key not in self._scores:
             begin = time.time()
@@ -187,7 +187,7 @@ class Study:
 
     @cached_property
     def _sequences(self) -> Sequences:
-        """What the searches are run on."""
+        """Return the searches' text."""
         return make_sequences("wikitext2", self.tokenize, **SEARCH)
 
     @cached_property
@@ -203,7 +203,7 @@ class Study:
         )
 
     def shortgpt(self, count: int) -> list[int]:
-        """The blocks that turn the stream least: cosine of what enters and leaves (ShortGPT)."""
+        """Return the blocks with the most similar input and output by cosine (ShortGPT)."""
         sequences = self._sequences.tokens
         model = CausalLM(load_model(self.checkpoint, self.dtype), sequences[0])
         turn = [0.0] * len(model.layers)
@@ -218,7 +218,7 @@ class Study:
         return sorted(range(len(turn)), key=lambda index: turn[index])[:count]
 
     def repair(self, kind: str, removed: Sequence[int]) -> list[Gap]:
-        """A repair fitted on more sequences than the search was run on, kept for the next time."""
+        """Return a cached repair, fitted on more sequences than the search."""
         name = "-".join(map(str, (kind, self.dtype, REPAIR["sequences"], *removed)))
         kept = Path(".cache/quality").resolve() / f"{name}.pt"
         if kept.exists():
@@ -234,7 +234,7 @@ class Study:
         return list(found)
 
     def judge(self, name: str, count: int, choose: Callable[[], list[int]], kind: str) -> None:
-        """Perplexity and accuracy of one model, as a line of the record."""
+        """Return perplexity and accuracy of one model as a record line."""
         if (name, count, self.rows, self.dtype) in self.known:
             return
         removed = choose()

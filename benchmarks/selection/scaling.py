@@ -1,8 +1,8 @@
-"""How the search's work grows with blocks, text and vocabulary, and what that means for LLaMA-2.
+"""Compute how the search's work grows with blocks, text and vocabulary, and predict LLaMA-2.
 
 Usage: scaling.py SPEED.jsonl > scaling.md. Counts runs of a layer on one sequence's states and rows
-of the head, for the plain search and the sweep, by formula; holds the formula against the counts
-that speed.py recorded; and turns the counts into operations for larger models. No model is run.
+of the head, for the plain search and the sweep, by formula; compares the formula with the counts
+recorded by speed.py; and converts the counts to operations for larger models. No model is run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import fmean
 
 FIRST_PART = 12
-"""The first part of the vocabulary is one in so many rows (`sleb_serve.selection.lm_head`)."""
+"""The first part of the vocabulary is one in this many rows (`sleb_serve.selection.lm_head`)."""
 WHOLE_A_STEP = 3.6
-"""Times that a step goes through the whole head besides: as measured on SmolLM2, fitted here."""
+"""Additional whole-head passes per step, fitted to measurements on SmolLM2."""
 TRIALS = 200
 A100_FLOPS, A100_SHARE = 312e12, 0.5
 LINK_BYTES = 25e9
@@ -41,7 +41,7 @@ than the plain search on SmolLM2, not 5."""
 
 @dataclass(frozen=True)
 class Model:
-    """What the work depends on."""
+    """Sizes that determine the work."""
 
     name: str
     blocks: int
@@ -53,7 +53,7 @@ class Model:
 
     @property
     def head_in_layers(self) -> float:
-        """The whole head's cost in runs of a layer."""
+        """Return the whole head's cost in layer runs."""
         return self.head_parameters / self.layer_parameters
 
 
@@ -65,13 +65,13 @@ LARGE = (
 
 
 def plain(model: Model) -> tuple[int, int]:
-    """Layer runs and whole heads a sequence of one model pass a candidate."""
+    """Return layer runs and whole heads per sequence, with one model pass per candidate."""
     sizes = range(model.blocks, model.blocks - model.remove, -1)
     return sum((n - 2) * (n - 1) for n in sizes), sum(n - 2 for n in sizes)
 
 
 def sweep(blocks: int, order: Sequence[int]) -> list[int]:
-    """Layer runs a sequence in each step of the sweep, where snapshots are held at what goes."""
+    """Return layer runs per sequence in each step, with snapshots at removed blocks."""
     steps = []
     for number in range(len(order)):
         gone = set(order[:number])
@@ -80,14 +80,14 @@ def sweep(blocks: int, order: Sequence[int]) -> list[int]:
         start = order[number - 1] if number else -1
         behind = sum(i > start for i in alive)
         runs = sum(behind if c < start else sum(i > c for i in alive) for c in candidates)
-        # The base goes as far as the last candidate; in the first step to the end.
+        # The base runs up to the last candidate, and in the first step to the end.
         runs += behind if not number else sum(start < i < candidates[-1] for i in alive)
         steps.append(runs)
     return steps
 
 
 def expected(model: Model) -> float:
-    """Mean layer runs of the sweep over random orders of removal."""
+    """Return the sweep's mean layer runs over random orders of removal."""
     generator = random.Random(0)
     found = []
     for _ in range(TRIALS):

@@ -1,6 +1,6 @@
-"""Searches that the study judged and the product does without: a beam, and exchanges of blocks.
+"""Evaluated searches that the product does not offer: a beam search, and exchanges of blocks.
 
-`quality.py` compares them with SLEB's greedy search; its record says why they are not offered.
+`quality.py` compares them with SLEB's greedy search; its record shows the results.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def beam(
 ) -> Choices:
     """Follow the `width` best sets of removed blocks of each size, instead of one.
 
-    The arguments are those of `greedy`; `score` must be exact for the `width` least losses. What it
-    marks as inexact is not followed: it is at least as high as those.
+    The arguments are those of `greedy`; `score` must be exact for the `width` lowest losses.
+    Inexact ones are not followed, because they are at least as high.
     """
     paths: list[Choices] = [()]
     for _ in range(remove):
@@ -45,7 +45,7 @@ def beam(
             scores = score(removed, eligible)
             for block, loss, exact in zip(eligible, scores.losses, scores.exact, strict=True):
                 if exact:
-                    # The same blocks in another order are the same model.
+                    # The same blocks in a different order are the same model.
                     found.setdefault(frozenset({*removed, block}), (*path, Choice(block, loss)))
         paths = sorted(found.values(), key=lambda path: path[-1].loss)[:width]
     return paths[0]
@@ -62,8 +62,8 @@ def swap(
 ) -> Choices:
     """Improve the greedy choice by exchanging one block at a time, until no exchange lowers a loss.
 
-    The blocks of the last set are then put in order by a greedy search among themselves, so that
-    the first K of them are a good choice, too. The arguments are those of `greedy`.
+    A greedy search among the final blocks then orders them, so that the first K are also a good
+    choice. The arguments are those of `greedy`.
     """
     search = partial(
         greedy,
@@ -75,7 +75,7 @@ def swap(
     )
     start = search(among=among)
     chosen, least = list(blocks_of(start)), start[-1].loss
-    tried = 0  # blocks in a row that nothing better was found for
+    tried = 0  # consecutive blocks without an improvement
     while tried < remove:
         rest = tuple(chosen[1:])
         eligible = candidates(num_blocks, rest, early_barrier, late_barrier, among)
@@ -93,15 +93,15 @@ def swap(
 def as_repaired(
     scores: Scores, candidates: Sequence[int], shortlist: int, loss_of: Callable[[int], float]
 ) -> Scores:
-    """A step's losses where the best candidates' are those with the model repaired.
+    """Replace the best candidates' losses with those of the repaired model.
 
-    The others are put behind them: what they would be once repaired is not known.
+    The others are ranked behind them, because their repaired losses are unknown.
 
     Args:
-        scores: the losses of `candidates` as they are.
-        candidates: blocks that may go.
-        shortlist: how many of them are repaired.
-        loss_of: the loss without a block, with all gaps repaired.
+        scores: the unrepaired losses of `candidates`.
+        candidates: removable blocks.
+        shortlist: number of candidates to repair.
+        loss_of: returns the loss without a block and with all gaps repaired.
     """
     order = sorted(range(len(candidates)), key=lambda index: scores.losses[index])
     repaired = {index: loss_of(candidates[index]) for index in order[:shortlist]}

@@ -1,8 +1,8 @@
-"""Selects on a model of more than 4 GB inside a hard memory limit of 2 GB.
+"""Run `select` on a model of more than 4 GB within a hard memory limit of 2 GB.
 
 Usage: size.py FOLDER. FOLDER gets a random Llama (kept for the next run), the manifest, and
-`size.json`. The limit is a memory cgroup's, which counts the page cache, too, and kills what goes
-beyond; where no cgroup can be made, resident memory is measured instead.
+`size.json`. A memory cgroup sets the limit; it also counts the page cache and kills the process
+beyond it. If no cgroup can be created, resident memory is measured instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CGROUPS = (
 
 
 def main() -> None:
-    """Make the model if need be, select on it under the limit, write what was measured."""
+    """Create the model if needed, select within the limit, write the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder.resolve()
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def make_model(folder: Path, tokenizer: Path) -> None:
-    """A random Llama of more than 4 GB in bfloat16, in shards."""
+    """Create a random sharded Llama of more than 4 GB in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -90,7 +90,7 @@ def make_model(folder: Path, tokenizer: Path) -> None:
 
 
 def make_group() -> tuple[Path | None, Path | None]:
-    """A memory cgroup with the limit, and the file with its peak; None where none can be made."""
+    """Create a memory cgroup with the limit; return it and its peak file, or None."""
     for root, limit, peak in CGROUPS:
         group = root / "sleb-serve-size"
         try:
@@ -103,7 +103,7 @@ def make_group() -> tuple[Path | None, Path | None]:
 
 
 def high_water(process: int) -> int:
-    """The most that a process has had resident, in bytes."""
+    """Return a process's peak resident bytes."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:

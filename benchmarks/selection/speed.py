@@ -1,11 +1,11 @@
-"""The selector against the official algorithm run plainly: CPU-seconds, in one process.
+"""Compare the search with a plain run of the official algorithm: CPU-seconds, in one process.
 
 Usage: speed.py OUTPUT.jsonl [--dtype float32 bfloat16] [--rounds N] [--sequences N] [--searches …].
-SmolLM2, 4 sequences of 512 tokens, 6 blocks removed. Plainly means as the authors' sleb.py does it:
-for each candidate the block is taken out of the model's list of layers, each sequence goes through
+SmolLM2, 4 sequences of 512 tokens, 6 blocks removed. A plain run works like the authors' sleb.py:
+for each candidate the block is removed from the model's list of layers, each sequence runs through
 the whole model, and the loss is the cross-entropy of its float32 logits. Every step's CPU-seconds
-are a line of OUTPUT, with what was done in them: how often a layer was run on a sequence's states,
-and how many rows of the head were multiplied with them.
+are a line of OUTPUT, with the number of layer runs on a sequence's states and of head rows
+multiplied with them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Record = Callable[..., None]
 
 
 def main() -> None:
-    """Run the three searches by turns and append a line a step."""
+    """Run the three searches in turns and append a line per step."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def naive(checkpoint: Checkpoint, sequences: Sequences, dtype: str, record: Record) -> None:
-    """The official algorithm, in its own words: one model pass a candidate and sequence."""
+    """Run the official algorithm plainly: one model pass per candidate and sequence."""
     model: Any = load_model(checkpoint, dtype)
     layers = list(model.model.layers)
 
@@ -114,7 +114,7 @@ def naive(checkpoint: Checkpoint, sequences: Sequences, dtype: str, record: Reco
 def ours(
     checkpoint: Checkpoint, sequences: Sequences, dtype: str, fast: bool, record: Record
 ) -> None:
-    """The selector, as `sleb-serve select` sets it up."""
+    """Run the search as in `sleb-serve select`."""
     scorer = Scorer(
         checkpoint, sequences, Ranks(), dtype=dtype, budget=None, steps=REMOVE, fast=fast
     )
@@ -132,13 +132,13 @@ def ours(
 
 
 class Work:
-    """What was done: layers run on a sequence's states, head rows multiplied with them."""
+    """Work counts: layer runs on a sequence's states, and head rows multiplied with them."""
 
     def __init__(self) -> None:
         self.layers = self.rows = 0
 
     def watch(self, model: CausalLM) -> None:
-        """Count what a model does from now on."""
+        """Count a model's work from now on."""
         run, logits = model.run, model.logits
 
         def counted_run(layer: Any, states: Any, call: Any) -> Any:
@@ -159,7 +159,7 @@ def search(
     work: Work,
     record: Record,
 ) -> None:
-    """A greedy search; tells what each step cost."""
+    """Run a greedy search; report each step's cost."""
 
     def timed(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
         before, begin = cpu_seconds(), time.perf_counter()
@@ -182,7 +182,7 @@ def search(
 
 
 def recorder(path: Path) -> Record:
-    """Appends what it is given to `path`, a line each, and prints it."""
+    """Appends lines to `path`, and prints them."""
 
     def record(**entry: Any) -> None:
         line = json.dumps(entry)
@@ -194,7 +194,7 @@ def recorder(path: Path) -> Record:
 
 
 def cpu_seconds() -> float:
-    """What this process has used, of all cores, in user and system mode."""
+    """Return this process's CPU-seconds on all cores, in user and system mode."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 

@@ -1,1 +1,1 @@
-"""Paired benchmark: dense and pruned vLLM, interleaved, prompt and generation throughput apart."""
+"""Paired benchmark of dense and pruned vLLM engines in alternating turns."""

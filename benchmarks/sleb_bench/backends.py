@@ -1,4 +1,4 @@
-"""What runs in an engine's process: vLLM, or Transformers by the paper's protocol."""
+"""Backends of an engine's process: vLLM, or Transformers with the paper's protocol."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any, Protocol
 from sleb_serve.roofline.workload import Prompts, Workload
 
 Measured = tuple[float, int, int, int]
-"""Seconds, requests, tokens in, tokens out."""
+"""Seconds, requests, input tokens, output tokens."""
 _PROFILE_ROWS = 100
 
 
 class Backend(Protocol):
-    """A loaded model that can be measured."""
+    """A loaded model to measure."""
 
     def about(self) -> dict[str, Any]:
-        """Versions, and where it has one, the size of its KV cache."""
+        """Return versions and the size of the KV cache, if any."""
 
     def measure(self, workload: Workload, prompts: Prompts) -> Measured:
-        """One run; ValueError if it did not do what was asked."""
+        """Run once; raise ValueError if the result is not as requested."""
 
     def loss(self, sequences: Prompts) -> float:
-        """Mean nats per predicted token."""
+        """Return the mean nats per predicted token."""
 
     def profile(self, workload: Workload, prompts: Prompts) -> str:
-        """Where one run spends its time."""
+        """Profile one run."""
 
 
 def _profiled(run: Callable[[], object]) -> str:
-    """Operators of this process by their own time."""
+    """Return the operators of this process by self time."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -54,7 +54,7 @@ class VllmBackend:
         self._llm = vllm.LLM(**arguments)
 
     def about(self) -> dict[str, Any]:
-        """The KV cache in tokens and in sequences of the greatest length; versions."""
+        """Return the KV cache in tokens and in sequences of maximum length, and versions."""
         import torch
         import vllm
 
@@ -69,7 +69,7 @@ class VllmBackend:
         }
 
     def measure(self, workload: Workload, prompts: Prompts) -> Measured:
-        """One run, checked: the token counts asked for, and nothing from the prefix cache."""
+        """Run once, and check the token counts and that the prefix cache was not used."""
         start = time.perf_counter()
         outputs = self._generate(prompts, max_tokens=workload.output_length)
         elapsed = time.perf_counter() - start
@@ -89,7 +89,7 @@ class VllmBackend:
         return elapsed, len(outputs), inputs, generated
 
     def loss(self, sequences: Prompts) -> float:
-        """From prompt log-probabilities."""
+        """Compute the loss from prompt log-probabilities."""
         outputs = self._generate(sequences, max_tokens=1, prompt_logprobs=0)
         nats: list[float] = [
             -logprobs[token].logprob
@@ -101,7 +101,7 @@ class VllmBackend:
         return sum(nats) / len(nats)
 
     def profile(self, workload: Workload, prompts: Prompts) -> str:
-        """Operators of this process; with several ranks, those run elsewhere and are not seen."""
+        """Profile this process; with several ranks, operators run in other processes."""
         return _profiled(lambda: self.measure(workload, prompts))
 
     def _generate(self, prompts: Prompts, **sampling: Any) -> Any:
@@ -115,7 +115,7 @@ class VllmBackend:
 
 
 class TransformersBackend:
-    """Transformers' ``generate`` on the model with its blocks deleted, as the paper measures.
+    """Transformers' ``generate`` on the model with its blocks deleted, as in the paper.
 
     Args:
         model: checkpoint folder or hub id.
@@ -138,14 +138,14 @@ class TransformersBackend:
             self._stack.enter_context(blocks_deleted(self._model, content.removed, repair))
 
     def about(self) -> dict[str, Any]:
-        """Versions."""
+        """Return versions."""
         import torch
         import transformers
 
         return {"transformers": transformers.__version__, "torch": torch.__version__}
 
     def measure(self, workload: Workload, prompts: Prompts) -> Measured:
-        """One call of ``generate``; it cannot time generation apart from the prompt."""
+        """Call ``generate`` once; generation cannot be timed separately from the prompt."""
         import torch
 
         if workload.measure == "decode":
@@ -171,7 +171,7 @@ class TransformersBackend:
         return elapsed, len(prompts), ids.numel(), length * len(prompts)
 
     def loss(self, sequences: Prompts) -> float:
-        """From the logits."""
+        """Compute the loss from the logits."""
         import math
 
         from sleb_serve.evaluation.perplexity import perplexity
@@ -179,7 +179,7 @@ class TransformersBackend:
         return math.log(perplexity(self._model, sequences))
 
     def profile(self, workload: Workload, prompts: Prompts) -> str:
-        """Operators of this process."""
+        """Profile this process."""
         return _profiled(lambda: self.measure(workload, prompts))
 
 

@@ -1,4 +1,4 @@
-"""Two runs held against each other: better, worse, or not to be told apart."""
+"""Comparison of two runs: better, worse, or not distinguishable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VERDICTS = {-1: REGRESSION, 0: "no difference shown", 1: "improvement"}
 
 @dataclass(frozen=True)
 class Change:
-    """How one ratio differs between two runs: B's over A's, with the interval of that."""
+    """Change of a ratio between two runs: B's over A's, with its interval."""
 
     workload: str
     pair: str
@@ -28,17 +28,17 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """By the interval alone: 1 outside of it, or not."""
+        """Return the verdict by whether the interval contains 1."""
         if self.interval is None:
             return "one sample: no verdict"
         return _VERDICTS[(self.interval[0] > 1) - (self.interval[1] < 1)]
 
 
 def compare(before: Report, after: Report) -> list[Change]:
-    """The ratios that both runs have; each is pruned over dense within its own run.
+    """Compare the ratios of both runs; each is pruned over dense within its own run.
 
-    The interval adds the two runs' widths on the logarithmic scale in quadrature, as independent
-    errors do; for few starts that is a little wide.
+    The interval adds the two runs' logarithmic widths in quadrature, as for independent errors;
+    with few starts this is slightly too wide.
     """
     known = {(w, r["variant"], r["over"]): r for w, r in _ratios(before)}
     found = []
@@ -66,7 +66,7 @@ def compare(before: Report, after: Report) -> list[Change]:
 
 
 def comparison(before: Report, after: Report, names: tuple[str, str]) -> tuple[str, bool]:
-    """The comparison in Markdown, and whether anything got worse."""
+    """Return the comparison in Markdown, and whether anything got worse."""
     changes = compare(before, after)
     rows = [("workload", "ratio", names[0], names[1], "change (95 % interval)", "verdict")]
     for c in changes:
@@ -96,7 +96,7 @@ def _ratios(report: Report) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _width(ratio: Mapping[str, Any]) -> float | None:
-    """Half the interval on the logarithmic scale."""
+    """Return half the interval on the logarithmic scale."""
     if ratio["ratio_interval"] is None:
         return None
     low, high = ratio["ratio_interval"]

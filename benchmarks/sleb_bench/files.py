@@ -1,4 +1,4 @@
-"""A run's folder: its records in, its report out."""
+"""A run's folder with records and report."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from sleb_serve.utils.outputs import locked
 
 RECORDS = "records.jsonl"
 SCRATCH = ".exported-"
-"""What the names of folders begin with that hold exported checkpoints for a while."""
+"""Name prefix of temporary folders with exported checkpoints."""
 _MAX_BYTES = 1 << 30
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The raw records of a run.
+    """Read the raw records of a run.
 
     Raises:
-        SlebError: there are none, or they are not a run's.
+        SlebError: there are none, or they are invalid.
     """
     path = folder / RECORDS if folder.is_dir() else folder
     try:
@@ -56,16 +56,16 @@ def claimed_folder(
     kind: str = "a benchmark's",
     check: Callable[[Path], object] | None = None,
 ) -> Iterator[None]:
-    """Be the only run that writes into a folder, which is new, empty, or another run's.
+    """Claim a folder that is new, empty, or from another run.
 
     Args:
-        folder: where.
-        force: write among files of other kinds.
-        kind: whose files it may hold.
-        check: raises `SlebError` or `OSError` if a folder's files are others; None for records.
+        folder: the folder.
+        force: also allow a folder with other files.
+        kind: the kind of run that the folder may belong to.
+        check: raises `SlebError` or `OSError` for a folder of another kind; None to check records.
 
     Raises:
-        SlebError: it cannot be made, holds something else, or another run writes there.
+        SlebError: it cannot be created, has other content, or another run writes there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,10 +87,10 @@ def claimed_folder(
 
 
 def report_of(folder: Path) -> dict[str, Any]:
-    """The report made from a run's records.
+    """Build the report of a run from its records.
 
     Raises:
-        SlebError: the records are missing, or not those of a run.
+        SlebError: the records are missing or invalid.
     """
     records = read_records(folder)
     try:
@@ -103,10 +103,10 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 def write_report(folder: Path) -> dict[str, Any]:
-    """Make a run's report from its records: JSON, Markdown, pictures, one page.
+    """Write a run's report from its records: JSON, Markdown, plots, one page.
 
     Raises:
-        SlebError: as `report_of`, or a file cannot be written.
+        SlebError: as for `report_of`, or a file cannot be written.
     """
     report = report_of(folder)
     folder = folder if folder.is_dir() else folder.parent

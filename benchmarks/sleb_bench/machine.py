@@ -1,4 +1,4 @@
-"""What a benchmark ran on, as far as this machine says."""
+"""Description of the benchmark's machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GPU_FIELDS = (
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, clock, memory, GPUs with driver and clocks, NCCL, versions."""
+    """Return CPU, cores, clock, memory, GPUs with driver and clocks, NCCL, versions."""
     found: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version()}
     found["cpu"] = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 
 def _gpus() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU; empty without one."""
+    """Return nvidia-smi's values for each GPU; empty without one."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []

@@ -10,12 +10,12 @@ from sleb_serve.utils.markdown import table
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """All of a report's tables."""
+    """Format all tables of a report."""
     return markdown(title(report), sections(report))
 
 
 def markdown(heading: str, content: Sequence[Section]) -> str:
-    """Sections under a heading."""
+    """Format sections under a heading."""
     lines = [f"# {heading}", ""]
     for section in content:
         lines += [f"## {section.title}", ""]

@@ -23,12 +23,12 @@ examples:
   sleb-serve bench ./my-model -m m.json -o results --workloads slo --slo ttft=450ms,tpot=40ms
   sleb-serve bench ./my-model -m m.json -o results --workloads serving \\
       --dense http://localhost:8000 --pruned http://localhost:8001
-  sleb-serve bench ./my-model -m m.json -o results --beside export,dense    # is it all we think?
+  sleb-serve bench ./my-model -m m.json -o results --beside export,dense    # cross-check
   sleb-serve bench ./my-model --removal-list '[5, 4, 9]' -o results \\
       --engine-args '{"tensor_parallel_size": 2}' --one-at-a-time
 
 Writes DIR/records.jsonl (every raw sample), and from it report.md, report.json, report.html and
-pictures; `sleb-serve report DIR` makes them again.
+plots; `sleb-serve report DIR` rebuilds them.
 """
 REPORT_EXAMPLES = """\
 examples:
@@ -38,10 +38,10 @@ examples:
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    """All but MODEL, -m, --removal-list and --blocks, which other commands have, too."""
+    """Add all options except MODEL, -m, --removal-list and --blocks, which other commands share."""
     default = BenchOptions("", Path())
     add = parser.add_argument
-    add("-o", "--output", metavar="DIR", type=Path, required=True, help="for records and report")
+    add("-o", "--output", metavar="DIR", type=Path, required=True, help="output folder")
     add(
         "--workloads",
         metavar="NAME,…",
@@ -55,23 +55,23 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         type=words,
         default=(),
         help=f"also measure: {', '.join(BESIDE)}; dense is a second dense engine, export the "
-        "exported checkpoint in stock vLLM, capped the pruned model with no more KV cache than the "
-        "dense, transformers its own generate",
+        "exported checkpoint in stock vLLM, capped the pruned model with the dense model's KV "
+        "cache size, transformers Transformers' generate",
     )
     for name, text in (
-        ("starts", "times that every engine is started, at least, while there is time"),
-        ("prompt_length", "tokens a prompt for prefill"),
-        ("batch", "sequences generated at once in decode"),
-        ("output_length", "tokens generated each"),
+        ("starts", "minimum starts of every engine, if there is time"),
+        ("prompt_length", "tokens per prompt for prefill"),
+        ("batch", "concurrent sequences in decode"),
+        ("output_length", "generated tokens per sequence"),
         ("requests", "requests of the saturated workload"),
-        ("perplexity_sequences", "sequences of held-out text for the perplexity beside the speed"),
+        ("perplexity_sequences", "sequences of held-out text for the perplexity"),
     ):
         value = getattr(default, name)
         flag = f"--{name.replace('_', '-')}"
         add(flag, type=int, metavar="N", default=value, help=f"{text} (default: {value})")
     for name, unit, text in (
-        ("precision", "PERCENT", "measure until every ratio's interval reaches no further"),
-        ("minutes", "M", "but no longer than this, from when the first engines are ready"),
+        ("precision", "PERCENT", "measure until every ratio's interval is this narrow"),
+        ("minutes", "M", "maximum time, from when the first engines are ready"),
     ):
         value = getattr(default, name)
         help_text = f"{text} (default: {value:g})"
@@ -79,20 +79,20 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     add(
         "--one-at-a-time",
         action="store_true",
-        help="one engine at a time, for models of which two do not fit; takes many starts",
+        help="run one engine at a time, if two do not fit; takes many starts",
     )
-    add("--profile", action="store_true", help="also write where the time goes, by operator")
+    add("--profile", action="store_true", help="also write the time per operator")
     add(
         "--engine-args",
         metavar="JSON",
         default=default.engine_args,
-        help='arguments of vllm.LLM for all, as {"enforce_eager": true}',
+        help='vllm.LLM arguments for all engines, e.g. {"enforce_eager": true}',
     )
     add(
         "--gpu-hour",
         metavar="PRICE",
         type=float,
-        help="price per hour of what one engine runs on: also report cost per million tokens",
+        help="hourly price of one engine's hardware; adds the cost per million tokens",
     )
     _add_serving(parser.add_argument_group("serving"))
 
@@ -104,20 +104,21 @@ def _add_serving(group: Any) -> None:
         metavar="R,R…",
         type=_rates,
         default=default.rates,
-        help="requests/s offered, or inf (default: a ladder up to what the dense model takes)",
+        help="request rates per second, or inf (default: a ladder up to the dense model's "
+        "saturation)",
     )
     group.add_argument(
         "--concurrency",
         metavar="N,N…",
         type=numbers,
         default=default.concurrency,
-        help="also so many requests in flight at most",
+        help="also measure with these limits on concurrent requests",
     )
     for name, text in (
         ("requests", "requests at each point"),
-        ("input_length", "tokens a prompt"),
-        ("output_length", "tokens an answer"),
-        ("rounds", "rounds, after one to warm up"),
+        ("input_length", "tokens per prompt"),
+        ("output_length", "tokens per answer"),
+        ("rounds", "rounds, after one warm-up round"),
     ):
         value = getattr(default, name)
         flag = f"--serving-{name.replace('_', '-')}"
@@ -130,29 +131,29 @@ def _add_serving(group: Any) -> None:
         metavar="NAME=TIME,…",
         type=_slo,
         default=default.slo,
-        help=f"what a request must meet to count for goodput, and what the workload {SLO} searches "
-        f"the highest rate for (default: {slo})",
+        help=f"limits that a request must meet to count for goodput; the workload {SLO} searches "
+        f"for the highest rate within them (default: {slo})",
     )
     group.add_argument(
         "--dataset",
         metavar="FILE",
         type=Path,
-        help="prompts of a ShareGPT file (.json), or of lines with a prompt each (.jsonl)",
+        help="prompts from a ShareGPT file (.json), or from lines with a prompt (.jsonl)",
     )
     for name in (DENSE, PRUNED):
-        text = f"address of a {name} server that runs already, to be loaded in place of our own"
+        text = f"URL of a running {name} server to benchmark instead of starting one"
         group.add_argument(f"--{name}", metavar="URL", help=text)
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    """One folder to report on, or two to compare."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="what `sleb-serve bench` wrote")
+    """Add one folder to report on, or two to compare."""
+    parser.add_argument("folder", metavar="DIR", type=Path, help="output of `sleb-serve bench`")
     parser.add_argument("other", metavar="DIR2", type=Path, nargs="?", help="a later run")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def bench_options(options: argparse.Namespace) -> BenchOptions:
-    """What to measure, of the command line."""
+    """Build the benchmark's options from the command line."""
     serving = ServingOptions(
         rates=options.request_rates,
         concurrency=options.concurrency,
@@ -176,7 +177,7 @@ def _rates(text: str) -> tuple[float, ...]:
 
 
 def _slo(text: str) -> dict[str, float]:
-    """Milliseconds by metric, of times as 450ms or 2s."""
+    """Parse times such as 450ms or 2s into milliseconds by metric."""
     found = {}
     for part in text.split(","):
         name, _, value = part.partition("=")

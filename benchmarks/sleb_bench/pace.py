@@ -1,4 +1,4 @@
-"""How long to measure: until the intervals are narrow enough, or the time is over."""
+"""Stopping rules: until the intervals are narrow enough or the time is up."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from sleb_bench.ratios import Ratio
 
 TURN = 1.0
-"""Seconds that a turn should take."""
+"""Target seconds per turn."""
 PRECISE, TIME_OVER = "precise", "time over"
 FEWEST = 8
-"""Pairs before an interval is judged."""
+"""Minimum number of pairs for an interval."""
 _FEWEST_A_START = 4
 _MOST_CALLS = 256
 _WARM_UP_MOST = 8
 _TREND = 0.05
 
 Ratios = Mapping[str, Sequence[Ratio]]
-"""What is known so far, by workload."""
+"""Results so far, by workload."""
 
 
 def warms_up(times: Sequence[float]) -> bool:
-    """Whether the trend goes on: the newest of the seconds a call is the least by over 5 %.
+    """Return whether warm-up continues: the newest call time is the lowest by more than 5 %.
 
-    Two turns at least, eight at most.
+    Takes two to eight turns.
     """
     if len(times) < 2:
         return True
@@ -34,20 +34,20 @@ def warms_up(times: Sequence[float]) -> bool:
 
 
 def calls_a_turn(seconds: float) -> int:
-    """How many calls of so many seconds make a turn of about a second."""
+    """Return the number of calls in a turn of about a second."""
     return max(1, min(_MOST_CALLS, round(TURN / seconds)))
 
 
 @dataclass
 class Pace:
-    """When a start of the engines is over, and when the run is.
+    """Decides when a start of the engines ends, and when the run ends.
 
     Attributes:
-        precision: how far an interval may reach to a side, 0.02 for 2 %.
-        minutes: from when the first engines are ready; the starts of others count.
-        starts: at least so many, while there is time.
-        apart: engines have processes of their own, so that only more starts tell more.
-        clock: seconds.
+        precision: target half-width of intervals, 0.02 for 2 %.
+        minutes: time limit from when the first engines are ready, including later starts.
+        starts: minimum number of starts, if there is time.
+        apart: whether engines have separate processes, so that only more starts help.
+        clock: returns seconds.
     """
 
     precision: float
@@ -58,27 +58,27 @@ class Pace:
     begin: float | None = None
 
     def ready(self) -> None:
-        """The first engines are ready: time counts from here, and no later call changes that."""
+        """Start the clock when the first engines are ready; later calls do nothing."""
         if self.begin is None:
             self.begin = self.clock()
 
     def spent(self) -> float:
-        """Minutes so far."""
+        """Return the minutes so far."""
         return 0.0 if self.begin is None else (self.clock() - self.begin) / 60
 
     def unfinished(self, ratios: Ratios, start: int, rounds: int) -> list[str]:
-        """The workloads that need more pairs from this start; empty if it is over.
+        """Return the workloads that need more pairs in this start; empty if it is over.
 
-        A workload is through with a start when all of its intervals are as narrow as they need be
-        by then, so that they are narrow enough with the last start.
+        A workload is done with a start when all its intervals are narrow enough to reach the
+        precision by the last start.
 
         Args:
-            ratios: of all starts so far.
+            ratios: ratios of all starts so far.
             start: the number of this start, from 1.
             rounds: measured in this start.
         """
         if rounds < 2 or rounds % 2:
-            return list(ratios)  # the order of a pair must not count
+            return list(ratios)  # the order of a pair must not matter
         share = min(1.0, start / self.starts)
         if self.spent() >= self.minutes * share:
             return []
@@ -91,12 +91,12 @@ class Pace:
         return [name for name, found in ratios.items() if not all(r.within(goal) for r in found)]
 
     def verdict(self, ratios: Ratios, start: int, seconds: float) -> str | None:
-        """Why the run ends with this start, `PRECISE` or `TIME_OVER`; None for another start.
+        """Return why the run ends now, `PRECISE` or `TIME_OVER`; None for another start.
 
         Args:
-            ratios: of all starts so far.
+            ratios: ratios of all starts so far.
             start: the number of this start.
-            seconds: that it took to start the engines, as it will again.
+            seconds: time to start the engines, also expected for the next start.
         """
         precise = all(r.within(self.precision) for found in ratios.values() for r in found)
         if precise and start >= self.starts:

@@ -1,4 +1,4 @@
-"""A report as one page that needs nothing else: tables, and the pictures inside it."""
+"""A report as one self-contained page with tables and plots."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ul { color: color-mix(in srgb, currentColor 75%, transparent); padding-left: 1.2
 
 
 def to_html(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """The page; `pictures` are PNG by name."""
+    """Return the page; `pictures` are PNG by name."""
     return page(title(report), sections(report), pictures)
 
 
 def page(title: str, content: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
-    """Sections under a heading; `pictures` are PNG by name."""
+    """Format sections under a heading; `pictures` are PNG by name."""
     heading = escape(title)
     body = [f"<h1>{heading}</h1>"]
     for section in content:
@@ -45,7 +45,7 @@ def page(title: str, content: Sequence[Section], pictures: Mapping[str, bytes]) 
             data = base64.b64encode(pictures[section.picture]).decode()
             body.append(f'<img alt="{section.picture}" src="data:image/png;base64,{data}">')
         body.append("</section>")
-    # The empty icon keeps a browser from asking a server for one.
+    # The empty icon keeps browsers from requesting one.
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<title>{heading}</title><link rel="icon" href="data:,"><style>{_STYLE}</style>'

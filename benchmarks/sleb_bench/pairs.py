@@ -1,4 +1,4 @@
-"""Pairs of neighbouring turns, of the raw samples of a run."""
+"""Pairs of neighbouring turns from the raw samples of a run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """One turn of each of two variants, next to each other.
+    """Neighbouring turns of two variants.
 
     Attributes:
-        start: of the engines, from 1.
+        start: number of the engines' start, from 1.
         speed: tokens per second of the one over the other's.
-        cpu: tokens per processor second of the one over the other's; None where it is not known.
+        cpu: tokens per CPU-second of the one over the other's, or None.
         disturbed: see `conditions.disturbed`.
     """
 
@@ -32,7 +32,7 @@ class Pair:
 
 
 def tokens_of(workload: Workload, sample: Record) -> int:
-    """The tokens that count of one turn."""
+    """Return the counted tokens of one turn."""
     if workload.measure == "prefill":
         return int(sample["total_input_tokens"])
     # The first token of each sequence belongs to the prefill.
@@ -41,10 +41,10 @@ def tokens_of(workload: Workload, sample: Record) -> int:
 
 
 def pairs_of(workload: Workload, samples: Sequence[Record], name: str, over: str) -> list[Pair]:
-    """The pairs of two variants in the order of time, warm-up left out."""
+    """Return the pairs of two variants in order of time, without warm-up."""
     turns: dict[str, dict[tuple[int, int], Record]] = {name: {}, over: {}}
     for sample in samples:
-        # Rounds up to 0 warm up.
+        # Rounds up to 0 are warm-up.
         if sample["round"] > 0 and sample["workload"] == workload.name:
             turns.get(sample["variant"], {})[sample["start"], sample["round"]] = sample
     return [
@@ -67,12 +67,12 @@ def _pair(workload: Workload, one: Record, other: Record) -> Pair:
 
 
 def speed_ratio(pairs: Sequence[Pair], *, apart: bool) -> Ratio:
-    """The ratio of speeds, of at least one pair."""
+    """Return the ratio of speeds of at least one pair."""
     return paired_ratio(_by_start([(pair.start, pair.speed) for pair in pairs]), apart=apart)
 
 
 def cpu_ratio(pairs: Sequence[Pair], *, apart: bool) -> Ratio | None:
-    """The ratio of tokens per processor second; None where it is not known of every pair."""
+    """Return the ratio of tokens per CPU-second; None if unknown for any pair."""
     known = [(pair.start, pair.cpu) for pair in pairs if pair.cpu is not None]
     return paired_ratio(_by_start(known), apart=apart) if len(known) == len(pairs) else None
 
@@ -85,16 +85,16 @@ def _by_start(values: Sequence[tuple[int, float]]) -> list[list[float]]:
 
 
 def compared(variants: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
-    """Which variant's ratio is taken over which, of what each is said to be over."""
+    """Return pairs of variants to compare, from each variant's reference."""
     for name, over in variants.items():
         if over is not None:
             yield name, over
         if (base := uncapped(name)) is not None:
-            yield base, name  # what the larger KV cache adds to the cheaper steps
+            yield base, name  # the gain from the larger KV cache on top of cheaper steps
 
 
 def are_apart(engines: Sequence[Record], name: str, over: str) -> bool:
-    """Whether two variants' engines had processes of their own, by what their starts recorded."""
+    """Return whether two variants' engines had separate processes, from their records."""
     processes = {
         engine["variant"]: engine["process"] for engine in engines if engine.get("process")
     }

@@ -1,4 +1,4 @@
-"""Pictures of a report: throughput bars, latency over load, quality over speed."""
+"""Plots of a report: throughput bars, latency over load, quality over speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DPI = 130
 
 
 def pictures(report: Report) -> dict[str, bytes]:
-    """PNG by name; only those that the report has figures for."""
+    """Return PNG plots by name, for the data in the report."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,7 +31,7 @@ def pictures(report: Report) -> dict[str, bytes]:
 
 
 def png(figure: Any) -> bytes:
-    """A figure as a file's content; it is closed."""
+    """Render a figure to file content, and close it."""
     from matplotlib import pyplot
 
     buffer = io.BytesIO()
@@ -41,7 +41,7 @@ def png(figure: Any) -> bytes:
 
 
 def subplots(count: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
-    """A figure with panels side by side, each so many inches wide and high."""
+    """Create a figure with panels side by side, with the given size in inches."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
@@ -51,7 +51,7 @@ def subplots(count: int, width: float, height: float) -> tuple[Any, Sequence[Any
 
 
 def _throughput(report: Report) -> bytes:
-    """A panel a workload: bars, the ratio and its interval, and the ideal as a tick."""
+    """Plot a panel per workload: bars, the ratio and its interval, and the ideal as a tick."""
     workloads = report["workloads"]
     names = list(report["variants"])
     figure, axes = subplots(len(workloads), max(3.6, 0.9 * len(names) + 1.2), 4.2)
@@ -83,7 +83,7 @@ def _throughput(report: Report) -> bytes:
                 ha="left",
                 fontsize="small",
             )
-        # An interval of a few noisy starts may reach far beyond; it is cut, not the bars.
+        # The interval of a few noisy starts may be very wide, so clip it instead of the bars.
         axis.set_ylim(0, 1.3 * ceiling)
         axis.set_xticks(range(len(shown)), shown, rotation=30, ha="right")
         axis.set_title(title)
@@ -93,7 +93,7 @@ def _throughput(report: Report) -> bytes:
 
 
 def _latency(report: Report) -> bytes:
-    """TTFT, TPOT and throughput over the load that was offered."""
+    """Plot TTFT, TPOT and throughput over the offered load."""
     points = report["serving"]["points"]
     labels = [load_name(point) for point in points]
     panels = (
@@ -129,7 +129,7 @@ def _latency(report: Report) -> bytes:
 
 
 def _speeds(report: Report) -> dict[int, float]:
-    """The speed-up by blocks removed, of generation where it was measured."""
+    """Return the speed-up by blocks removed, of generation if measured."""
     for name in ("decode", "official-generation", "saturated", "prefill", "official-prompt"):
         if name in report["workloads"]:
             ratios = report["workloads"][name]["ratios"]
@@ -143,7 +143,7 @@ def _speeds(report: Report) -> dict[int, float]:
 
 
 def _frontier(report: Report, speeds: Mapping[int, float]) -> bytes:
-    """Perplexity, and accuracy where the manifest has been evaluated, over measured speed."""
+    """Plot perplexity, and accuracy if evaluated, over measured speed."""
     accuracies = _accuracies(report, speeds)
     figure, axes = subplots(2 if accuracies else 1, 5.2, 4.4)
     perplexity = {
@@ -173,7 +173,7 @@ def _frontier(report: Report, speeds: Mapping[int, float]) -> bytes:
 
 
 def _accuracies(report: Report, speeds: Mapping[int, float]) -> dict[int, float]:
-    """The mean accuracy by blocks removed, of the evaluation that the manifest carries."""
+    """Return the mean accuracy by blocks removed, from the manifest's evaluation."""
     for evaluation in report["evaluation"].values():
         found = {}
         try:
@@ -182,7 +182,7 @@ def _accuracies(report: Report, speeds: Mapping[int, float]) -> dict[int, float]
                 if tasks and result["blocks"] in speeds:
                     found[result["blocks"]] = sum(tasks) / len(tasks)
         except (AttributeError, KeyError, TypeError, StopIteration):
-            continue  # that part of a manifest is free: others may keep other things there
+            continue  # this part of a manifest is free-form: other programs may use it
         if len(found) > 1:
             return found
     return {}

@@ -1,4 +1,4 @@
-"""Ratios of paired measurements, and how far to trust them."""
+"""Ratios of paired measurements, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK = 4
-"""Neighbouring pairs that are left out together, to allow for what they have in common."""
+"""Neighbouring pairs in a jackknife block, because they are correlated."""
 _FEWEST_BLOCKS = 8
 _STARTS_DIFFER = 3.0
-"""Between starts over within: the ratio of variances from which the starts are the samples."""
+"""Variance ratio between and within starts above which starts are the samples."""
 
-# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond, 1.96 + 2.4/n is within 0.3 %.
+# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; above, 1.96 + 2.4/n is within 0.3 %.
 _T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -30,9 +30,9 @@ class Ratio:
 
     Attributes:
         mean: the estimate.
-        interval: None where one value tells nothing.
-        samples: what the interval is over: ``blocks`` of neighbouring pairs, or ``starts``.
-        count: how many of them.
+        interval: the interval; None with a single value.
+        samples: units of the interval: ``blocks`` of neighbouring pairs, or ``starts``.
+        count: their number.
     """
 
     mean: float
@@ -41,27 +41,26 @@ class Ratio:
     count: int = 1
 
     def within(self, precision: float) -> bool:
-        """Whether the interval reaches no further than `precision` (0.02 for 2 %) to a side."""
+        """Return whether the interval is within ±`precision` (0.02 for 2 %)."""
         if self.interval is None or (self.samples, self.count) == ("starts", 1):
             return False
         return math.log(self.interval[1] / self.interval[0]) / 2 <= math.log1p(precision)
 
 
 def paired_ratio(starts: Sequence[Sequence[float]], *, apart: bool = False) -> Ratio:
-    """The robust mean of the ratios of neighbouring pairs, over several starts of the engines.
+    """Return the robust mean ratio of neighbouring pairs over several starts of the engines.
 
-    The estimate is Hodges and Lehmann's: the median of the means of any two logarithms. Up to 29 %
-    of the pairs may be anything and move it little. Its error is a jackknife's that leaves out
-    blocks of neighbouring pairs, with Student's t. Two engines of one process differ from start to
-    start by no more than their pairs explain; where they do differ by more, and always where each
-    engine has a process of its own (`apart`), the interval is Student's t over the starts'
-    estimates. A single start then stands for itself alone, and the interval is over its blocks.
+    The estimate is the Hodges-Lehmann estimator of the logarithms, which tolerates up to 29 %
+    outliers. Its error comes from a jackknife over blocks of neighbouring pairs, with Student's t.
+    Two engines in one process differ between starts no more than their pairs explain; if they
+    differ by more, and always if each engine has its own process (`apart`), the interval is
+    Student's t over the starts' estimates. With a single start, the interval is over its blocks.
 
-    ``benchmarks/equal/intervals.py`` shows by simulation how often the interval holds the truth.
+    ``benchmarks/equal/intervals.py`` simulates the interval's coverage.
 
     Args:
-        starts: the ratio of each pair, in the order of time, start by start; not empty, above 0.
-        apart: the two engines were in processes of their own.
+        starts: the ratios of the pairs in order of time, by start; not empty, above 0.
+        apart: whether the two engines had separate processes.
     """
     import numpy as np
 
@@ -78,14 +77,14 @@ def paired_ratio(starts: Sequence[Sequence[float]], *, apart: bool = False) -> R
     if apart:
         return _ratio(float(np.mean(centres)), half, "starts", len(logs))
     freedom = int(blocks[-1])
-    # Two starts cannot tell: Student's t of one degree of freedom is 12.7.
+    # Two starts are too few: Student's t with one degree of freedom is 12.7.
     if len(logs) > 2 and error**2 > _STARTS_DIFFER * (found[1] / t95(freedom)) ** 2:
         return _ratio(float(np.mean(centres)), max(half, found[1]), "starts", len(logs))
     return _ratio(*found, "blocks", freedom + 1)
 
 
 def hodges_lehmann(values: NDArray[Any]) -> float:
-    """The median of the means of any two values, each with itself, too."""
+    """Return the median of the means of all pairs of values, including each with itself."""
     import numpy as np
 
     one, other = np.triu_indices(len(values))
@@ -93,7 +92,7 @@ def hodges_lehmann(values: NDArray[Any]) -> float:
 
 
 def _of_blocks(values: NDArray[Any], blocks: NDArray[Any]) -> tuple[float, float]:
-    """The estimate and half its interval; nan with a single block."""
+    """Return the estimate and half its interval; nan with a single block."""
     import numpy as np
 
     one, other = np.triu_indices(len(values))
@@ -108,13 +107,13 @@ def _of_blocks(values: NDArray[Any], blocks: NDArray[Any]) -> tuple[float, float
 
 
 def _blocks(lengths: Sequence[int]) -> NDArray[Any]:
-    """The block of each pair: `BLOCK` neighbours of one start, fewer where there are few pairs."""
+    """Assign pairs to blocks of `BLOCK` neighbours in a start, or fewer with few pairs."""
     import numpy as np
 
     size = min(BLOCK, max(1, sum(lengths) // _FEWEST_BLOCKS))
     sizes: list[int] = []
     for length in lengths:
-        # What is left over belongs to the start's last block.
+        # Remaining pairs belong to the start's last block.
         full = max(1, length // size)
         sizes += [size] * (full - 1) + [length - size * (full - 1)]
     return np.repeat(np.arange(len(sizes)), sizes)
@@ -128,12 +127,12 @@ def _ratio(centre: float, half: float, samples: str, count: int) -> Ratio:
 
 
 def t95(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t with `freedom` >= 1 degrees of freedom."""
+    """Return the 97.5 % quantile of Student's t with `freedom` >= 1 degrees of freedom."""
     return _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.4 / freedom
 
 
 def efficiency(ratio: float, ideal: float) -> float | None:
-    """The measured gain over the ideal gain; None where nothing is to be gained."""
+    """Return the measured gain over the ideal gain; None without an ideal gain."""
     return (ratio - 1) / (ideal - 1) if ideal > 1 else None
 
 
@@ -146,12 +145,12 @@ NO_GAIN, LIKE_IDEAL, BELOW, ABOVE = (
 
 
 def against_ideal(ratio: Ratio, ideal: float | None) -> dict[str, Any]:
-    """What a ratio's interval says of the ideal, and no more.
+    """Compare a ratio's interval with the ideal.
 
     Returns:
         ``verdict``, one of `BELOW`, `LIKE_IDEAL`, `ABOVE` and `NO_GAIN`; ``efficiency`` and
-        ``efficiency_interval`` where the interval tells the ratio from the ideal;
-        ``efficiency_at_least`` where it does not. None for what it does not say.
+        ``efficiency_interval`` if the interval excludes the ideal; otherwise
+        ``efficiency_at_least``. The other values are None.
     """
     found: dict[str, Any] = dict.fromkeys(
         ("verdict", "efficiency", "efficiency_interval", "efficiency_at_least")
@@ -172,14 +171,14 @@ def against_ideal(ratio: Ratio, ideal: float | None) -> dict[str, Any]:
 
 
 def outside_blocks(ratio: Ratio, num_blocks: int, removed: int) -> tuple[float, float] | None:
-    """The interval of the share of the dense time that no removed block saves.
+    """Return the interval of the share of the dense time that pruning does not reduce.
 
-    By a straight line through time over blocks: with L blocks of which k are removed, the dense
-    time is a + b L and the pruned one a + b (L - k); the share is a / (a + b L). What lies outside
-    of 0 to 1 is cut. None where nothing of the interval lies in there.
+    Assumes time linear in blocks: with k of L blocks removed, the dense time is a + b L and the
+    pruned one a + b (L - k); the share is a / (a + b L), clipped to 0 to 1. None if the interval is
+    entirely outside.
     """
     if ratio.interval is None:
         return None
-    # The faster the pruned model, the less is outside the blocks.
+    # The faster the pruned model, the smaller the share outside the blocks.
     most, least = (1 - (1 - 1 / edge) * num_blocks / removed for edge in ratio.interval)
     return (max(0.0, least), min(1.0, most)) if most > 0 and least < 1 else None

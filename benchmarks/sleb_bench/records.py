@@ -12,23 +12,23 @@ from sleb_serve.utils.atomic_io import write_atomically
 
 
 class Records:
-    """The raw records of a run, on disk now and then, so that a broken run keeps them."""
+    """The raw records of a run, saved regularly so that a failed run keeps them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: list[dict[str, Any]] = []
 
     def add(self, kind: str, values: Mapping[str, Any]) -> None:
-        """One more record."""
+        """Add a record."""
         self.entries.append({"record": kind, **values})
 
     def save(self) -> None:
-        """Write all of them."""
+        """Write all records."""
         lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
         write_atomically(self.folder / RECORDS, lines.encode())
 
     def measured(self) -> bool:
-        """Whether a report could say anything."""
+        """Return whether there is data for a report."""
         return any(
             entry["record"] in {SERVING, SLO}
             or (entry["record"] == "sample" and entry["round"] > 0)

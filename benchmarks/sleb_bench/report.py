@@ -1,4 +1,4 @@
-"""From raw records to the report; it reads nothing else, so a report can be made again."""
+"""Builds the report from raw records alone, so that it can be rebuilt."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SERVED = (
     *("output_throughput", "request_throughput", "request_goodput", "prefix_cache_hit_rate"),
     *(f"p{p}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for p in (50, 90, 99)),
 )
-"""What is averaged over rounds of vllm bench's own fields."""
+"""Fields of vllm bench that are averaged over rounds."""
 
 
 def make_report(records: Sequence[Record]) -> dict[str, Any]:
-    """Sum up the records of one run.
+    """Summarise the records of one run.
 
-    Throughput of each variant, ratios of neighbouring turns with their intervals, the ideal ratios,
-    what the starts cost and hold, the serving ladder, why the run ended, and what failed.
+    Includes throughput of each variant, ratios of neighbouring turns with intervals, ideal ratios,
+    start-up time and memory, the serving ladder, the reason for the end, and failures.
     """
     setting = next(record for record in records if record["record"] == "setting")
     variants = {
@@ -67,7 +67,7 @@ def make_report(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _engines(starts: Sequence[Record]) -> dict[str, Any]:
-    """What the starts of one variant took and gave, on average."""
+    """Average the starts of one variant."""
     found: dict[str, Any] = {}
     for key in ("startup_time", "memory_bytes", "kv_cache_tokens", "max_concurrency"):
         values = [start[key] for start in starts if start.get(key) is not None]
@@ -76,7 +76,7 @@ def _engines(starts: Sequence[Record]) -> dict[str, Any]:
 
 
 def _share(setting: Record, measure: str) -> float | None:
-    """The head's share; of a prompt only the last token goes through the head."""
+    """Return the head's share; in a prompt only the last token goes through the head."""
     share: float | None = setting["head_share"]
     return 0.0 if measure == "prefill" else share
 
@@ -84,7 +84,7 @@ def _share(setting: Record, measure: str) -> float | None:
 def _workload(
     setting: Record, variants: Mapping[str, Record], workload: Workload, found: Sequence[Record]
 ) -> dict[str, Any]:
-    """One workload, of the samples and the engines' starts."""
+    """Summarise one workload from the samples and the engines' starts."""
     started = [record for record in found if record["record"] == "engine"]
     samples = [record for record in found if record["record"] == "sample"]
     share, ratios, own = _share(setting, workload.measure), [], {}
@@ -100,7 +100,7 @@ def _workload(
         ratios.append({**entry, **_details(pairs, apart)})
     outside = None
     if own:
-        # The most removed tells the most.
+        # The largest pruning is the most informative.
         removed, speed = max(own.items())
         interval = outside_blocks(speed, setting["num_blocks"], removed)
         outside = {"interval": interval, "by_weights": share}
@@ -116,7 +116,7 @@ def _workload(
 
 
 def _costs(setting: Record, throughput: Mapping[str, float]) -> dict[str, float] | None:
-    """What a million tokens cost at a price per hour; None where none was named."""
+    """Return the cost of a million tokens at a price per hour; None without a price."""
     price = setting["options"].get("gpu_hour")
     if price is None:
         return None
@@ -126,7 +126,7 @@ def _costs(setting: Record, throughput: Mapping[str, float]) -> dict[str, float]
 def _medians(
     workload: Workload, samples: Sequence[Record], variants: Mapping[str, Record]
 ) -> dict[str, Any]:
-    """Tokens/s, seconds a request and processor seconds a token: medians of the turns."""
+    """Return medians of tokens/s, seconds per request and CPU-seconds per token."""
     found: dict[str, dict[str, float | None]] = {
         key: {} for key in ("throughput", "latency", "cpu_per_token")
     }
@@ -170,7 +170,7 @@ def _ratio(
 
 
 def _details(pairs: Sequence[Pair], apart: bool) -> dict[str, Any]:
-    """What a ratio was made of: every pair, processor time, and the ratio of quiet pairs alone."""
+    """Return a ratio's details: every pair, CPU time, and the ratio of quiet pairs alone."""
     cpu = cpu_ratio(pairs, apart=apart)
     quiet = [pair for pair in pairs if not pair.disturbed]
     enough = FEWEST <= len(quiet) < len(pairs)
@@ -215,7 +215,7 @@ def _serving(
 def _slo(
     setting: Record, variants: Mapping[str, Record], searched: Sequence[Record]
 ) -> dict[str, Any]:
-    """The highest rates that met the service level, and the lowest that did not."""
+    """Return the highest rates that met the service level, and the lowest that did not."""
     found: dict[str, dict[str, Any]] = {}
     for name in variants:
         own = [record for record in searched if record["variant"] == name]
@@ -249,7 +249,7 @@ def _mean_result(results: Sequence[Record]) -> dict[str, Any]:
 
 
 def _best(served: Sequence[Record], key: str) -> dict[str, dict[int, float]]:
-    """The best of any point, by variant and round: throughput at saturation, or goodput."""
+    """Return the best point by variant and round: throughput at saturation, or goodput."""
     best: dict[str, dict[int, float]] = {}
     for record in served:
         of = best.setdefault(record["variant"], {})
@@ -268,7 +268,7 @@ def _served_ratios(
         rounds = sorted(set(best.get(name, {})) & set(best.get(over, {})))
         values = [(best[name][number], best[over][number]) for number in rounds]
         if values and all(math.prod(pair) > 0 for pair in values):
-            # One start of each server.
+            # Each server was started once.
             found = paired_ratio([[of / under for of, under in values]], apart=True)
             ratios.append(_ratio(setting, variants, name, over, found, share))
     return {

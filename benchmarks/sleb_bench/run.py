@@ -1,9 +1,8 @@
-"""The paired benchmark: engines measured by turns, every sample kept.
+"""The paired benchmark: measures engines in turns and keeps every sample.
 
-A record is a JSON object with a key ``record``: ``setting`` (one, first), ``variant`` (what is
-compared), ``engine`` (one start of one), ``sample`` (one turn; rounds up to 0 warm up),
-``quality``, ``end`` (why the turns ended), ``serving`` and ``failure``. The report is made from
-them alone.
+A record is a JSON object with a key ``record``: ``setting`` (one, first), ``variant`` (a compared
+model), ``engine`` (one start), ``sample`` (one turn; rounds up to 0 are warm-up), ``quality``,
+``end`` (why the turns ended), ``serving`` and ``failure``. The report is built from these alone.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _HTTP = frozenset({SERVING, SLO})
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What ``sleb-serve bench`` was asked for; see its ``--help``."""
+    """Options of ``sleb-serve bench``; see its ``--help``."""
 
     model: str
     output: Path
@@ -71,10 +70,10 @@ class BenchOptions:
     serving: ServingOptions = field(default_factory=ServingOptions)
 
     def check(self) -> None:
-        """Refuse numbers that measure nothing.
+        """Refuse invalid numbers.
 
         Raises:
-            SlebError: naming the option.
+            SlebError: names the option.
         """
         for name in ("starts", "prompt_length", "batch", "requests"):
             if getattr(self, name) < 1:
@@ -110,17 +109,17 @@ def bench(
 
     Args:
         options: what to measure.
-        manifest: what is removed.
-        counts: how many of its removals, several for several prunings; None for all of them.
-        say: told how it goes.
-        force: write into a folder that holds other files, too.
+        manifest: the blocks to remove.
+        counts: numbers of its removals, one per pruning; None for all removals.
+        say: receives progress messages.
+        force: also write into a folder with other files.
 
     Returns:
-        The report in Markdown, beside which the others lie.
+        The Markdown report; the other formats are in the same folder.
 
     Raises:
-        SlebError: a mistake in what was asked for, or an engine that did not start or broke off; if
-            anything was measured by then, the report is there and says so.
+        SlebError: the request is invalid, or an engine did not start or failed; if anything was
+            measured by then, the report exists and states the failure.
     """
     options.check()
     require("bench", "matplotlib", "prometheus_client")
@@ -159,7 +158,7 @@ def bench(
 def _manifests(
     options: BenchOptions, manifest: Manifest, counts: Sequence[int] | None
 ) -> list[Manifest]:
-    """What is removed of each pruned model."""
+    """Return the manifest of each pruned model."""
     if counts is not None and 0 in counts:
         raise SlebError("blocks=0: the dense model is always measured; leave 0 out")
     found = [manifest.prefix(count) for count in counts or (len(manifest.removed),)]
@@ -179,7 +178,7 @@ def _measure(
     records: Records,
     say: Say,
 ) -> None:
-    """Engines by turns, then servers under load; what is measured is saved at once."""
+    """Measure engines in turns, then servers under load, and save results at once."""
     if plan.todo:
         records.add("end", measure_by_turns(plan, variants, records, say))
         records.save()
@@ -193,7 +192,7 @@ def _measure(
             ladder=SERVING in options.workloads,
             search=SLO in options.workloads,
         ):
-            # The generator goes on with the entry.
+            # The generator continues to use the entry.
             values = {key: value for key, value in entry.items() if key != "record"}
             records.add(entry["record"], values)
             records.save()
@@ -233,7 +232,7 @@ def _workloads(options: BenchOptions) -> Sequence[Workload]:
 
 
 def _sequences(options: BenchOptions, checkpoint: Checkpoint, manifest: Manifest) -> Prompts:
-    """Held-out text for the perplexity beside the speed."""
+    """Return held-out text for the perplexity."""
     return held_out_sequences(
         load_tokenizer(checkpoint),
         options.perplexity_sequences,
@@ -244,7 +243,7 @@ def _sequences(options: BenchOptions, checkpoint: Checkpoint, manifest: Manifest
 
 @contextmanager
 def _report_if_broken(records: Records, say: Say) -> Iterator[None]:
-    """A run that breaks off leaves what it measured, and a report that says that it did."""
+    """Save the measurements of a failed run, and a report that states the failure."""
     try:
         yield
     except SlebError as error:
@@ -264,12 +263,12 @@ def _engine_arguments(
 ) -> dict[str, Any]:
     longest = max([options.prompt_length + 1, *(workload.longest for workload in todo)])
     return {
-        # The very files that were compared: of a hub model, those of its revision.
+        # The files that were compared; for a hub model, those of its revision.
         "model": str(checkpoint.path),
         "max_model_len": longest,
-        # A prompt that was seen before would cost nothing; speeds would be too good by far.
+        # A repeated prompt would cost nothing and inflate speeds.
         "enable_prefix_caching": False,
-        # All prompts of a batch in one step, so that generation can be timed apart.
+        # All prompts of a batch in one step, so that generation can be timed separately.
         "max_num_batched_tokens": max(longest, options.batch * DECODE_PROMPT_LENGTH, 2048),
         "max_num_seqs": max([options.batch, *(workload.num_requests for workload in todo)]),
         "disable_log_stats": False,

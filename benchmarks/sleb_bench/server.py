@@ -19,7 +19,7 @@ from sleb_serve.serving.client import Client
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on at this moment."""
+    """Return a currently free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -35,10 +35,10 @@ def _healthy(url: str) -> bool:
 
 
 class Server:
-    """A server started by `command`, which must listen on `port` of this machine.
+    """A server started by `command`, which must listen on the local `port`.
 
-    Its output goes to `log`. It runs in a process group of its own, so that nothing of it stays
-    behind. `environment` is added to this process's.
+    Its output goes to `log`. It runs in its own process group, so that no child is left behind.
+    `environment` is added to this process's.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Server:
             )
 
     def answers(self) -> bool:
-        """Whether the server is up: a port that is open but not ready does not count."""
+        """Return whether the server is ready; an open port is not enough."""
         return _healthy(self.url)
 
     def state(self) -> str:
-        """What became of it, in words."""
+        """Describe its state."""
         code = self.process.poll()
         how = "does not answer" if code is None else f"ended with exit code {code}"
         return f"{how}; its output is in {self.log}"
@@ -75,7 +75,7 @@ class Server:
         """Wait until the server answers.
 
         Raises:
-            SlebError: it ended, or did not answer within `timeout` seconds.
+            SlebError: it ended or did not answer within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while not self.answers():
@@ -88,7 +88,7 @@ class Server:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """Stop the server and all of its processes; harmless if it has ended."""
+        """Stop the server and all its processes; does nothing if it has ended."""
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -99,10 +99,10 @@ class Server:
 
 
 class RunningServer:
-    """A server that somebody else started; it is asked for its model, and left alone.
+    """An external server; only its model is queried.
 
     Raises:
-        SlebError: no address, or no vLLM server there.
+        SlebError: the address is invalid, or there is no vLLM server.
     """
 
     def __init__(self, url: str) -> None:
@@ -111,15 +111,15 @@ class RunningServer:
         self.command = (self.url,)
 
     def answers(self) -> bool:
-        """Whether it is up."""
+        """Return whether it is up."""
         return _healthy(self.url)
 
     def wait(self) -> None:
-        """It was up when it was asked for its model."""
+        """Do nothing: it was up when its model was queried."""
 
     def stop(self) -> None:
-        """Not ours to stop."""
+        """Do nothing: an external server is not stopped."""
 
     def state(self) -> str:
-        """What became of it, in words."""
+        """Describe its state."""
         return "does not answer"

@@ -1,4 +1,4 @@
-"""Load over HTTP: servers of all variants, each rate offered to them in turns."""
+"""HTTP load on the servers of all variants, in turns for each rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sleb_bench.variants import DENSE, Variant
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 
 LADDER = (0.25, 0.5, 0.8, 1.1)
-"""The rates offered where none are named, as shares of what the dense model can take."""
+"""Default rates, as shares of the dense model's saturation."""
 
 
 def serve_and_load(
@@ -29,21 +29,22 @@ def serve_and_load(
     ladder: bool = True,
     search: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Measure every point on every variant's server, by turns.
+    """Measure every point on every variant's server in turns.
 
-    A server that dies ends its own measurements with a ``failure`` record, and no other's.
+    If a server dies, only its own measurements end, with a ``failure`` record.
 
     Args:
         options: the points and their size.
         checkpoint: the model, for the tokenizer of the load generator.
-        variants: those that vLLM serves are measured.
-        folder: where the servers' and the load generator's output goes.
-        say: told how it goes.
-        ladder: measure the points.
-        search: search the highest rate at which each variant meets the service level.
+        variants: the variants; only those that vLLM serves are measured.
+        folder: folder for the output of the servers and the load generator.
+        say: receives progress messages.
+        ladder: whether to measure the points.
+        search: whether to search for the highest rate at which each variant meets the service
+            level.
 
     Yields:
-        Records of ``serving`` and ``slo``, with the JSON of ``vllm bench serve`` as it is, and of
+        Records of ``serving`` and ``slo``, with the unmodified JSON of ``vllm bench serve``, and of
         ``failure``.
 
     Raises:
@@ -55,10 +56,10 @@ def serve_and_load(
         bench = Loader(options, checkpoint, folder, generator, say)
         servers: dict[str, AnyServer] = {}
         yield from _start(bench, served, servers, stack)
-        # Round 0 warms up, and finds what each model takes.
+        # Round 0 warms up, and measures each model's saturation.
         capacity: dict[str, float] = {}
         for entry in _load(bench, served[::-1], servers, Point(INF), 0):
-            # Before it is handed on: whoever takes it may change it.
+            # Before yielding, because the receiver may change it.
             if entry["record"] == "serving":
                 capacity[entry["variant"]] = entry["result"]["request_throughput"]
             yield entry
@@ -77,7 +78,7 @@ def _search(
     servers: dict[str, AnyServer],
     capacity: Mapping[str, float],
 ) -> Iterator[dict[str, Any]]:
-    """The highest rates that meet the service level: a step of each variant's search by turns."""
+    """Search for the highest rates within the service level, alternating between variants."""
     tried: dict[str, list[tuple[float, float]]] = {name: [] for name in capacity}
     step = 0
     while True:
@@ -88,7 +89,7 @@ def _search(
             if rate is None:
                 continue
             loaded = True
-            # The seeds of rounds are far below.
+            # Rounds use much lower seeds.
             for entry in _load(bench, [variant], servers, Point(rate), 1000 + step):
                 if entry["record"] == "serving":
                     share = met(entry["result"], bench.requests)
@@ -103,7 +104,7 @@ def _search(
 def _start(
     bench: Loader, served: Sequence[Variant], servers: dict[str, AnyServer], stack: ExitStack
 ) -> Iterator[dict[str, Any]]:
-    """Start every variant's server, one after another; they stop with `stack`."""
+    """Start every variant's server, one after another; `stack` stops them."""
     blocks: int | None = None
     for variant in served:
         arguments = dict(variant.spec.arguments)
@@ -134,7 +135,7 @@ def _load(
     point: Point,
     number: int,
 ) -> Iterator[dict[str, Any]]:
-    """One point on every server that lives."""
+    """Measure one point on every live server."""
     for variant in order:
         name = variant.name
         if name not in servers:
@@ -151,7 +152,7 @@ def _load(
 
 
 def _points(options: ServingOptions, dense: float | None) -> list[Point]:
-    """The points to measure; `dense` is the requests/s that the dense model takes, if it lives."""
+    """Return the points to measure; `dense` is the dense model's saturation rate, if alive."""
     rates = options.rates
     if not rates:
         rates = (*(float(f"{share * dense:.2g}") for share in LADDER), INF) if dense else (INF,)

@@ -1,4 +1,4 @@
-"""Servers of the variants, and load on them."""
+"""The variants' servers, and load on them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 AnyServer = Server | RunningServer
 _LOAD_TIMEOUT = 3600.0
 _ANSWER_TIMEOUT = 10.0
-# Of the engine's arguments, those that size one batch are left to the server, which fills its own.
+# Engine arguments for the batch size, which the server sets itself.
 _ENGINE_ONLY = frozenset({"max_num_batched_tokens", "max_num_seqs", "disable_log_stats", "model"})
 
 
 @dataclass(frozen=True)
 class Point:
-    """One load: so many requests a second, or so many in flight."""
+    """One load: a request rate, or a number of concurrent requests."""
 
     rate: float
     concurrency: int | None = None
 
     def about(self) -> dict[str, Any]:
-        """As it stands in the records, and in vLLM's own."""
+        """Return its record, with vLLM's field names."""
         return {
             "request_rate": "inf" if self.rate == INF else self.rate,
             "max_concurrency": self.concurrency,
@@ -48,11 +48,11 @@ class Point:
 
 
 class DeadServerError(SlebError):
-    """A server that no longer answers."""
+    """A server no longer answers."""
 
 
 class Loader:
-    """Starts servers and puts load on them."""
+    """Starts servers and generates load."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Loader:
         self.requests = options.requests
 
     def start(self, variant: Variant, arguments: Mapping[str, Any]) -> AnyServer:
-        """The variant's server: the one that runs where that is said, or a new one."""
+        """Return the variant's server: the given running one, or a new one."""
         if self._options.urls:
             kind = DENSE if variant.name == DENSE else PRUNED
             return RunningServer(self._options.urls[kind])
@@ -75,7 +75,7 @@ class Loader:
         longest = self._options.input_length + self._options.output_length + 8
         values = {
             **arguments,
-            # How long a data set's prompts are is not known: as long as the model can.
+            # The lengths of a data set's prompts are unknown, so allow the model's maximum.
             "max_model_len": None if self._options.dataset else longest,
             "served_model_name": variant.name,
         }
@@ -85,10 +85,10 @@ class Loader:
         return Server(command, port, log, variant.spec.environment)
 
     def load(self, name: str, server: AnyServer, point: Point, number: int) -> dict[str, Any]:
-        """One point on one server: the JSON of ``vllm bench serve``, and the prefix cache's hits.
+        """Measure one point on one server: the JSON of ``vllm bench serve`` and prefix cache hits.
 
         Raises:
-            DeadServerError: the server is gone.
+            DeadServerError: the server has died.
         """
         options = self._options
         before = _prefix_cache(server) if server.answers() else None
@@ -100,7 +100,7 @@ class Loader:
             *("--tokenizer", str(self._checkpoint.path), *self._prompts()),
             *("--num-prompts", str(options.requests), "--temperature", "0", "--ignore-eos"),
             *("--request-rate", str(point.rate), "--ready-check-timeout-sec", "0"),
-            # The same prompts and the same times of arrival for every variant.
+            # The same prompts and arrival times for every variant.
             *("--seed", str(1000 * number + (point.concurrency or 0))),
             *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99"),
             *("--goodput", *(f"{metric}:{limit:g}" for metric, limit in options.slo.items())),
@@ -115,7 +115,7 @@ class Loader:
                 raise
             raise DeadServerError(_why(name, server, point)) from None
         result.pop("generated_texts", None)
-        # Times to 10 microseconds; as they come they would be most of the record.
+        # Round times to 10 microseconds; unrounded they would dominate the record's size.
         result["itls"] = [[round(t, 5) for t in times] for times in result.get("itls", [])]
         if not server.answers():
             failed = f"; {result['failed']} of {options.requests} requests failed"
@@ -132,7 +132,7 @@ class Loader:
         return result
 
     def _prompts(self) -> list[str]:
-        """Random ones of one length, or those of a data set; all answers have one length."""
+        """Return options for random prompts or those of a data set; all answers have one length."""
         options = self._options
         if options.dataset is None:
             lengths = ("--random-input-len", str(options.input_length))
@@ -144,7 +144,7 @@ class Loader:
         return [*named, "--skip-chat-template"]
 
     def _check(self, name: str, result: Mapping[str, Any]) -> None:
-        """Every request that succeeded must have had the tokens asked for."""
+        """Check that every successful request has the requested number of tokens."""
         done = result["completed"]
         if result["total_output_tokens"] != done * self._options.output_length:
             raise SlebError(
@@ -158,7 +158,7 @@ def _why(name: str, server: AnyServer, point: Point) -> str:
 
 
 def cli_options(arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments of ``vllm.LLM`` as options of ``vllm serve``."""
+    """Convert arguments of ``vllm.LLM`` to options of ``vllm serve``."""
     options = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")
@@ -173,7 +173,7 @@ def cli_options(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _samples(server: AnyServer) -> Iterator[Sample]:
-    """What the server's metrics hold now."""
+    """Return the server's current metrics."""
     from prometheus_client.parser import text_string_to_metric_families
 
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=_ANSWER_TIMEOUT) as reply:
@@ -183,7 +183,7 @@ def _samples(server: AnyServer) -> Iterator[Sample]:
 
 
 def _prefix_cache(server: AnyServer) -> tuple[float, float]:
-    """Tokens found in the prefix cache and tokens looked up, since the server's start."""
+    """Return prefix cache hits and lookups in tokens since the server's start."""
     totals = {"vllm:prefix_cache_hits_total": 0.0, "vllm:prefix_cache_queries_total": 0.0}
     for sample in _samples(server):
         if sample.name in totals:
@@ -193,7 +193,7 @@ def _prefix_cache(server: AnyServer) -> tuple[float, float]:
 
 
 def cache_blocks(server: AnyServer) -> int | None:
-    """The KV cache's blocks, as the server says in its metrics."""
+    """Return the number of KV cache blocks from the server's metrics."""
     for sample in _samples(server):
         count = sample.labels.get("num_gpu_blocks", "")
         if sample.name.startswith("vllm:cache_config_info") and count.isdecimal():

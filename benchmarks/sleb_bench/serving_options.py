@@ -1,4 +1,4 @@
-"""What the workloads over HTTP were asked for."""
+"""Options of the HTTP workloads."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class ServingOptions:
     """The serving workload.
 
     Attributes:
-        rates: requests/s offered; `INF` for all at once. Empty for a ladder up to saturation, made
-            from what the dense model takes.
-        concurrency: requests in flight at most, each offered without limit of rate; may be empty.
-        requests: how many at each point.
-        input_length: tokens of a prompt.
-        output_length: tokens of an answer.
+        rates: requests/s; `INF` for all at once. Empty for a ladder up to the dense model's
+            saturation.
+        concurrency: limits on concurrent requests, each without a rate limit; may be empty.
+        requests: number of requests at each point.
+        input_length: tokens per prompt.
+        output_length: tokens per answer.
         slo: the service level in milliseconds by metric (`SLO_METRICS`): a request that meets it
             counts for the goodput. The default is MLPerf Inference's for Llama-2-70B as a server.
-        rounds: how often every point is measured.
-        dataset: prompts, of a ShareGPT file (.json) or of lines with a ``prompt`` each (.jsonl);
-            None for random tokens.
-        urls: servers that run already, by `DENSE` and `PRUNED`; empty to start our own.
+        rounds: number of measurements of each point.
+        dataset: prompts from a ShareGPT file (.json) or lines with a ``prompt`` (.jsonl); None for
+            random tokens.
+        urls: running servers by `DENSE` and `PRUNED`; empty to start new ones.
     """
 
     rates: tuple[float, ...] = ()
@@ -45,10 +45,10 @@ class ServingOptions:
     urls: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse what measures nothing.
+        """Refuse invalid values.
 
         Raises:
-            SlebError: naming the option.
+            SlebError: names the option.
         """
         lengths = (self.requests, self.input_length, self.rounds, *self.concurrency)
         if min(lengths) < 1:

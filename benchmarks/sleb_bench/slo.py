@@ -1,4 +1,4 @@
-"""The highest rate of requests at which a service level is met."""
+"""Search for the highest request rate within a service level."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 SHARE = 0.9
-"""The share of requests that must meet every limit."""
+"""Required share of requests that meet every limit."""
 _CLOSE = 1.1
 _MOST = 12
 
 
 def met(result: dict[str, Any], requests: int) -> float:
-    """The share of `requests` that met every limit, of the JSON of ``vllm bench serve``."""
+    """Return the share of `requests` that met every limit, from ``vllm bench serve``'s JSON."""
     return float(result["request_goodput"] * result["duration"] / requests)
 
 
 def bracket(tried: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
-    """The highest rate that met the level, below the lowest that did not; None if there is none.
+    """Return the highest passing rate below the lowest failing one, or None.
 
     Args:
         tried: requests/s and the share that met the limits.
@@ -28,11 +28,11 @@ def bracket(tried: Sequence[tuple[float, float]]) -> tuple[float | None, float |
 
 
 def next_rate(tried: Sequence[tuple[float, float]], capacity: float) -> float | None:
-    """The rate to try next; None when the bracket is narrow: 10 %, or twelve rates were tried.
+    """Return the next rate; None when the bracket is within 10 % or after twelve rates.
 
     Args:
-        tried: requests/s and the share that met the limits, so far.
-        capacity: requests/s that the server takes when all come at once.
+        tried: requests/s and shares that met the limits so far.
+        capacity: requests/s of the server with all requests sent at once.
     """
     low, high = bracket(tried)
     if len(tried) >= _MOST:

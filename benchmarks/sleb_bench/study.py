@@ -1,7 +1,7 @@
-"""From a model to a recommended depth: select, heal, evaluate and measure several, on one page.
+"""A study: select, heal, evaluate and benchmark several depths, and recommend one.
 
-Each step leaves a file in the study's folder, and a step whose file is there is not done again. So
-a study that was interrupted goes on where it stopped, within the step, too, where that can resume.
+Each step writes a file to the study's folder and is skipped if its file exists. So an interrupted
+study continues where it stopped, also within steps that can resume.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What a study does.
+    """Options of a study.
 
     Attributes:
         model: checkpoint folder or hub id.
         output: the study's folder.
-        blocks: the depths: how many blocks are removed; empty for 10, 20 and 30 %.
-        select: how blocks are chosen; how many is the largest depth.
-        heal: how each depth is healed; None to leave it as it is.
-        evaluation: what is judged.
-        minutes: of the benchmark, at most.
+        blocks: the depths, as numbers of removed blocks; empty for 10, 20 and 30 %.
+        select: options of the selection; the number of blocks is the largest depth.
+        heal: options of the healing; None to skip it.
+        evaluation: options of the evaluation.
+        minutes: time limit of the benchmark.
         engine_args: arguments of ``vllm.LLM``, as JSON.
         revision: of a hub model.
     """
@@ -70,7 +70,7 @@ class StudyOptions:
 
 @dataclass(frozen=True)
 class Told:
-    """Who is told how each step goes."""
+    """Receivers of each step's progress."""
 
     say: Say
     select: SelectProgress = field(default_factory=SelectProgress)
@@ -79,18 +79,18 @@ class Told:
 
 
 def study(options: StudyOptions, told: Told, *, force: bool = False) -> Path:
-    """Do what is not done yet, and write the page.
+    """Run the remaining steps, and write the page.
 
     Args:
-        options: what to do.
-        told: who is told how it goes.
-        force: write into a folder that holds other files, too.
+        options: the options.
+        told: receives progress.
+        force: also write into a folder with other files.
 
     Returns:
-        The page in Markdown; beside it lie the same as HTML and JSON, and what each step wrote.
+        The Markdown page; HTML, JSON and the steps' outputs are in the same folder.
 
     Raises:
-        SlebError: a step cannot be done, or the folder holds another study.
+        SlebError: a step fails, or the folder contains another study.
     """
     options = replace(options, blocks=_depths(options))
 
@@ -113,7 +113,7 @@ def _done(options: StudyOptions, told: Told) -> Path:
 
 
 def _depths(options: StudyOptions) -> tuple[int, ...]:
-    """In rising order, each once."""
+    """Return distinct depths in ascending order."""
     count = open_checkpoint(options.model, options.revision).num_blocks
     blocks = options.blocks or tuple(-(-count * tenths // 10) for tenths in (1, 2, 3))
     for depth in blocks:
@@ -123,7 +123,7 @@ def _depths(options: StudyOptions) -> tuple[int, ...]:
 
 
 def _settle(options: StudyOptions) -> None:
-    """Refuse a folder with a study that was asked for otherwise."""
+    """Refuse a folder with a study with different options."""
     path = options.output / SETTINGS
     asked = json.dumps(replace(options, output=Path()), default=_plain, sort_keys=True)
     digest = hashlib.sha256(asked.encode()).hexdigest()
@@ -140,7 +140,7 @@ def _settle(options: StudyOptions) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: a dataclass by its fields, a mapping as one, all else as text."""
+    """Convert dataclasses and mappings for JSON; anything else to text."""
     if is_dataclass(value):
         return {entry.name: getattr(value, entry.name) for entry in fields(value)}
     return dict(value) if isinstance(value, Mapping) else str(value)
@@ -180,7 +180,7 @@ def _judged(
 
 
 def _measured(options: StudyOptions, manifest: Manifest, told: Told) -> Mapping[str, Any]:
-    """The benchmark's report. Healing changes no shape, so pruned models are measured alone."""
+    """Run the benchmark on pruned models only, because healing changes no shapes."""
     folder = options.output / "bench"
     if (folder / RECORDS).exists():
         report = report_of(folder)
@@ -196,7 +196,7 @@ def _measured(options: StudyOptions, manifest: Manifest, told: Told) -> Mapping[
         engine_args=options.engine_args,
     )
     context = context_length(open_checkpoint(options.model, options.revision))
-    # Behind a prompt comes a token.
+    # A token follows the prompt.
     fits = min(asked.prompt_length, context - 1)
     bench(replace(asked, prompt_length=fits), manifest, options.blocks, told.say)
     return report_of(folder)

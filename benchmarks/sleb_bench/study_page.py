@@ -1,4 +1,4 @@
-"""A study's page: quality over measured speed, and the depth to serve."""
+"""A study's page: quality over measured speed, and the recommended depth."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Depth:
 
     Attributes:
         model: ``dense``, ``pruned`` or ``healed``.
-        blocks: how many are removed.
-        speed: over dense, with its interval, by workload.
+        blocks: number of removed blocks.
+        speed: speed-up over dense with its interval, by workload.
         perplexity: by text.
-        agreement: the least share of places with the dense model's likeliest token; None of dense.
-        answers: the share of the dense model's answers that is given; None of dense.
-        accuracy: the mean of the tasks; None where there are none.
+        agreement: lowest share of positions with the dense model's most likely token; None for
+            dense.
+        answers: reproduced share of the dense model's answers; None for dense.
+        accuracy: mean of the tasks, or None.
         verdict: see `sleb_serve.evaluation.verdict`.
     """
 
@@ -49,12 +50,12 @@ class Depth:
 
     @property
     def gain(self) -> float:
-        """Its speed-up: of generation, where that was measured."""
+        """Return its speed-up, of generation if measured."""
         return self._measured[0]
 
     @property
     def faster(self) -> bool:
-        """Whether it was shown to be faster than dense."""
+        """Return whether it is measurably faster than dense."""
         gain, interval = self._measured
         return (gain if interval is None else interval[0]) > 1
 
@@ -64,7 +65,7 @@ class Depth:
 
 
 def depths(evaluations: Mapping[str, Report], measured: Report) -> list[Depth]:
-    """The dense model, and each depth pruned and healed."""
+    """Return the dense model, and each depth pruned and healed."""
     found = []
     entries = [
         (model, entry) for model, report in evaluations.items() for entry in report["results"]
@@ -88,7 +89,7 @@ def depths(evaluations: Mapping[str, Report], measured: Report) -> list[Depth]:
 
 
 def recommended(found: Sequence[Depth]) -> tuple[Depth | None, str]:
-    """The fastest depth that is safe, or else that is to be checked, and why."""
+    """Return the fastest safe depth, or else the fastest to check, with the reason."""
     for word, why in (
         ("safe", "the fastest that every measure calls safe"),
         ("check", "the fastest that no measure calls harmful; check it on your own traffic"),
@@ -103,7 +104,7 @@ def recommended(found: Sequence[Depth]) -> tuple[Depth | None, str]:
 def write_page(
     folder: Path, manifest: Manifest, evaluations: Mapping[str, Report], measured: Report
 ) -> Path:
-    """Write the page as Markdown, HTML and JSON, and its picture.
+    """Write the page as Markdown, HTML and JSON, and its plot.
 
     Returns:
         The Markdown file.
@@ -166,24 +167,24 @@ def _table(found: Sequence[Depth]) -> Section:
     notes = (
         "Speeds are pruned over dense, with 95 % intervals; healing changes no shape, so a healed "
         "model has its pruned one's speed.",
-        "Same tokens: the share of places where the model finds the dense model's likeliest next "
-        "token the likeliest, on the text where it is least. Same answers: the mean share of the "
-        "dense model's answers to short questions before the first other token.",
+        "Same tokens: the share of positions with the dense model's most likely next token, on "
+        "the text with the lowest share. Same answers: the mean share of the dense model's "
+        "answers to short questions before the first different token.",
     )
     return Section("Every depth", tuple(rows), notes)
 
 
 def _steps() -> Section:
     files = (
-        "`manifest.json`, `healed.json`: what is removed, and the changes of the weights that stay",
-        "`eval.json`, `healed.eval.json`: quality; lm-eval's own results lie beside them",
-        "`bench/report.html`: how speed was measured",
+        "`manifest.json`, `healed.json`: the removed blocks, and the updates of the kept weights",
+        "`eval.json`, `healed.eval.json`: quality; lm-eval's own results are next to them",
+        "`bench/report.html`: the speed measurements",
     )
-    return Section("What it was made from", (), files)
+    return Section("Source files", (), files)
 
 
 def _picture(found: Sequence[Depth]) -> bytes:
-    """Quality over measured speed: a panel a text, and one for the tasks."""
+    """Plot quality over measured speed: a panel per text, and one for the tasks."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""A report as tables and lines, to be written as Markdown or as a page."""
+"""A report as tables and lines, for Markdown or HTML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Section:
-    """A titled table with notes below; ``rows[0]`` is its head; no rows, only notes."""
+    """A titled table with notes; ``rows[0]`` is its header; may have only notes."""
 
     title: str
     rows: tuple[Row, ...]
@@ -24,14 +24,14 @@ class Section:
 
 
 def title(report: Report) -> str:
-    """The model and what was removed of it."""
+    """Describe the model and its removed blocks."""
     counts = sorted({v["blocks"] for v in report["variants"].values()} - {0})
     removed = ", ".join(map(str, counts)) or "none"
     return f"{report['model']}: {removed} of {report['num_blocks']} blocks removed"
 
 
 def sections(report: Report) -> list[Section]:
-    """Everything a report says, the most important first."""
+    """Return all sections of a report, most important first."""
     found = []
     if report["failures"]:
         found.append(Section("Broken off", (), tuple(report["failures"])))
@@ -47,7 +47,7 @@ def sections(report: Report) -> list[Section]:
 
 
 def with_interval(value: float, interval: Sequence[float] | None) -> str:
-    """A ratio and its interval."""
+    """Format a ratio and its interval."""
     if interval is None:
         return f"{value:.3f} (one sample)"
     return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
@@ -67,7 +67,7 @@ def _ratio_cells(ratio: Mapping[str, Any]) -> Row:
 
 
 def efficiency_cell(ratio: Mapping[str, Any]) -> str:
-    """What the interval says of the gain that was to be had."""
+    """Describe the gain that the interval shows."""
     if ratio["efficiency"] is not None:
         low, high = (100 * edge for edge in ratio["efficiency_interval"])
         above = f"{ABOVE}: " if ratio["verdict"] == ABOVE else ""
@@ -108,7 +108,7 @@ _HOW = (
 
 
 def _costs(workload: Mapping[str, Any]) -> str:
-    """In the price's currency, of tokens as the workload counts them."""
+    """Format costs in the price's currency, for the workload's counted tokens."""
     costs = workload["cost_per_million"].items()
     return ", ".join(f"{variant} {cost:.3g}" for variant, cost in costs)
 
@@ -120,7 +120,7 @@ def _cpu(ratio: Mapping[str, Any]) -> str:
 
 
 def _outside(workload: Mapping[str, Any]) -> str:
-    """What part of the dense time no removed block saves, as far as the interval tells."""
+    """Describe the share of the dense time that pruning does not reduce."""
     outside = workload["outside_blocks"]
     if outside is None:
         return ""
@@ -135,7 +135,7 @@ def _outside(workload: Mapping[str, Any]) -> str:
 
 
 def _pairs_note(workload: str, ratio: Mapping[str, Any]) -> str:
-    """How many pairs, and what is to be known of them."""
+    """Describe the number of pairs and their conditions."""
     pairs = ratio["pairs"]
     starts, bad = len({pair["start"] for pair in pairs}), sum(p["disturbed"] for p in pairs)
     text = f"{workload}, {ratio['variant']} / {ratio['over']}: {len(pairs)} pairs"
@@ -152,7 +152,7 @@ def _pairs_note(workload: str, ratio: Mapping[str, Any]) -> str:
 
 
 def _end_notes(report: Report) -> list[str]:
-    """Why the turns ended, and which intervals are wider than was asked for."""
+    """Describe why the turns ended, and intervals wider than requested."""
     end, options = report["end"], report["options"]
     if end is None:
         return []
@@ -232,7 +232,7 @@ def _serving(report: Report) -> list[Section]:
 
 
 def _slo(report: Report) -> Section:
-    """The highest rates that met the service level."""
+    """Return a table of the highest rates that met the service level."""
     slo = report["slo"]
     rows: list[Row] = [("variant", "requests/s", "not at", "over", "ratio (between)")]
     for name, found in slo["variants"].items():
@@ -254,7 +254,7 @@ def _slo(report: Report) -> Section:
 
 
 def load_name(point: Mapping[str, Any]) -> str:
-    """A point of the ladder in words."""
+    """Describe a point of the ladder."""
     if point["max_concurrency"] is not None:
         return f"{point['max_concurrency']} in flight"
     rate = point["request_rate"]

@@ -1,4 +1,4 @@
-"""Engines measured by turns: starts, warm-up, pairs, until the intervals are narrow enough."""
+"""Measures engines in turns: starts, warm-up and pairs, until the intervals are narrow enough."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _NEWS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured by turns.
+    """Plan of the turns.
 
     Attributes:
         todo: the workloads.
-        draw: the prompts of one call of a workload, by a seed.
+        draw: returns the prompts of one call of a workload for a seed.
         sequences: held-out text for the perplexity; may be empty.
-        output: where logs and profiles go.
-        precision: how far an interval may reach to a side, as 0.02.
-        minutes: to spend, from when the first engines are ready.
-        starts: of every engine, at least.
-        one_at_a_time: no two engines at once.
-        profile: also profile each workload once.
+        output: folder for logs and profiles.
+        precision: target half-width of intervals, such as 0.02.
+        minutes: time limit, from when the first engines are ready.
+        starts: minimum starts of every engine.
+        one_at_a_time: whether to run one engine at a time.
+        profile: whether to profile each workload once.
     """
 
     todo: Sequence[Workload]
@@ -51,13 +51,13 @@ class Plan:
 def measure_by_turns(
     plan: Plan, variants: Sequence[Variant], records: Records, say: Say
 ) -> dict[str, Any]:
-    """Start engines and measure them until the intervals are narrow or the time is over.
+    """Start engines and measure them until the intervals are narrow or the time is up.
 
     Args:
-        plan: what to measure, and how long.
-        variants: what takes turns.
-        records: gets every engine, sample and quality; saved now and then.
-        say: told how it goes.
+        plan: the plan.
+        variants: the variants to measure.
+        records: receives every engine, sample and quality; saved regularly.
+        say: receives progress messages.
 
     Returns:
         Why it ended, and the minutes it took.
@@ -79,7 +79,7 @@ class _Turns:
         self._dense_blocks: int | None = None
 
     def run(self) -> dict[str, Any]:
-        """All starts."""
+        """Run all starts."""
         plan, pace, start = self.plan, self.pace, 0
         groups = [[v] for v in self.variants] if plan.one_at_a_time else [list(self.variants)]
         while True:
@@ -102,13 +102,13 @@ class _Turns:
 
     @contextmanager
     def _engines(self, start: int, group: Sequence[Variant]) -> Iterator[dict[str, Engine]]:
-        """The engines of a group; which of them starts first changes."""
+        """Start the engines of a group in a varying order."""
         with ExitStack() as stack:
             hosts: dict[str, Host] = {}
             engines: dict[str, Engine] = {}
             turn = (start - 1) % len(group)
             order = [*group[turn:], *group[:turn]]
-            # How large a cap is, only the dense engine knows.
+            # Only the dense engine knows the cap.
             for variant in sorted(order, key=lambda v: v.capped):
                 name = variant.name
                 process = name if self.plan.one_at_a_time else self._processes[name]
@@ -132,7 +132,7 @@ class _Turns:
         return replace(variant.spec, arguments=arguments)
 
     def _measure(self, start: int, group: Sequence[Variant], engines: Mapping[str, Engine]) -> None:
-        """Warm up, then rounds until this start is over."""
+        """Warm up, then measure rounds until this start is over."""
         calls = {w.name: self._warm_up(start, w, group, engines) for w in self.plan.todo}
         left, done = {workload.name for workload in self.plan.todo}, 0
         while left:
@@ -157,10 +157,10 @@ class _Turns:
         group: Sequence[Variant],
         engines: Mapping[str, Engine],
     ) -> int:
-        """Turns until they get no faster; how many calls make a turn of a second."""
+        """Run turns until they stop getting faster; return the calls per turn of a second."""
         seconds: list[float] = []
         calls, number = 1, 0
-        # The sum of all engines: on a busy machine a single one is often the fastest by chance.
+        # Use the sum of all engines: on a busy machine a single one is often fastest by chance.
         while warms_up(seconds):
             found = self._round(start, number, workload, calls, group, engines)
             seconds.append(sum(found.values()) / calls)
@@ -177,7 +177,7 @@ class _Turns:
         order: Sequence[Variant],
         engines: Mapping[str, Engine],
     ) -> dict[str, float]:
-        """A turn of a workload on each engine: the same prompts; seconds by variant."""
+        """Run a turn on each engine with the same prompts; return seconds by variant."""
         seeds = [f"{start} {number} {call}" for call in range(calls)]
         prompts = [self.plan.draw(workload, seed) for seed in seeds]
         times = {}
@@ -191,7 +191,7 @@ class _Turns:
         return times
 
     def _ratios(self) -> Ratios:
-        """What the samples give so far, by workload; as the report will say it."""
+        """Return the ratios so far by workload, computed as in the report."""
         samples = [r for r in self.records.entries if r["record"] == "sample"]
         started = [r for r in self.records.entries if r["record"] == "engine"]
         found = {}
@@ -204,7 +204,7 @@ class _Turns:
         return found
 
     def _once(self, group: Sequence[Variant], engines: Mapping[str, Engine]) -> None:
-        """What every start would give again: the quality, and where the time goes."""
+        """Measure values that do not change between starts: quality and profile."""
         for variant in group:
             engine = engines[variant.name]
             if self.plan.sequences:
@@ -219,7 +219,7 @@ class _Turns:
 
 
 def _order(group: Sequence[Variant], number: int) -> list[Variant]:
-    """Who goes first changes, so that drift favours none: reversed from one round to the next."""
+    """Reverse the order in each round, so that drift favours no variant."""
     turn = (number - 1) // 2 % len(group)
     order = [*group[turn:], *group[:turn]]
     return order if number % 2 else order[::-1]
@@ -232,7 +232,7 @@ def _ready(name: str, about: Mapping[str, Any]) -> str:
 
 
 def _so_far(ratios: Ratios, done: int) -> str:
-    """The ratios in one line."""
+    """Format the ratios in one line."""
     texts = []
     for name, found in ratios.items():
         for ratio in found:

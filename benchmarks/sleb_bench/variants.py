@@ -1,4 +1,4 @@
-"""What is compared: the dense model, its prunings, and what they are held against."""
+"""The compared variants: the dense model, its prunings, and references."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from sleb_serve.serving.command import engine_arguments
 
 DENSE = "dense"
 BESIDE = ("dense", "export", "capped", "transformers")
-"""What can run beside the dense model and its prunings."""
+"""Optional variants besides the dense model and its prunings."""
 _AGAIN, _CAPPED = "-again", "-capped"
-# Stock vLLM: no plugin at all is loaded.
+# Stock vLLM without any plugin.
 _NO_PLUGIN = {"VLLM_PLUGINS": "none"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the models that take turns.
+    """A model that takes turns.
 
     Attributes:
-        name: as in the records.
-        blocks: how many are removed.
+        name: its name in the records.
+        blocks: number of removed blocks.
         spec: the engine to start.
-        pruning: what is removed; None for the dense model.
-        over: the variant that its ratio is taken over; None for the dense model.
-        capped: give it the dense model's number of KV cache blocks.
+        pruning: the pruning; None for the dense model.
+        over: the reference of its ratio; None for the dense model.
+        capped: whether it has the dense model's number of KV cache blocks.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Variant:
     capped: bool = False
 
     def can(self, measure: str) -> bool:
-        """Whether it can be measured so; see `Workload`."""
+        """Return whether it supports a measure; see `Workload`."""
         return self.spec.backend == "vllm" or measure != "decode"
 
     def about(self) -> dict[str, Any]:
-        """As it stands in the records."""
+        """Return its record."""
         return {
             "variant": self.name,
             "blocks": self.blocks,
@@ -61,12 +61,12 @@ class Variant:
 
 
 def processes(variants: Sequence[Variant], *, gpu: bool) -> dict[str, str]:
-    """The process of each variant's engine, by a name of it.
+    """Return the process name of each variant's engine.
 
-    Engines of one process differ from start to start by less than can be measured; in processes of
-    their own, the same two differed by up to a quarter. One process holds what runs on one CPU in
-    the same environment. Several ranks have processes of their own anyway, and on a GPU each engine
-    measures what memory its process may have.
+    Engines in one process do not differ measurably between starts; in separate processes, the same
+    two differed by up to a quarter. Engines on one CPU with the same environment share a process.
+    Several ranks always have their own processes, and on a GPU each engine measures its process's
+    available memory.
     """
     found = {}
     for variant in variants:
@@ -78,12 +78,12 @@ def processes(variants: Sequence[Variant], *, gpu: bool) -> dict[str, str]:
 
 
 def is_beside(name: str) -> bool:
-    """Whether a variant is something held against the dense model or a pruning, not one itself."""
+    """Return whether a variant is only a reference."""
     return "-" in name
 
 
 def uncapped(name: str) -> str | None:
-    """The pruning whose KV cache a variant may not have; None if it is not such a variant."""
+    """Return the pruning of a variant with a capped KV cache; None for other variants."""
     return name.removesuffix(_CAPPED) if name.endswith(_CAPPED) else None
 
 
@@ -94,16 +94,16 @@ def make_variants(
     beside: Sequence[str],
     scratch: Path,
 ) -> tuple[Variant, ...]:
-    """The dense model, each pruning, and for each pruning what `beside` names.
+    """Return the dense model, each pruning, and for each pruning the variants in `beside`.
 
     Args:
-        manifests: the prefixes to measure.
+        manifests: the prunings to measure.
         checkpoint: the dense model.
-        arguments: of ``vllm.LLM``, for all.
+        arguments: ``vllm.LLM`` arguments for all.
         beside: of `BESIDE`: ``dense``, a second dense engine (A/A); ``export``, the exported
             checkpoint in stock vLLM; ``capped``, the pruned model with the dense model's KV cache;
             ``transformers``, ``generate`` of Transformers.
-        scratch: a folder for exported checkpoints.
+        scratch: folder for exported checkpoints.
 
     Raises:
         SlebError: the model cannot be exported.

@@ -1,4 +1,4 @@
-"""What is measured: prompt processing and generation, apart and as the paper does."""
+"""Workloads: prompt processing and generation, separately and as in the paper."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from sleb_serve.errors import SlebError
 from sleb_serve.roofline.workload import OFFICIAL, Workload
 
 DECODE_PROMPT_LENGTH = 4
-"""Short prompts: the decode workload is about generation, its processor seconds included."""
+"""Short prompts, because the decode workload measures generation, including its CPU-seconds."""
 
 LENGTHS = {"1k/1k": (1024, 1024), "1k/8k": (1024, 8192), "8k/1k": (8192, 1024)}
-"""Tokens in and out, as public benchmarks name them."""
+"""Input and output tokens, named as in public benchmarks."""
 NAMES = ("prefill", "decode", "official", "saturated", *LENGTHS)
 
 
 def workloads(
     names: Sequence[str], *, prompt_length: int, batch: int, output_length: int, requests: int
 ) -> tuple[Workload, ...]:
-    """The workloads of these names.
+    """Return workloads by name.
 
     Args:
-        names: of `NAMES`.
-        prompt_length: of the prefill workload.
-        batch: sequences of the decode workload, and of those in `LENGTHS`.
-        output_length: of the decode and the saturated workload.
-        requests: of the saturated workload.
+        names: names from `NAMES`.
+        prompt_length: prompt length of the prefill workload.
+        batch: sequences of the decode workload and those in `LENGTHS`.
+        output_length: output length of the decode and saturated workloads.
+        requests: requests of the saturated workload.
 
     Raises:
-        SlebError: an unknown name, or no name at all.
+        SlebError: a name is unknown, or there are none.
     """
     known: dict[str, tuple[Workload, ...]] = {
         "prefill": (Workload("prefill", "prefill", 1, prompt_length, 1),),

@@ -1,10 +1,10 @@
-"""A pruned server under mixed load for some minutes: failures, memory, and answers that stay.
+"""Test a pruned server under mixed load for some minutes: failures, memory, stable answers.
 
 Usage: measure.py MODEL M.json OUTPUT.json [--minutes 20] [--concurrency 16] [--dtype float32] (for
-a CPU that has no bfloat16 of its own). Sixteen clients send short and long prompts, streamed and
-whole, break streams off, and send what is malformed. Failed well-formed requests must be none,
-resident memory after the first fifth must not grow by 5 %, and greedy answers must be at the end
-what they were at the start.
+a CPU without native bfloat16). Sixteen clients send short and long prompts, streamed and complete,
+abort streams, and send malformed requests. No well-formed request may fail, resident memory after
+the first fifth must not grow by 5 %, and greedy answers must be the same at the end as at the
+start.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _GROWTH = 0.05
 
 
 class Load:
-    """Clients that go on until told to stop, and what came of it."""
+    """Clients that run until stopped, and their results."""
 
     def __init__(self, url: str, model: str, concurrency: int) -> None:
         self._url, self._model = f"{url}/v1/completions", model
@@ -107,7 +107,7 @@ class Load:
 
 
 def answers(url: str, model: str) -> list[str]:
-    """Greedy answers to all prompts, one after another."""
+    """Return greedy answers to all prompts, one after another."""
     found = []
     for prompt in PROMPTS:
         body = {"model": model, "prompt": prompt, "max_tokens": 32, "temperature": 0}
@@ -118,14 +118,14 @@ def answers(url: str, model: str) -> list[str]:
 
 
 def resident(server: Server) -> int:
-    """Bytes resident in all of the server's processes, shared ones counted once."""
+    """Return the resident bytes of all server processes, counting shared ones once."""
     process = psutil.Process(server.process.pid)
     family = [process, *process.children(recursive=True)]
     return sum(member.memory_full_info().pss for member in family)
 
 
 def main() -> int:
-    """Run it; 0 if all three conditions hold."""
+    """Run the test; return 0 if all three conditions hold."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("manifest")

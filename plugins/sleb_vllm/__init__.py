@@ -1,9 +1,9 @@
 """vLLM plugin: serve a model without the decoder layers that a manifest removes.
 
 A pruned model is an ordinary model with fewer layers. The plugin registers a config parser that
-says so (``--config-format sleb``) and a model loader that passes over the tensors of removed layers
-and renumbers the others (``--load-format sleb``), both by vLLM's own registries. vLLM's unchanged
-model class does the rest. What is removed travels in ``--hf-overrides``, and from there in the
+cuts the config (``--config-format sleb``) and a model loader that skips the tensors of removed
+layers and renumbers the others (``--load-format sleb``), both in vLLM's own registries. vLLM's
+unchanged model class does the rest. The removed blocks travel in ``--hf-overrides`` and then in the
 Hugging Face config: to every worker, and into torch.compile's cache key.
 
 Importing this package costs nothing; vLLM is imported when the plugin is loaded.

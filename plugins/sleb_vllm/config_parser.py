@@ -25,24 +25,24 @@ from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.repair_file import check_sidecar
 from sleb_serve.protocol import CONFIG_KEY, FORMAT, guard_name, without_guard
 
-# A child of vLLM's own logger, so that the lines appear where vLLM's do.
+# A child of vLLM's logger, so that messages appear in vLLM's log.
 logger = init_logger("vllm.plugins.sleb")
 
 
 class SlebConfigParser(HFConfigParser):
-    """vLLM's own parser, and the result cut by the manifest in the overrides or in config.json.
+    """vLLM's own parser, with the result cut by the manifest in the overrides or in config.json.
 
-    A config that comes with neither is left as it is: it is a draft model's, which vLLM parses in
-    the format of its target.
+    A config with neither is unchanged: it is a draft model's, which vLLM parses in the format of
+    its target.
     """
 
     def parse(
         self, model: str | Path, trust_remote_code: bool, revision: str | None = None, **kwargs: Any
     ) -> tuple[dict[str, Any], Any]:
-        """The config that vLLM builds the model by. It runs before any worker starts.
+        """Return vLLM's config for building the model. Runs before any worker starts.
 
         Raises:
-            SlebError: the manifest is for another model, or the model cannot be cut so.
+            SlebError: the manifest is for another model, or the model cannot be cut like this.
         """
         given = kwargs.get("hf_overrides")
         overrides: dict[str, Any] = given if isinstance(given, dict) else {}
@@ -61,7 +61,7 @@ class SlebConfigParser(HFConfigParser):
         shorten(config, pruning)
         if not compared(dense, config, pruning.architecture, pruning.cut):
             logger.warning(
-                "Transformers has no %s, so the layers that stay were not compared with the dense "
+                "Transformers has no %s, so the kept layers were not compared with the dense "
                 "model's before the start",
                 pruning.architecture,
             )
@@ -78,13 +78,13 @@ class SlebConfigParser(HFConfigParser):
         found = without_guard(found)
         config.architectures = [pruning.architecture]
         if CONFIG_KEY in overrides:
-            # vLLM applies what is left of them to the config that is returned.
+            # vLLM applies the remaining overrides to the returned config.
             _take_own(overrides, pruning)
         return found, config
 
 
 def register_parser() -> None:
-    """Make the format known to vLLM. Idempotent."""
+    """Register the format in vLLM. Idempotent."""
     try:
         known = isinstance(get_config_parser(FORMAT), SlebConfigParser)
     except ValueError:

@@ -43,10 +43,10 @@ logger = init_logger("vllm.plugins.sleb")
 
 
 class SlebModelLoader(BaseModelLoader):
-    """Builds vLLM's own model by the cut config, and gives it the tensors under their new names.
+    """Builds vLLM's own model from the cut config, and loads the tensors under their new names.
 
-    ``--model-loader-extra-config '{"reader": …}'`` names the load format that reads the files,
-    ``hf`` without it; its other entries are for that one.
+    ``--model-loader-extra-config '{"reader": …}'`` names the load format that reads the files
+    (default ``hf``), which gets the other entries.
     """
 
     def __init__(self, load_config: Any) -> None:
@@ -58,16 +58,16 @@ class SlebModelLoader(BaseModelLoader):
         self._vllm_config: Any = None
 
     def download_model(self, model_config: Any) -> None:
-        """Fetch the files of all layers that stay."""
+        """Download the files of all kept layers."""
         pruning = Pruning.of_config(model_config.hf_config)
         self._reader(model_config, pruning).download_model(model_config)
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
-        """The model without its removed layers.
+        """Load the model without its removed layers.
 
         Raises:
-            SlebError: there is no manifest, it is not the model's, or what vLLM built or read is
-                not what it leaves.
+            SlebError: there is no manifest, it does not match the model, or vLLM built or read
+                other layers than it keeps.
         """
         pruning = Pruning.of_config(model_config.hf_config)
         if pruning is None:
@@ -88,7 +88,7 @@ class SlebModelLoader(BaseModelLoader):
             )
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Read the checkpoint into a model that was built by a cut config."""
+        """Read the checkpoint into a model that was built from a cut config."""
         pruning = Pruning.of_config(model_config.hf_config)
         assert pruning is not None
         checkpoint = self._checkpoint(model_config)
@@ -112,8 +112,8 @@ class SlebModelLoader(BaseModelLoader):
                 # A model from the hub is on this machine only now; one rank looks at it for all.
                 compare_loaded(model_config.model, checkpoint, pruning, logger.info)
             read, skipped = checkpoint.tensor_bytes(frozenset(pruning.removed)) or (None, None)
-            # Counted again, since loading may add a parameter (a head's bias), and now rather than
-            # later, since backends repack weights once they are loaded.
+            # Count again, because loading may add a parameter (a head's bias), and do it now,
+            # because backends repack weights after loading.
             built = replace(
                 built,
                 parameters=_count(model),
@@ -169,7 +169,7 @@ class SlebModelLoader(BaseModelLoader):
 
 
 class _Renaming:
-    """Stands for a model while a reader loads it: the same, but for the tensors it is given."""
+    """Wraps a model while a reader loads it, and maps the tensors."""
 
     def __init__(self, model: nn.Module, tensors: ShorterTensors, opener: NeededOnly) -> None:
         self._model, self._tensors, self._opener = model, tensors, opener
@@ -182,19 +182,19 @@ class _Renaming:
 
     @property
     def allow_patterns_overrides(self) -> list[str] | None:
-        # Without, vLLM wants every file that the index names.
+        # Without this, vLLM requires every file in the index.
         own: list[str] | None = getattr(self._model, "allow_patterns_overrides", None)
         return ["*.safetensors"] if own is None and self._opener.leaves_files_out else own
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
-        # Asked by vLLM to leave out whole files, from 0.32.
+        # vLLM calls this to skip whole files, from 0.32 on.
         unused = getattr(self._model, "is_unused_checkpoint_weight", lambda name: False)
         return not self._opener.is_needed(name) or bool(unused(name))
 
 
 @contextmanager
 def only_needed(checkpoint: Checkpoint, pruning: Pruning) -> Iterator[NeededOnly]:
-    """While this is open, vLLM's safetensors readers do not see the tensors of removed layers."""
+    """Hide the tensors of removed layers from vLLM's safetensors readers inside the context."""
     stock = weight_utils.safe_open
     opener = NeededOnly(checkpoint, pruning, stock)
     weight_utils.safe_open = opener
@@ -205,7 +205,7 @@ def only_needed(checkpoint: Checkpoint, pruning: Pruning) -> Iterator[NeededOnly
 
 
 def register_loader() -> None:
-    """Make the format known to vLLM, and keep others away from a pruned model. Idempotent."""
+    """Register the format in vLLM, and block other loaders for pruned models. Idempotent."""
     try:
         from vllm.config.load import LoadConfig
 
@@ -216,7 +216,7 @@ def register_loader() -> None:
 
 
 def _guard_others() -> None:
-    """Let every other loader refuse a pruned model: it would load the wrong layers into it."""
+    """Make every other loader refuse a pruned model, which it would load incorrectly."""
     pending = [BaseModelLoader]
     while pending:
         loader = pending.pop()
@@ -245,7 +245,7 @@ def _guarded(load_model: Any) -> Any:
 
 
 def _draft_loader(vllm_config: Any, model_config: Any) -> SlebModelLoader | None:
-    """The plugin's loader, for a draft that was given it: vLLM loads some drafts as the target."""
+    """Return the plugin's loader for a draft that uses it: vLLM loads some drafts as the target."""
     asked = getattr(vllm_config.speculative_config, "draft_load_config", None)
     if model_config.runner_type != "draft" or asked is None or asked.load_format != FORMAT:
         return None

@@ -1,4 +1,4 @@
-"""LoRA adapters that were trained on the dense model: the same layers under their new numbers."""
+"""LoRA adapters of the dense model: renumbers their layers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sleb_serve.cut.config import Cut
 
 @dataclass
 class Renumbered(WeightsMapper):
-    """A model's own mapper of names, and one that also renumbers for those who ask for renames.
+    """A model's own name mapper, and one for renames that also renumbers layers.
 
-    vLLM takes the mapper of renames for adapters, whose layers are the dense model's. The one for
-    weights stays the model's own: the loader has renamed these already.
+    vLLM uses the mapper of renames for adapters, which have the dense model's layers. Weights use
+    the model's own mapper, because the loader has already renamed them.
     """
 
     path: str = ""
@@ -24,12 +24,12 @@ class Renumbered(WeightsMapper):
 
     @classmethod
     def over(cls, stock: WeightsMapper | None, path: str, cut: Cut) -> Renumbered:
-        """Over a model's own mapper, for the decoder layers under the module `path`."""
+        """Wrap a model's mapper for the decoder layers under the module `path`."""
         own = {} if stock is None else vars(stock)
         return cls(**own, path=path, cut=cut)
 
     def get_rename_mapper(self) -> Any:
-        """See the class."""
+        """Return the mapper described in the class."""
         base = getattr(super(), "get_rename_mapper", None) or super().get_unstacked_mapper
         mapper = base()
         mapper.renumbers = True
@@ -42,5 +42,5 @@ class Renumbered(WeightsMapper):
         if name is None or not self.renumbers or self.cut is None:
             return name
         prefix = f"{self.path}."
-        # A name of no module, which vLLM passes over; None it would refuse.
+        # A name of no module, which vLLM skips; it would refuse None.
         return self.cut.name(name, prefix) or f"removed.{name.removeprefix(prefix)}"

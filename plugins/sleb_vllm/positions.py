@@ -1,8 +1,8 @@
-"""Models of vLLM that tell what a layer is by the remainder of its number.
+"""vLLM models that derive a layer's type from its number modulo a period.
 
-GPT-OSS slides in every second layer, Llama 4 has experts in every nth, whatever the config lists.
-While such a model is built without some layers, a layer's number is the new one, and its remainder
-the dense model's.
+GPT-OSS has a sliding window in every second layer, Llama 4 experts in every nth, and both ignore
+the config's list. When such a model is built without some layers, a layer has its new number, but
+the remainder of its old one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _NAME = "extract_layer_index"
 
 
 class Position(int):
-    """A layer's number in the shorter model, which is divided as that in the dense one."""
+    """A layer's number in the shorter model, with the modulo of the dense model's number."""
 
     dense: int
 
     def __new__(cls, new: int, dense: int) -> Position:
-        """Number `new`, which was `dense`."""
+        """Create number `new` for the old number `dense`."""
         self = super().__new__(cls, new)
         self.dense = dense
         return self
@@ -38,7 +38,7 @@ class Position(int):
 
 @contextmanager
 def dense_remainders(cut: Cut) -> Iterator[None]:
-    """While this is open, these models' layers know their place in the dense model."""
+    """Use numbers that remember the dense model's inside the context."""
     modules = [importlib.import_module(name) for name in MODULES]
     stock = [getattr(module, _NAME) for module in modules]
     for module, function in zip(modules, stock, strict=True):

@@ -1,4 +1,4 @@
-"""What every rank built and loaded, held against the manifest and against each other."""
+"""Checks of every rank's layers against the manifest and the other ranks."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.protocol import FORMAT
 
 REPORT = "sleb_report"
-"""The workers' method that tells of a rank; see `rank_report`."""
+"""Name of the workers' report method; see `rank_report`."""
 
 
 def check_config(model_config: Any, pruning: Pruning) -> None:
-    """Refuse a config that is not the manifest's cut of the dense one, by the key that differs.
+    """Refuse a config that differs from the manifest's cut of the dense one, and name the key.
 
     Raises:
-        SlebError: something else changed what the config says of the layers.
+        SlebError: something else changed the config's layer entries.
     """
     from vllm.transformers_utils.config import HFConfigParser
 
     from sleb_vllm.config_parser import shorten
 
-    # Read once more: overrides of the user's own come after the parser.
+    # Read again, because the user's overrides are applied after the parser.
     _, config = HFConfigParser().parse(
         model_config.model, model_config.trust_remote_code, revision=model_config.revision
     )
@@ -41,10 +41,10 @@ def check_config(model_config: Any, pruning: Pruning) -> None:
 
 
 def decoder_of(model: Any, vllm_config: Any, pruning: Pruning) -> tuple[str, Any]:
-    """The name and the list of the decoder's layers in a model that vLLM built.
+    """Return the name and the list of the decoder layers in vLLM's model.
 
     Raises:
-        SlebError: it has another number of layers than the manifest leaves.
+        SlebError: its number of layers differs from the manifest's.
     """
     from torch import nn
 
@@ -55,8 +55,8 @@ def decoder_of(model: Any, vllm_config: Any, pruning: Pruning) -> tuple[str, Any
         if isinstance(module, nn.ModuleList) and len(module) == count
     }
     states = vllm_config.compilation_config.static_forward_context
-    # The layers that keep a state for each request are the decoder's, not a tower's. Encoders keep
-    # none, and some models name their states otherwise than their modules.
+    # Layers with a per-request state belong to the decoder, not to a tower. Encoders have none, and
+    # some models name their states differently from their modules.
     used = {name for name in lists if any(key.startswith(f"{name}.") for key in states)}
     used = used or {name for name in lists if not TOWERS.intersection(name.split("."))}
     used = used or set(lists)
@@ -71,23 +71,23 @@ def decoder_of(model: Any, vllm_config: Any, pruning: Pruning) -> tuple[str, Any
 
 
 def rank_report(worker: Any) -> dict[str, Any] | None:
-    """What this rank's model is, in plain values; None where it is not a pruned one."""
+    """Describe this rank's model in plain values; None if it is not pruned."""
     built = getattr(worker.get_model(), "sleb", None)
     return None if built is None else built.report(worker.rank)
 
 
 def install_report() -> None:
-    """Let the first process ask any worker of this process for its `rank_report`."""
+    """Let the first process request `rank_report` from any worker of this process."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, REPORT, rank_report)
 
 
 def check_same_digest(pruning: Pruning) -> None:
-    """Refuse to go on where ranks were given different manifests. Every rank must call it.
+    """Stop if ranks have different manifests. Every rank must call it.
 
     Raises:
-        SlebError: naming the digests.
+        SlebError: names the digests.
     """
     import torch
     from vllm.distributed import get_world_group

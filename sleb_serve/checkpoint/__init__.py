@@ -1,1 +1,1 @@
-"""A checkpoint on disk or on a hub; no torch."""
+"""Checkpoints on disk or on a hub, without torch."""

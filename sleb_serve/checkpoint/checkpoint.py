@@ -1,6 +1,6 @@
-"""A model as files: where they lie, what its config says, and the digests that name it.
+"""A model's files, its config and its digests.
 
-Needs neither torch nor transformers, so a manifest can be held against a checkpoint on any machine.
+Needs neither torch nor transformers, so any machine can compare a manifest with a checkpoint.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from sleb_serve.errors import SlebError
 from sleb_serve.protocol import CONFIG_KEY
 from sleb_serve.utils import strict_json
 
-# Keys of config.json that say how it was written or loaded, not what the model computes. The same
-# weights saved by another version of Transformers must keep their digest.
+# Keys of config.json about how it was written or loaded, which do not affect the computation. The
+# same weights saved by another version of Transformers must keep their digest.
 _NOT_THE_MODEL = frozenset(
     {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
     | {"use_cache", "architectures_version", CONFIG_KEY}
@@ -43,17 +43,17 @@ _NOTHING: Mapping[int, str] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose config.json has been read."""
+    """A model folder with its parsed config.json."""
 
     path: Path
     config: Mapping[str, Any]
 
     @property
     def architecture(self) -> str:
-        """The model class that config.json names first.
+        """Return the first model class in config.json.
 
         Raises:
-            SlebError: it names none.
+            SlebError: there is none.
         """
         names = self.config.get("architectures")
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
@@ -65,10 +65,10 @@ class Checkpoint:
 
     @property
     def num_blocks(self) -> int:
-        """How many decoder blocks config.json counts.
+        """Return the number of decoder blocks in config.json.
 
         Raises:
-            SlebError: it does not say.
+            SlebError: it has no such number.
         """
         count = count_of(self.decoder_config)
         if count is None:
@@ -81,16 +81,16 @@ class Checkpoint:
 
     @property
     def decoder_config(self) -> Mapping[str, Any]:
-        """What config.json says of the decoder: all of it, or a nested config."""
+        """Return the decoder's config: all of config.json, or a nested config."""
         path = decoder_path(self.config)
         return self.config if path is None else at(self.config, path) or {}
 
     @cached_property
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of all tensors; of shards that are not there, as the index says.
+        """Return the names of all tensors; those of missing shards come from the index.
 
         Raises:
-            SlebError: there are no weights, or a file is cut short.
+            SlebError: there are no weights, or a file is truncated.
         """
         for single, index in WEIGHT_FILES:
             if (self.path / single).is_file():
@@ -102,10 +102,10 @@ class Checkpoint:
 
     @cached_property
     def layer_prefix(self) -> str:
-        """What comes before the decoder's layer numbers in tensors' names.
+        """Return the prefix of the decoder's layer numbers in tensor names.
 
         Raises:
-            SlebError: the weights are of fewer layers than config.json counts.
+            SlebError: the weights have fewer layers than config.json.
         """
         try:
             return decoder_prefix(self.tensor_names, self.num_blocks)
@@ -113,11 +113,11 @@ class Checkpoint:
             raise SlebError(f"{self.path}: {error}") from None
 
     def check_layers(self) -> None:
-        """Refuse weights of other layers than config.json counts; see `layer_prefix`."""
+        """Refuse weights that do not match config.json's layer count; see `layer_prefix`."""
         _ = self.layer_prefix
 
     def is_quantised(self) -> bool:
-        """Whether config.json or a file beside it says how the weights are quantised."""
+        """Return whether config.json or another file describes a quantisation."""
         inside = (
             c.get(key) for c in (self.config, self.decoder_config) for key in QUANTISATION_KEYS
         )
@@ -126,13 +126,13 @@ class Checkpoint:
         )
 
     def quantisation_files(self) -> dict[str, Any]:
-        """Contents of the files beside config.json that say how the checkpoint is quantised."""
+        """Return the contents of separate quantisation config files."""
         files = (self.path / name for name in QUANTISATION_FILES)
         return {file.name: read_json(file) for file in files if file.is_file()}
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weights, as config.json says; Transformers takes float32 without."""
+        """Return the dtype in config.json; float32 without one, as in Transformers."""
         for config in (self.config, self.decoder_config):
             for key in ("dtype", "torch_dtype"):
                 if isinstance(name := config.get(key), str):
@@ -140,19 +140,18 @@ class Checkpoint:
         return "float32"
 
     def config_sha256(self) -> str:
-        """Digest of config.json without the keys that say how it was written or loaded."""
+        """Return the digest of config.json without the keys about how it was written or loaded."""
         kept = {key: value for key, value in self.config.items() if key not in _NOT_THE_MODEL}
         return hashlib.sha256(strict_json.canonical(kept)).hexdigest()
 
     def weight_files(self, without: frozenset[int] = frozenset()) -> tuple[Path, ...]:
-        """The files that hold the weights, safetensors before PyTorch's, as Transformers prefers.
+        """Return the weight files, preferring safetensors over PyTorch's, as Transformers does.
 
         Args:
-            without: blocks whose weights are not wanted; shards that hold nothing else are left
-                out, and need not be there.
+            without: blocks to skip; shards with only these blocks are omitted and may be missing.
 
         Raises:
-            SlebError: there are none, or the index names a file that is not there.
+            SlebError: there are none, or the index names a missing file.
         """
         for single, index in WEIGHT_FILES:
             if (self.path / single).is_file():
@@ -175,7 +174,7 @@ class Checkpoint:
         )
 
     def unneeded_files(self, without: frozenset[int]) -> frozenset[str]:
-        """Names of the shards, there or not, that hold nothing but blocks in `without`."""
+        """Return the names of shards, existing or not, with only blocks in `without`."""
         for single, index in WEIGHT_FILES:
             if (self.path / single).is_file():
                 break
@@ -257,10 +256,10 @@ class Checkpoint:
         return whole.hexdigest()
 
     def tensor_bytes(self, without: frozenset[int]) -> tuple[int, int] | None:
-        """Bytes of the tensors outside the blocks in `without`, and of those inside.
+        """Return the bytes of tensors outside the blocks in `without`, and of those inside.
 
-        The latter without shards that hold nothing else and are not on this machine. None for a
-        checkpoint in PyTorch's own format.
+        The latter excludes missing shards with only such blocks. None for a checkpoint in PyTorch's
+        own format.
         """
         files = self.weight_files(without)
         if files[0].suffix != ".safetensors":
@@ -276,12 +275,12 @@ class Checkpoint:
         return outside, inside
 
     def block_of(self, name: str) -> int | None:
-        """The decoder block that a tensor belongs to; None outside them."""
+        """Return the decoder block of a tensor; None outside the blocks."""
         index = number_after(name, self.layer_prefix)
         return index if index is not None and index < self.num_blocks else None
 
     def parameter_counts(self) -> tuple[int, list[int]] | None:
-        """Parameters outside the decoder blocks, and of each; None for a PyTorch checkpoint."""
+        """Count parameters outside the decoder blocks and per block; None for PyTorch's format."""
         files = self.weight_files()
         if files[0].suffix != ".safetensors":
             return None

@@ -1,4 +1,4 @@
-"""Which part of a config and which tensors are the decoder's."""
+"""The decoder's part of a config and its tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sleb_serve.errors import SlebError
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""`num_hidden_layers` goes by these names in config.json; Transformers maps them."""
+"""Other names of `num_hidden_layers` in config.json; Transformers maps them."""
 
 
 MAX_BLOCKS = 100_000
-"""More blocks than any model has; keeps a hostile block count from costing memory."""
+"""More blocks than any model has; limits the memory that a malicious block count can use."""
 
 
 DECODER_PATHS: tuple[tuple[str, ...], ...] = (
@@ -28,11 +28,13 @@ DECODER_PATHS: tuple[tuple[str, ...], ...] = (
     ("generator",),
     ("talker_config", "text_config"),
 )
-"""Where models of several parts keep the decoder's config, the first that counts layers."""
+"""Keys of the decoder's config in models with several parts; the first with a layer count
+applies.
+"""
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text, for tables of keys."""
+    """Split a text into words, for tables of keys."""
     return frozenset(text.split())
 
 
@@ -44,15 +46,15 @@ TOWERS = words(
     "vision_embed_tokens vision_encoder vision_model vision_module vision_tower visual "
     "visual_encoder visual_tokenizer vit vpm vqmodel"
 )
-"""Parts of tensors' names that lead into a model's other parts, not into its decoder."""
+"""Name components of tensors outside the decoder."""
 
 
 COUNTED = ("layers_block_type", "hybrid_override_pattern")
-"""Keys whose entries are counted where no key says the number: Nemotron-H's."""
+"""Keys with one entry per layer, counted if no key has the number: Nemotron-H's."""
 
 
 def count_of(values: Mapping[str, Any]) -> int | None:
-    """How many layers a config counts; None if it does not say."""
+    """Return a config's layer count; None if it has none."""
     for key in COUNT_KEYS:
         value = values.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_BLOCKS:
@@ -65,7 +67,7 @@ def count_of(values: Mapping[str, Any]) -> int | None:
 
 
 def decoder_path(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The keys that lead to the decoder's entries in a config; None if none counts layers."""
+    """Return the path of the decoder's config; None if no part has a layer count."""
     for path in (*DECODER_PATHS, ()):
         values = at(config, path)
         if values is not None and count_of(values) is not None:
@@ -74,7 +76,7 @@ def decoder_path(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def at(config: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any] | None:
-    """The nested config at `path`; None if there is none."""
+    """Return the nested config at `path`; None if there is none."""
     for key in path:
         nested = config.get(key)
         if not isinstance(nested, Mapping):
@@ -84,7 +86,7 @@ def at(config: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any] | No
 
 
 def number_after(name: str, prefix: str) -> int | None:
-    """The number that follows `prefix` in a dotted name; None if there is none."""
+    """Return the number after `prefix` in a dotted name; None if there is none."""
     if not name.startswith(prefix):
         return None
     number = name[len(prefix) :].partition(".")[0]
@@ -92,14 +94,14 @@ def number_after(name: str, prefix: str) -> int | None:
 
 
 def decoder_prefix(names: Iterable[str], count: int) -> str:
-    """What comes before the layer numbers in the names of the decoder's tensors.
+    """Find the prefix of the layer numbers in the decoder's tensor names.
 
     Args:
-        names: of a checkpoint's tensors.
-        count: how many layers the config counts.
+        names: names of a checkpoint's tensors.
+        count: the config's layer count.
 
     Raises:
-        SlebError: the tensors are of fewer layers, or several parts of the model have so many.
+        SlebError: the tensors have fewer layers, or several parts of the model have this many.
     """
     numbers: dict[str, set[int]] = {}
     for name in names:
@@ -132,5 +134,5 @@ def _first_number(name: str) -> Iterator[tuple[str, int]]:
 
 
 def _number(text: str) -> int | None:
-    """A layer's number as names spell it: in ASCII, without zeros before it."""
+    """Pattern of a layer number in names: ASCII digits without leading zeros."""
     return int(text) if _NUMBER.fullmatch(text) else None

@@ -18,14 +18,14 @@ WEIGHT_FILES = (
 
 _CONFIG_MAX_BYTES = 16 << 20
 _INDEX_MAX_BYTES = 100 << 20
-"""A file name for each of a million tensors."""
+"""Enough for a file name for each of a million tensors."""
 
 
 def read_json(file: Path, most: int = _CONFIG_MAX_BYTES) -> dict[str, Any]:
-    """A JSON file of a checkpoint, which holds an object.
+    """Read a JSON object from a file of a checkpoint.
 
     Raises:
-        SlebError: it cannot be read, is larger than `most` bytes, or holds something else.
+        SlebError: it cannot be read, is larger than `most` bytes, or is not an object.
     """
     try:
         value = strict_json.load(read_limited(file, most), of_others=True)
@@ -38,7 +38,7 @@ def read_json(file: Path, most: int = _CONFIG_MAX_BYTES) -> dict[str, Any]:
 
 
 def names_in(file: Path) -> list[str]:
-    """Names of the tensors in a file, of either format.
+    """Return the tensor names in a file of either format.
 
     Raises:
         SlebError: it cannot be read.
@@ -59,10 +59,10 @@ def names_in(file: Path) -> list[str]:
 
 
 def weight_map_of(index: Path) -> dict[str, str]:
-    """The file of each tensor, as an index of shards says.
+    """Read the file of each tensor from an index of shards.
 
     Raises:
-        SlebError: it cannot be read, or names what is no tensor or no file beside it.
+        SlebError: it cannot be read, or an entry is not a tensor or not a file in the same folder.
     """
     try:
         found = read_json(index, _INDEX_MAX_BYTES).get("weight_map")

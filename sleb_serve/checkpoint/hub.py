@@ -1,4 +1,4 @@
-"""A model by its folder or its id on the Hugging Face hub."""
+"""Opens a model by folder or Hugging Face hub id."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sleb_serve.protocol import without_guard
 def open_checkpoint(
     model: str, revision: str | None = None, cache_dir: str | None = None
 ) -> Checkpoint:
-    """Find `model`'s config.json: a local folder, or a hub id whose config is fetched if need be.
+    """Open `model`, a local folder or a hub id; download config.json if needed.
 
     Args:
         model: a folder, or an id on the Hugging Face hub.
         revision: branch, tag or commit on the hub; None for the default.
-        cache_dir: where hub models are kept on this machine; None for the hub library's default.
+        cache_dir: local cache of hub models; None for the hub library's default.
 
     Raises:
-        SlebError: there is no such model, or its config.json is not an object.
+        SlebError: the model does not exist, or its config.json is not an object.
     """
     path = Path(model)
     if path.is_dir():
@@ -40,9 +40,9 @@ def open_checkpoint(
 
 
 def download_weights(model: str, revision: str | None = None) -> None:
-    """Bring a hub model's files into the local cache, as `from_pretrained` would.
+    """Download a hub model's files into the local cache, like `from_pretrained`.
 
-    `Checkpoint.path` of a hub id is its snapshot folder, so its digests can be taken afterwards.
+    `Checkpoint.path` of a hub id is its snapshot folder, so its digests can then be computed.
 
     Raises:
         SlebError: the hub cannot be reached or has no such model.
@@ -61,10 +61,10 @@ def download_weights(model: str, revision: str | None = None) -> None:
 
 
 def fetch_index(model: str, revision: str | None = None, cache_dir: str | None = None) -> bool:
-    """Bring a hub model's index of shards into the local cache.
+    """Download a hub model's shard index into the local cache.
 
     Returns:
-        Whether it is there; False for a folder, and a model with its weights in one file.
+        Whether it exists; False for a folder or a model with a single weight file.
     """
     if Path(model).is_dir():
         return False
@@ -88,7 +88,7 @@ def _hub_file(model: str, name: str, revision: str | None, cache_dir: str | None
 
 
 def why_not(error: Exception) -> str:
-    """Why the hub gave nothing, in a few words."""
+    """Describe a hub failure in a few words."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return "not here, and HF_HUB_OFFLINE forbids asking the hub"
     if type(error).__name__ in {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:

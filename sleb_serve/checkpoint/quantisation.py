@@ -1,10 +1,10 @@
-"""Where a checkpoint says how it is quantised."""
+"""Locations of a checkpoint's quantisation config."""
 
 from __future__ import annotations
 
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
-"""Where config.json keeps how the checkpoint is quantised."""
+"""Keys of the quantisation config in config.json."""
 
 
 QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside config.json that say the same."""
+"""Separate files with a quantisation config."""

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, and samples of their bytes."""
+"""Safetensors headers and samples of their bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils import strict_json
 
 _HEADER_MAX_BYTES = 100 << 20
-"""The limit of the safetensors library itself."""
+"""The safetensors library's own limit."""
 
 
 _SAMPLES = 4
@@ -38,20 +38,20 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-"""Of an element; a tensor of a dtype that is not here may have any size."""
+"""Bytes per element; tensors of other dtypes may have any size."""
 
 
 Entry = tuple[str, list[int], int, int]
-"""A tensor's dtype, shape, first byte, and the byte after its last."""
+"""A tensor's dtype, shape, start byte and end byte (exclusive)."""
 
 
 def tensors_of(file: Path) -> Mapping[str, Entry]:
-    """The tensors of a safetensors file by name; a file's header is read once.
+    """Read the tensors of a safetensors file by name; headers are cached.
 
     The format: https://github.com/huggingface/safetensors#format
 
     Raises:
-        SlebError: it is not a whole safetensors file.
+        SlebError: it is not a complete safetensors file.
     """
     try:
         found = file.stat()
@@ -65,7 +65,7 @@ def tensors_of(file: Path) -> Mapping[str, Entry]:
 
 @functools.lru_cache(maxsize=1024)
 def _header(file: Path, size: int, changed: int) -> Mapping[str, Entry]:
-    del changed  # a part of the key alone: a file that was written again is read again
+    del changed  # only part of the cache key, so that a rewritten file is read again
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         if length > min(_HEADER_MAX_BYTES, size - 8):
@@ -85,7 +85,7 @@ def _header(file: Path, size: int, changed: int) -> Mapping[str, Entry]:
 
 
 def _entry(name: str, value: object, first: int, size: int) -> Entry:
-    """What the header of a file of `size` bytes says of a tensor; `first` is after the header."""
+    """Parse a tensor's header entry in a file of `size` bytes; `first` is the end of the header."""
     name = strict_json.line(name, "a tensor's name")
     where = f"tensor {strict_json.short(name)}"
     keys = ("dtype", "shape", "data_offsets")
@@ -111,7 +111,7 @@ def _list(value: object, where: str) -> list[Any]:
 
 
 def sample(stream: BinaryIO, start: int, end: int, update: Any) -> None:
-    """Feed a tensor's bytes, or four chunks of them, to a digest."""
+    """Update a digest with a tensor's bytes, or with four chunks of them."""
     size = end - start
     if size <= _SAMPLES * _SAMPLE_BYTES:
         offsets, length = [0], size

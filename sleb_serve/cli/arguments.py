@@ -1,4 +1,4 @@
-"""What the commands have in common: their parser, and the options that several take."""
+"""The parser and the options that the commands share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sleb_serve.errors import SlebError
 from sleb_serve.utils.lists import numbers
 
 MODEL_HELP = "checkpoint folder or hub id"
-MANIFEST_HELP = "a file, or on the hub org/name or hf://org/name@revision/file.json"
+MANIFEST_HELP = "a file, or org/name or hf://org/name@revision/file.json on the hub"
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its name, its help, the options it adds, and what it does.
+    """A command: its name, help, options and function.
 
     ``run`` returns the exit code.
     """
@@ -29,7 +29,7 @@ class Command:
 
 
 def whole_number(text: str) -> int:
-    """A number of at most 64 bits, as what takes it further wants."""
+    """Parse an integer of at most 64 bits, as other code expects."""
     number = int(text)
     if abs(number) >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text} is too large; give less than 2**63")
@@ -37,7 +37,7 @@ def whole_number(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse with errors of one line; the usage is a --help away."""
+    """Argparse with one-line errors that point to --help."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """MODEL, the first argument of every command that takes one, and --revision."""
+    """Add MODEL, the first argument of every command that takes one, and --revision."""
     parser.add_argument("model", metavar="MODEL", nargs=None if required else "?", help=MODEL_HELP)
     parser.add_argument(
         "--revision",
@@ -59,46 +59,46 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
 
 
 def add_manifest(parser: argparse.ArgumentParser) -> None:
-    """-m alone, for commands that need a whole manifest."""
+    """Add -m alone, for commands that need a whole manifest."""
     parser.add_argument("-m", "--manifest", metavar="M.json", required=True, help=MANIFEST_HELP)
 
 
 def add_removal(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """-m, or a bare list of blocks in its place."""
+    """Add -m, or a bare list of blocks instead."""
     given = parser.add_mutually_exclusive_group(required=required)
     given.add_argument("-m", "--manifest", metavar="M.json", help=MANIFEST_HELP)
     given.add_argument(
         "--removal-list",
         "--removal_list",
         metavar="'[5, 4, 9]'",
-        help="the blocks to remove, in order, in place of a manifest",
+        help="the blocks to remove, in order, instead of a manifest",
     )
 
 
 def add_blocks(parser: argparse.ArgumentParser) -> None:
-    """--blocks, one number."""
+    """Add --blocks with one number."""
     parser.add_argument(
-        "--blocks", metavar="K", type=int, help="only the manifest's first K removals"
+        "--blocks", metavar="K", type=int, help="use only the manifest's first K removals"
     )
 
 
 def add_counts(parser: argparse.ArgumentParser, text: str) -> None:
-    """--blocks, several numbers."""
+    """Add --blocks with several numbers."""
     parser.add_argument("--blocks", metavar="K,K…", type=numbers, help=text)
 
 
 def add_sequence_length(parser: argparse._ActionsContainer, default: int = 2048) -> None:
-    """--sequence-length."""
+    """Add --sequence-length."""
     parser.add_argument(
         "--sequence-length",
         metavar="L",
         type=int,
-        help=f"tokens a sequence (default: {default}, or the model's context if that is shorter)",
+        help=f"tokens per sequence (default: {default}, or the model's context if shorter)",
     )
 
 
 def add_tensor_parallel(parser: argparse._ActionsContainer) -> None:
-    """--tensor-parallel-size, by vLLM's names."""
+    """Add --tensor-parallel-size, with vLLM's names."""
     parser.add_argument(
         "-tp",
         "--tensor-parallel-size",
@@ -111,14 +111,14 @@ def add_tensor_parallel(parser: argparse._ActionsContainer) -> None:
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
-    """--force."""
+    """Add --force."""
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace what is there, be it a file of another kind",
+        help="replace existing output, even of another kind",
     )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """--json."""
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print JSON")

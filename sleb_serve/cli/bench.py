@@ -25,7 +25,7 @@ from sleb_serve.cli.removal import manifest_of_options
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_removal(parser, required=True)
-    add_counts(parser, "how many of the manifest's removals (default: all)")
+    add_counts(parser, "how many of the manifest's removals to apply (default: all)")
     add_bench(parser)
     add_force(parser)
 
@@ -34,7 +34,7 @@ def _bench(options: argparse.Namespace) -> int:
     manifest = manifest_of_options(options)
     report = bench(bench_options(options), manifest, options.blocks, say, force=options.force)
     tell(report.read_text())
-    say(f"wrote {report.with_suffix('.html')} and what it was made from")
+    say(f"wrote {report.with_suffix('.html')} and its source files")
     return 0
 
 
@@ -53,14 +53,14 @@ def _report(options: argparse.Namespace) -> int:
 COMMANDS = (
     Command(
         "bench",
-        "measure the pruned model against the dense one",
+        "benchmark the pruned model against the dense one",
         _add_bench,
         _bench,
         BENCH_EXAMPLES,
     ),
     Command(
         "report",
-        "make a benchmark's report again, or compare two",
+        "rebuild a benchmark's report, or compare two",
         add_report,
         _report,
         REPORT_EXAMPLES,

@@ -45,16 +45,16 @@ examples:
   sleb-serve import ./my-model merge.yaml -o m.json                      # mergekit, passthrough
   sleb-serve import ./my-model dropped/config.json -o m.json             # LLM-Drop, whole blocks
 
-Blocks keep the order of the source. A source that says more than whole blocks of one model (halves,
-scaled weights, adapters, another number of blocks) is refused.
+Blocks keep the order of the source. Sources with more than whole blocks of one model (half blocks,
+scaled weights, adapters, a different number of blocks) are refused.
 """
 _REBIND_EXAMPLES = """\
 examples:
   sleb-serve rebind m.json ./my-model-FP8 -o fp8.json --origin ./my-model
   sleb-serve rebind llama-70b.json org/Llama-2-70b-FP8 -o fp8.json
 
-Architecture, layers and tensors must agree with those of the manifest's own model; what does not
-fit is refused by its name. The losses stay the first model's. A repair does not carry over.
+Architecture, layers and tensors must match the manifest's own model; a mismatch is refused by name.
+The losses remain those of the original model. Repairs do not carry over.
 """
 
 
@@ -68,14 +68,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         type=Path,
         required=True,
-        help="the folder to make; for mergekit and llama.cpp a file, or - for standard output",
+        help="the folder to create; for mergekit and llama.cpp a file, or - for standard output",
     )
     parser.add_argument(
         "--for",
         dest="for_",
         choices=("any", "transformers"),
         default="any",
-        help="who loads it: any refuses what vLLM without sleb-serve would run otherwise than "
+        help="who loads it: any refuses models that stock vLLM would run differently from "
         "Transformers (default: any)",
     )
     parser.add_argument(
@@ -109,7 +109,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _write_list(options: argparse.Namespace, manifest: Manifest) -> int:
-    """A form that names blocks, for other tools."""
+    """Write the list of blocks for another tool."""
     revision = revision_of(options.model, manifest, options.revision)
     pruning = manifest.pruning()
     checkpoint = check_model(options.model, pruning, revision, servable=False, fetch=True)
@@ -136,7 +136,10 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a file, or the list itself")
     parser.add_argument("-o", "--output", metavar="M.json", type=Path, required=True)
     parser.add_argument(
-        "--run", metavar="N", type=int, help="which of several runs in SLEB's results (the last)"
+        "--run",
+        metavar="N",
+        type=int,
+        help="which of several runs in SLEB's results (default: the last)",
     )
     add_force(parser)
 
@@ -162,12 +165,12 @@ def _add_rebind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--origin",
         metavar="MODEL",
-        help="the manifest's own model, to compare with (default: the hub id that it names)",
+        help="the manifest's own model, to compare with (default: its hub id)",
     )
     parser.add_argument(
         "--drop-repair",
         action="store_true",
-        help="leave a repair out, which does not carry over, rather than refuse",
+        help="drop the repair, which does not carry over, instead of refusing",
     )
     add_force(parser)
 
@@ -201,14 +204,14 @@ COMMANDS = (
     ),
     Command(
         "import",
-        "write a manifest from a list that another tool made",
+        "write a manifest from another tool's list",
         _add_import,
         _import,
         _IMPORT_EXAMPLES,
     ),
     Command(
         "rebind",
-        "bind a manifest to a quantised or fine-tuned form of its model",
+        "bind a manifest to a quantised or fine-tuned version of its model",
         _add_rebind,
         _rebind,
         _REBIND_EXAMPLES,

@@ -39,8 +39,8 @@ examples:
   sleb-serve eval ./my-model --removal-list '[5, 4, 9]' --perplexity chats.jsonl
   sleb-serve eval ./my-model -m m.json --backend vllm --engine-args '{"tensor_parallel_size": 2}'
 
-With -o E.json, E.lm-eval-K.json holds lm-eval's own results for K blocks, E.png a picture where
-several K were judged, and --resume goes on where an interrupted evaluation stopped.
+With -o E.json, E.lm-eval-K.json holds lm-eval's own results for K blocks, E.png a plot for several
+K, and --resume continues an interrupted evaluation.
 """
 
 
@@ -49,33 +49,36 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_removal(parser, required=False)
     add_counts(
         parser,
-        "how many of the manifest's removals; several for a frontier, 0 for the dense model "
-        "(default: all of them)",
+        "how many of the manifest's removals to apply; several for a frontier, 0 for the dense "
+        "model (default: all)",
     )
     _add_measures(parser.add_argument_group("what to measure"))
     parser.add_argument(
         "--backend",
         choices=("hf", "vllm"),
         default="hf",
-        help="Transformers, or the engine that will serve (default: hf)",
+        help="Transformers, or the serving engine (default: hf)",
     )
     parser.add_argument(
-        "--batch-size", metavar="N", default="1", help="lm-eval's, for hf: a number or auto (1)"
+        "--batch-size",
+        metavar="N",
+        default="1",
+        help="lm-eval's batch size for hf: a number or auto (default: 1)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="(default: the checkpoint's)"
+        "--dtype", choices=DTYPES, default="auto", help="compute dtype (default: the checkpoint's)"
     )
     parser.add_argument(
         "--engine-args",
         metavar="JSON",
         default="{}",
-        help="arguments of lm-eval's vllm model and of vllm.LLM, for --backend vllm",
+        help="arguments for lm-eval's vllm model and vllm.LLM, with --backend vllm",
     )
-    parser.add_argument("-o", "--output", metavar="E.json", type=Path, help="where results go")
-    parser.add_argument("--resume", action="store_true", help="keep the results that are in E.json")
+    parser.add_argument("-o", "--output", metavar="E.json", type=Path, help="file for the results")
+    parser.add_argument("--resume", action="store_true", help="keep the results in E.json")
     add_force(parser)
     parser.add_argument(
-        "--write-back", action="store_true", help="also put the results into the manifest"
+        "--write-back", action="store_true", help="also store the results in the manifest"
     )
     add_json(parser)
 
@@ -90,7 +93,7 @@ def _add_measures(parser: argparse._ArgumentGroup) -> None:
     )
     add_sequence_length(parser)
     parser.add_argument(
-        "--sequences", metavar="N", type=int, help="only the first N sequences of each text"
+        "--sequences", metavar="N", type=int, help="use only the first N sequences of each text"
     )
     parser.add_argument(
         "--tasks",
@@ -99,15 +102,15 @@ def _add_measures(parser: argparse._ArgumentGroup) -> None:
         nargs="?",
         default=(),
         const=PAPER_TASKS,
-        help=f"tasks of lm-eval by name (without names: {', '.join(PAPER_TASKS)})",
+        help=f"lm-eval tasks (without names: {', '.join(PAPER_TASKS)})",
     )
     parser.add_argument(
         "--no-answers",
         dest="answers",
         action="store_false",
-        help="do not compare the pruned model's answers to short questions with the dense model's",
+        help="skip comparing the pruned and dense models' answers to short questions",
     )
-    parser.add_argument("--limit", metavar="N", type=int, help="only N rows of each task")
+    parser.add_argument("--limit", metavar="N", type=int, help="use only N rows of each task")
     parser.add_argument("--num-fewshot", metavar="N", type=int, help="examples in the prompt")
 
 
@@ -131,7 +134,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     pictures: list[Output] = []
     if options.output is not None and len(options.blocks or ()) > 1:
-        require("eval", "matplotlib")  # before the hours, not for the picture at their end
+        require("eval", "matplotlib")  # before hours of work, not at the end
         if not is_stream(options.output):
             pictures = [(_picture_path(options.output), PICTURE)]
     with claimed(pictures, force=options.force):
@@ -181,7 +184,7 @@ def _picture_path(output: Path) -> Path:
 COMMANDS = (
     Command(
         "eval",
-        "measure the pruned model's quality: perplexity and lm-eval's tasks",
+        "measure the pruned model's quality: perplexity and lm-eval tasks",
         _add,
         _run,
         _EXAMPLES,

@@ -34,10 +34,10 @@ examples:
   sleb-serve heal ./my-model -m healed.json -o more.json --text chats.jsonl --further
   sleb-serve heal ./my-model -m m.json -o healed.json --text c4 --resume
 
-The dense model teaches the pruned one: both are the same weights in memory, with the removed blocks
-and without. Only low-rank changes of the weights that stay are trained. They are written to
-healed.json.repair.safetensors, which must lie beside healed.json wherever it is served; the server
-adds them to the weights while it loads them, so serving costs nothing.
+The dense model teaches the pruned one; both share one copy of the weights in memory. Only low-rank
+updates of the kept weights are trained. They are written to healed.json.repair.safetensors; keep it
+next to healed.json wherever you serve it. The server adds them to the weights at load time, so
+serving costs nothing.
 """
 _COUNT = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)([KMB]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
@@ -55,7 +55,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         type=weighted,
         default={"wikitext2": 1.0},
         help=f"{', '.join(HUB_TEXTS)}, {EMBEDDED}, or .txt, .jsonl, .jsonl.gz or .parquet files of "
-        "texts or chats, each with its share; of chats, answers alone are learned (default: "
+        "texts or chats, each with a weight; in chats, only the answers are learned (default: "
         "wikitext2)",
     )
     add_sequence_length(text, DEFAULT_LENGTH)
@@ -64,7 +64,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=HealConfig.held_out,
-        help="sequences kept from training, to judge the model on (default: %(default)s)",
+        help="sequences held out from training for validation (default: %(default)s)",
     )
     text.add_argument("--seed", metavar="S", type=int, default=0, help="shuffles the text")
     _add_training(parser.add_argument_group("training"))
@@ -73,16 +73,14 @@ def _add(parser: argparse.ArgumentParser) -> None:
         metavar="K,K…",
         type=numbers,
         default=(),
-        help="heal the manifest's first K removals, too, one after the other",
+        help="also heal the manifest's first K removals, one after another",
     )
     parser.add_argument(
         "--further",
         action="store_true",
-        help="begin with what M.json was healed with, on other text perhaps, at its rank",
+        help="continue from the healing in M.json, at its rank, optionally on other text",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where a healing was interrupted"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted healing")
     add_force(parser)
 
 
@@ -91,65 +89,65 @@ def _add_training(parser: argparse._ArgumentGroup) -> None:
         "--tokens",
         metavar="N",
         type=count,
-        help=f"tokens to train on, as 500K or 2M (default: {DEFAULT_TOKENS // 10**6}M, unless "
+        help=f"tokens to train on, e.g. 500K or 2M (default: {DEFAULT_TOKENS // 10**6}M, unless "
         "--minutes is given)",
     )
-    parser.add_argument("--minutes", metavar="M", type=float, help="how long to train at most")
+    parser.add_argument("--minutes", metavar="M", type=float, help="maximum training time")
     parser.add_argument(
         "--rank",
         metavar="R",
         type=int,
         default=HealConfig.rank,
-        help="rank of each weight's change (default: %(default)s)",
+        help="rank of each weight's update (default: %(default)s)",
     )
     parser.add_argument(
         "--projections",
         metavar="NAME,…",
         type=words,
-        help="only these weights change, as q_proj,v_proj (default: all linear ones)",
+        help="train only these weights, e.g. q_proj,v_proj (default: all linear ones)",
     )
     parser.add_argument(
         "--learning-rate",
         metavar="LR",
         type=float,
         default=HealConfig.learning_rate,
-        help="the highest; it rises first and falls to nothing (default: %(default)s)",
+        help="peak rate, after a warm-up; decays to zero (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
         metavar="N",
         type=int,
         default=HealConfig.batch_size,
-        help="sequences a step, over all processes (default: %(default)s)",
+        help="sequences per step, over all processes (default: %(default)s)",
     )
     parser.add_argument(
         "--sequences-at-once",
         metavar="N",
         type=int,
         default=HealConfig.sequences_at_once,
-        help="of them, how many go through the model at once (default: %(default)s)",
+        help="sequences that pass through the model at once (default: %(default)s)",
     )
     parser.add_argument(
         "--patience",
         metavar="N",
         type=int,
         default=HealConfig.patience,
-        help="end after N judgements, of 20, without a better one (default: %(default)s)",
+        help="stop after N of the 20 validations without improvement (default: %(default)s)",
     )
     parser.add_argument(
         "--no-checkpointing",
         dest="checkpointing",
         action="store_false",
-        help="keep what happens inside the layers for the way back: faster, more memory",
+        help="turn off activation checkpointing: faster, more memory",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to compute in")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="compute dtype")
 
 
 def weighted(text: str) -> dict[str, float]:
-    """Texts with their weights: ``wikitext2:1,chats.jsonl:2``; a weight that is missing is 1.
+    """Parse texts with weights: ``wikitext2:1,chats.jsonl:2``. The default weight is 1.
 
     Raises:
-        SlebError: one is named twice, or has no name.
+        SlebError: a text is duplicated or has no name.
     """
     found: dict[str, float] = {}
     for part in text.split(","):
@@ -166,10 +164,10 @@ def weighted(text: str) -> dict[str, float]:
 
 
 def count(text: str) -> int:
-    """A count, as 500K or 2M.
+    """Parse a count, such as 500K or 2M.
 
     Raises:
-        SlebError: it is none.
+        SlebError: the text is not a count.
     """
     match = _COUNT.fullmatch(text)
     number = round(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
@@ -198,10 +196,10 @@ def _run(options: argparse.Namespace) -> int:
     if is_first():
         files = " and ".join(repair.file for repair in healed.repairs)
         tell(describe(healed))
-        tell(f"\nwrote {options.output} and beside it {files}")
+        tell(f"\nwrote {options.output} and {files}")
     return 0
 
 
 COMMANDS = (
-    Command("heal", "train a pruned model to predict as the dense one does", _add, _run, _EXAMPLES),
+    Command("heal", "train a pruned model to predict like the dense one", _add, _run, _EXAMPLES),
 )

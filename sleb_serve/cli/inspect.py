@@ -28,15 +28,14 @@ examples:
   sleb-serve check ./my-model -m m.json --full    # every byte of the weights
   sleb-serve check meta-llama/Llama-2-70b-hf -m llama-2-70b.json --gpu A100-80G -tp 2 --json
 
-Needs no GPU and no vLLM. Exit code: 0 if nothing speaks against it, 1 if something does, 2 if it
-could not be checked.
+Needs no GPU and no vLLM. Exit code: 0 if all checks pass, 1 if one fails, 2 if they could not run.
 """
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", metavar="M.json", help=MANIFEST_HELP)
     add_blocks(parser)
-    parser.add_argument("--json", action="store_true", help="print the manifest, validated")
+    parser.add_argument("--json", action="store_true", help="validate and print the manifest")
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -81,8 +80,8 @@ def _check(options: argparse.Namespace) -> int:
 
 def _add_architectures(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON for machines")
-    form.add_argument("--markdown", action="store_true", help="as a table for documents")
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
 def _architectures(options: argparse.Namespace) -> int:

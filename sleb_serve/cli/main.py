@@ -1,4 +1,4 @@
-"""The command line of sleb-serve: with its progress bars, the only place that prints."""
+"""The command line of sleb-serve. Only this package prints."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ COMMANDS = (
     *bench.COMMANDS,
     *study.COMMANDS,
 )
-_LM_EVAL = "lm-eval's own command line, with --model sleb, which takes manifest=M.json"
+_LM_EVAL = "run lm-eval's own command line; --model sleb takes manifest=M.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, 1 where a command's answer is no, 2 for a mistake in what was asked for,
-        130 after Ctrl-C, and 128 more than the signal that ended it.
+        The exit code: 0; 1 if the answer is no; 2 for an error; 130 after Ctrl-C; 128 plus the
+        signal number for another signal.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal that cannot show a bar must not lose the table beside it.
+            # A terminal that cannot show a bar must still show the table.
             stream.reconfigure(errors="replace")
     parser, serve_parser = parsers()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -64,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sleb-serve: error: {one_line(as_options(str(error), parser))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Whoever read the output has seen enough; Python must not complain at exit, either.
+        # The reader closed the pipe; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        # Disks fill and folders vanish under other libraries' hands, too.
+        # Other libraries also hit full disks and missing folders.
         print(f"sleb-serve: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except MemoryError:
@@ -83,11 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _hint(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
-    """How to go on with a command that was interrupted, if it can be."""
+    """Return how to resume an interrupted command, if it can be resumed."""
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     command = commands.choices.get(next(iter(arguments), ""))
     resumes = command is not None and "--resume" in command._option_string_actions
-    return "; run it again with --resume to go on" if resumes else ""
+    return "; re-run with --resume to continue" if resumes else ""
 
 
 def _run(
@@ -109,11 +109,11 @@ def _run(
 
 
 def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The parser of the whole command line, and that of `serve`, whose other options are vLLM's."""
+    """Return the main parser and the parser of `serve`, which passes other options to vLLM."""
     parser = Parser(
         prog="sleb-serve",
-        description="Find the transformer blocks an LLM can lose, serve it without them in vLLM, "
-        "measure the gain.",
+        description="Find the transformer blocks an LLM can do without, serve it without them in "
+        "vLLM, measure the gain.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -138,20 +138,21 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
 
 def _check(arguments: Sequence[str]) -> None:
-    """Refuse arguments that argparse or the file system would end in a traceback for."""
+    """Refuse arguments that would cause a traceback in argparse or the file system."""
     for argument in arguments:
         if re.fullmatch(r"-[^=]*=--", argument, re.DOTALL):
             raise SlebError(f"{argument}: give a value behind the =")
         for c in argument:
             if "\ud800" <= c <= "\udfff" or c == "\x00":
-                # The argument itself is not repeated: an address may hold a password.
+                # Do not repeat the argument: a URL may contain a password.
                 raise SlebError(f"an argument holds {c}, which is no text; correct it")
 
 
 def as_options(message: str, parser: argparse.ArgumentParser) -> str:
-    """An error of the library in the words of the command line.
+    """Translate a library error into command-line terms.
 
-    The library names its parameters as ``name=value`` or between backticks; here they are options.
+    The library writes its parameters as ``name=value`` or in backticks; this turns them into
+    options.
     """
     flags = dict(_flags(parser))
 
@@ -169,7 +170,7 @@ def as_options(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _flags(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
-    """Of each parameter, the option that gives it."""
+    """Yield each parameter with its option."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for nested in action.choices.values():

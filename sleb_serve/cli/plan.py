@@ -1,4 +1,4 @@
-"""``sleb-serve plan``: what pruning gives on GPUs that are not at hand, and how many are needed."""
+"""``sleb-serve plan``: predict the gain on GPUs that you do not have, and how many you need."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "--split",
         choices=SPLITS,
         default=SPLITS[0],
-        help="how GPUs share the model: every matrix, or its layers, one GPU after another, as "
-        "Transformers does (default: tensor)",
+        help="how GPUs share the model: tensor splits every matrix; layers assigns whole layers "
+        "to GPUs that work one after another, as in Transformers (default: tensor)",
     )
     parser.add_argument(
         "--removed", metavar="K,K…", type=numbers, help="blocks removed (default: 10, 20, 30 %%)"
@@ -96,7 +96,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
             metavar="X",
             type=float,
             default=1.0,
-            help=f"part of the peak {of} that kernels reach (default: 1, the bound)",
+            help=f"share of the peak {of} that kernels reach (default: 1, the bound)",
         )
     _add_fleet(parser)
     add_json(parser)
@@ -104,51 +104,51 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _add_fleet(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "how many replicas", "By simulation of vLLM's continuous batching under Poisson arrivals."
+        "how many replicas", "Simulates vLLM's continuous batching under Poisson arrivals."
     )
-    group.add_argument("--rate", metavar="R", type=float, help="requests/s on all replicas")
+    group.add_argument("--rate", metavar="R", type=float, help="requests/s over all replicas")
     group.add_argument(
         "--slo",
         metavar="NAME=TIME,…",
         type=_slo,
-        help=f"the time that a request may take, as ttft=450ms,tpot=40ms; of {', '.join(METRICS)}",
+        help=f"time limits for a request, e.g. ttft=450ms,tpot=40ms; of {', '.join(METRICS)}",
     )
     for option, default, text in (
-        ("--attainment", 0.99, "part of the requests that must meet the SLO"),
-        ("--range-ratio", 0.0, "lengths are uniform within this part of their average"),
+        ("--attainment", 0.99, "share of the requests that must meet the SLO"),
+        ("--range-ratio", 0.0, "lengths are uniform within this fraction of their average"),
     ):
         group.add_argument(
             option, metavar="X", type=float, default=default, help=f"{text} (default: {default})"
         )
     for option, default, text in (
-        ("--input-length", 512, "tokens of a prompt on average"),
-        ("--output-length", 128, "tokens of an answer on average"),
-        ("--seed", 0, "of arrivals and lengths"),
+        ("--input-length", 512, "average tokens per prompt"),
+        ("--output-length", 128, "average tokens per answer"),
+        ("--seed", 0, "seed for arrivals and lengths"),
     ):
         group.add_argument(
             option, metavar="N", type=int, default=default, help=f"{text} (default: {default})"
         )
     for option, text in (
-        ("--max-num-batched-tokens", f"new tokens in a step (default: {_MAX_TOKENS}"),
-        ("--max-num-seqs", f"requests that run at once (default: {_MAX_SEQUENCES}"),
+        ("--max-num-batched-tokens", f"new tokens per step (default: {_MAX_TOKENS}"),
+        ("--max-num-seqs", f"concurrent requests (default: {_MAX_SEQUENCES}"),
     ):
         group.add_argument(
-            option, metavar="N", type=int, help=f"as for vLLM: {text}, or as measured)"
+            option, metavar="N", type=int, help=f"as in vLLM: {text}, or as measured)"
         )
     group.add_argument(
         "--measured",
         metavar="DIR",
         type=Path,
         action="append",
-        help="take the time of a step from what `sleb-serve bench` measured on one replica; give "
-        "it several times for runs with other --batch or --prompt-length",
+        help="use the step times that `sleb-serve bench` measured on one replica; repeat the "
+        "option for runs with other --batch or --prompt-length",
     )
 
 
 def _run(options: argparse.Namespace) -> int:
     if (options.rate is None) != (options.slo is None):
         raise SlebError("--rate and --slo belong together; give both, or neither")
-    # Refused whether it is needed or not.
+    # Validate these options even if they are unused.
     _load(options)
     if options.measured:
         return _run_measured(options)
@@ -220,7 +220,7 @@ def _by_roofline(
 
 
 def _run_measured(options: argparse.Namespace) -> int:
-    """From records, which say which prunings there are, on what and with how much KV cache."""
+    """Plan from records, which define the prunings, the machine and the KV cache."""
     if options.rate is None:
         raise SlebError("--measured is for --rate and --slo; give them, or leave it out")
     if options.model is not None or options.removed:
@@ -258,7 +258,7 @@ def _print_fleet(options: argparse.Namespace, needs: Sequence[Need], heading: st
 COMMANDS = (
     Command(
         "plan",
-        "predict the gain on GPUs that are not at hand, and how many a load needs",
+        "predict the gain on GPUs that you do not have, and how many a load needs",
         _add,
         _run,
         _EXAMPLES,

@@ -1,4 +1,4 @@
-"""What the command line shows on standard error while it works."""
+"""Progress output on standard error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class SearchBars(SearchProgress):
-    """Progress of a search on standard error, of the first process only."""
+    """Search progress on standard error, printed by the first process only."""
 
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
@@ -43,7 +43,7 @@ class SearchBars(SearchProgress):
             self._bar.close()
 
     def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
-        """The model and the text are there."""
+        """Report the loaded model and text."""
         text = sequences.calibration
         self._say(f"calibration: {text.sequences} sequences of {text.sequence_length} tokens")
         self._say(f"scoring: {how}")
@@ -56,14 +56,14 @@ class SearchBars(SearchProgress):
             self._read_bar.reading(done, total)
 
     def aimed(self, target: SpeedTarget, blocks: int) -> None:
-        """How many blocks the speed-up needs."""
+        """Report how many blocks the speed-up needs."""
         self._say(
             f"{target.load} {target.speedup:g} times as fast on {target.gpus} x {target.gpu}: "
-            f"{blocks} blocks must go, by the roofline"
+            f"remove {blocks} blocks, according to the roofline"
         )
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
-        """A bar for the step."""
+        """Start a bar for the step."""
         self._begin(f"step {number}: {candidates} candidates", layers, "layer")
 
     def advance(self) -> None:
@@ -72,18 +72,19 @@ class SearchBars(SearchProgress):
         self._bar.update()
 
     def step_ended(self, number: int, step: Step) -> None:
-        """A line for the step, in place of its bar."""
+        """Replace the step's bar with a line."""
         assert self._bar is not None
         self._bar.close()
         close = ", ".join(map(str, step.rivals))
-        note = f"; this text does not tell it from {close}" if close else ""
+        note = f"; within two standard errors: {close}" if close else ""
         self._say(f"{self._line(number, step)}{note}")
 
     def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
         """A line for each gap."""
         for gap in gaps:
             self._say(
-                f"gap {gap.first} to {gap.last}: {1 - gap.missing:.0%} of what is missing repaired "
+                f"gap {gap.first} to {gap.last}: {1 - gap.missing:.0%} of the missing output "
+                "repaired "
                 f"on held-out sequences (ridge {gap.ridge:g})"
             )
         self._say(f"repaired: loss {loss:.4f}")
@@ -101,19 +102,19 @@ class SearchBars(SearchProgress):
 
 
 class EvalLines(EvalProgress):
-    """What is being judged, a line each."""
+    """Evaluation progress, one line per measurement."""
 
     def begins(self, blocks: int, what: str) -> None:
-        """A perplexity or tasks come next."""
+        """Report the next perplexity or tasks."""
         say(f"{_removed(blocks)}: {what}")
 
     def known(self, blocks: int, what: str) -> None:
-        """That is there already."""
+        """Report a result that already exists."""
         say(f"{_removed(blocks)}: {what} (resumed)")
 
 
 class HealBars(HealProgress):
-    """Progress of a healing on standard error, of the first process only."""
+    """Healing progress on standard error, printed by the first process only."""
 
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
@@ -128,9 +129,9 @@ class HealBars(HealProgress):
             self._bar.close()
 
     def begins(self, blocks: int, trained: int, size: int) -> None:
-        """A line, and a bar."""
+        """Print a line and start a bar."""
         if not self._silent:
-            about = f"{trained:,} numbers to train, a sidecar of {format_size(size)}"
+            about = f"{trained:,} trainable parameters, {format_size(size)} of weights"
             say(f"{_removed(blocks)}: {about}")
         self._bar = tqdm(
             total=1000,
@@ -147,7 +148,7 @@ class HealBars(HealProgress):
         self._bar.update(round(1000 * done) - self._bar.n)
 
     def judged(self, done: float, judgement: Judgement) -> None:
-        """A line for each judgement."""
+        """Print a line for each validation."""
         perplexity, dense = (
             perplexity_of(loss) or math.inf for loss in (judgement.loss, judgement.dense_loss)
         )
@@ -160,15 +161,15 @@ class HealBars(HealProgress):
             )
 
     def ended(self, blocks: int, training: Training, early: bool) -> None:
-        """The bar goes."""
+        """Close the bar."""
         assert self._bar is not None
         self._bar.close()
         if early and not self._silent:
-            say("it no longer got better; the best that was judged is kept")
+            say("stopped early without improvement; the best validated model is kept")
 
 
 class ShardBar:
-    """Progress of an export."""
+    """Export progress."""
 
     def __enter__(self) -> ShardBar:
         self._bar: tqdm[NoReturn] = tqdm(desc="writing", unit="shard", leave=False)
@@ -178,7 +179,7 @@ class ShardBar:
         self._bar.close()
 
     def shard_done(self, number: int, count: int) -> None:
-        """One of `count` shards is written."""
+        """Report that one of `count` shards was written."""
         self._bar.total = count
         self._bar.update()
 
@@ -217,10 +218,10 @@ def _removed(blocks: int) -> str:
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     print(printable(text), file=sys.stderr, flush=True)
 
 
 def tell(text: str) -> None:
-    """Lines on standard output, for people: a terminal takes control characters for commands."""
+    """Print on standard output, with control characters escaped for terminals."""
     print(printable(text), flush=True)

@@ -16,20 +16,19 @@ examples:
   sleb-serve push m.json org/llama-2-70b-sleb16 --dry-run      # show the files and the card
   sleb-serve serve meta-llama/Llama-2-70b-hf -m org/llama-2-70b-sleb16
 
-The manifest becomes sleb_manifest.json; what repairs it and a model card go beside it, in one
-commit. A card that sleb-serve did not make is left as it is. `hf auth login` or HF_TOKEN says who
-you are.
+Uploads the manifest as sleb_manifest.json, its repairs and a model card in one commit. A card not
+written by sleb-serve is kept. Authenticate with `hf auth login` or HF_TOKEN.
 """
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", metavar="M.json", type=Path)
-    parser.add_argument("repository", metavar="ORG/NAME", help="made if it is not there")
+    parser.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
         "--revision",
         metavar="BRANCH",
-        help="the branch to commit to, made if it is not there (default: main)",
+        help="the branch to commit to, created if it does not exist (default: main)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="show the files and the card, upload nothing"
@@ -53,7 +52,5 @@ def _run(options: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command(
-        "push", "put a manifest into a repository of the Hugging Face hub", _add, _run, _EXAMPLES
-    ),
+    Command("push", "upload a manifest to a Hugging Face hub repository", _add, _run, _EXAMPLES),
 )

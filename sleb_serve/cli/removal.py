@@ -1,4 +1,4 @@
-"""The manifest that a command line names, or one made of a bare list of blocks."""
+"""The manifest named on the command line, or one built from a bare list of blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sleb_serve.manifest.schema import Manifest
 
 
 def manifest_of_options(options: argparse.Namespace, model: str | None = None) -> Manifest:
-    """The manifest of -m, or one made in memory of --removal-list."""
+    """Read the manifest of -m, or build one in memory from --removal-list."""
     if options.removal_list is None:
         return read_manifest(options.manifest)
     model = model or options.model

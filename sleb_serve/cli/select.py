@@ -44,12 +44,13 @@ examples:
   accelerate launch --num_processes 2 -m sleb_serve.cli select ./my-model -o m.json --remove 6
   sleb-serve select ./my-model -o m.json --remove 6 --resume    # after an interruption
 
-Rows of a .jsonl, .jsonl.gz or .parquet file hold a text, or a chat, which the model's chat template
-writes: {"text": …}, {"messages": [{"role": …, "content": …}]}, {"conversations": [{"from": …,
-"value": …}]}, {"instruction": …, "input": …, "output": …} or {"prompt": …, "completion": …}.
+Rows of a .jsonl, .jsonl.gz or .parquet file hold a text or a chat, which is formatted with the
+model's chat template: {"text": …}, {"messages": [{"role": …, "content": …}]},
+{"conversations": [{"from": …, "value": …}]}, {"instruction": …, "input": …, "output": …} or
+{"prompt": …, "completion": …}.
 
-Beside M.json, M.json.search.jsonl records every candidate of every step, and a repair's weights are
-in M.json.repair.safetensors, which must lie beside M.json wherever it is served.
+M.json.search.jsonl records every candidate of every step. A repair's weights are in
+M.json.repair.safetensors; keep it next to M.json wherever you serve it.
 """
 _LIMIT = re.compile(r"\s*perplexity\s*<\s*(\d{1,6}(?:\.\d{1,6})?)\s*x\s*")
 
@@ -61,14 +62,14 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "--remove",
         metavar="N|SHARE",
         type=amount,
-        help="how many blocks to remove (6), or a share of them, rounded up (0.2)",
+        help="number of blocks to remove (6), or a share of them, rounded up (0.2)",
     )
     parser.add_argument(
         "--until",
         metavar="'perplexity<1.15x'",
         type=limit,
-        help="remove blocks while the perplexity on the calibration text is less than so many "
-        "times the dense model's (and at most --remove, if given)",
+        help="remove blocks while the perplexity on the calibration text is below this multiple "
+        "of the dense model's (at most --remove blocks, if given)",
     )
     _add_target(parser.add_argument_group("speed, instead of --remove"))
     _add_text(parser.add_argument_group("calibration text"))
@@ -82,7 +83,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "--metrics-port",
         metavar="PORT",
         type=int,
-        help="report progress to Prometheus on this port (0 for any that is free)",
+        help="report progress to Prometheus on this port (0 for any free port)",
     )
 
 
@@ -91,7 +92,7 @@ def _add_target(parser: argparse._ArgumentGroup) -> None:
         "--target-speedup",
         metavar="X",
         type=float,
-        help="remove as many blocks as it takes, by the roofline, to be X times as fast as dense",
+        help="remove enough blocks to be X times as fast as dense, according to the roofline",
     )
     parser.add_argument(
         "--gpu", metavar="NAME", default="A100-80G", help=f"{', '.join(GPUS)} (default: A100-80G)"
@@ -101,8 +102,8 @@ def _add_target(parser: argparse._ArgumentGroup) -> None:
         "--load",
         choices=LOADS,
         default=LOADS[0],
-        help="what must be so much faster: generation of 64 sequences of 64 + 128 tokens, or a "
-        "prompt of 2,048 tokens (default: generation)",
+        help="workload to speed up: generation of 64 sequences of 64 + 128 tokens, or a prompt "
+        "of 2,048 tokens (default: generation)",
     )
 
 
@@ -118,7 +119,7 @@ def _add_text(parser: argparse._ArgumentGroup) -> None:
         "--sequences",
         metavar="N",
         type=int,
-        help="sequences of text (default: all that the rows give; 8 for files)",
+        help="sequences of text (default: all from the rows; 8 for files)",
     )
     add_sequence_length(parser)
     parser.add_argument(
@@ -133,26 +134,30 @@ def _add_text(parser: argparse._ArgumentGroup) -> None:
 def _add_search(parser: argparse._ArgumentGroup) -> None:
     for name, side in (("early", "first"), ("late", "last")):
         parser.add_argument(
-            f"--{name}-barrier", metavar="B", type=int, default=1, help=f"{side} blocks that stay"
+            f"--{name}-barrier",
+            metavar="B",
+            type=int,
+            default=1,
+            help=f"number of {side} blocks to keep",
         )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="dtype to compute in (default: the checkpoint's; float32 for a 16-bit one on a CPU "
-        "that would emulate it)",
+        help="compute dtype (default: the checkpoint's; float32 for a 16-bit one on a CPU that "
+        "would emulate it)",
     )
     parser.add_argument(
         "--search",
         choices=SEARCHES,
         default=SelectConfig.search,
-        help="greedy: the official algorithm's result, exactly; fast: the same result with a "
-        "probability of 95 %%, candidates leave once they are unlikely to win (default: greedy)",
+        help="greedy: exactly the official algorithm's result; fast: drop candidates that are "
+        "unlikely to win, same result with a probability of 95 %% (default: greedy)",
     )
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES,
-        help="loss to keep low: nll, on the text, as in the paper; kl, the divergence from the "
+        help="loss to minimise: nll, on the text, as in the paper; kl, the divergence from the "
         "dense model's predictions; embedding, the distance of the last hidden states (default: "
         "nll; embedding for pooling models)",
     )
@@ -168,8 +173,8 @@ def _add_search(parser: argparse._ArgumentGroup) -> None:
         "--memory-budget",
         metavar="SIZE",
         type=parse_size,
-        help="memory for weights, states and work, as 16GiB; a larger model is read layer by layer "
-        "(default: 80 %% of the free memory)",
+        help="limit for weights, states and working memory, e.g. 16GiB; a larger model is read "
+        "layer by layer (default: 80 %% of the free memory)",
     )
 
 
@@ -178,23 +183,23 @@ def _add_repair(parser: argparse._ArgumentGroup) -> None:
         "--repair",
         choices=("none", "fold"),
         default="none",
-        help="fold: fit, in closed form, the weights before each gap to the missing blocks; costs "
-        "nothing to serve (default: none)",
+        help="fold: fit the weights before each gap to the removed blocks in closed form; costs "
+        "nothing when serving (default: none)",
     )
     parser.add_argument(
         "--repair-sequences",
         metavar="N",
         type=int,
-        help="sequences of text to fit the repair on, cheap beside the search: the more the better "
-        "(default: those of the search)",
+        help="sequences of text to fit the repair on; more is better and cheap compared with the "
+        "search (default: those of the search)",
     )
 
 
 def amount(text: str) -> int | float:
-    """A count, or a share, as it is written: 0.2 is a share, 1 is a block.
+    """Parse a count or a share: 0.2 is a share, 1 is one block.
 
     Raises:
-        SlebError: it is no number.
+        SlebError: the text is not a number.
     """
     try:
         number = Decimal(text)
@@ -207,10 +212,10 @@ def amount(text: str) -> int | float:
 
 
 def limit(text: str) -> float:
-    """How many times the dense model's a perplexity may be: ``perplexity<1.15x``.
+    """Parse a limit relative to the dense model: ``perplexity<1.15x``.
 
     Raises:
-        SlebError: it is something else.
+        SlebError: the text has another form.
     """
     match = _LIMIT.fullmatch(text)
     if match is None:

@@ -1,4 +1,4 @@
-"""``sleb-serve serve``: vLLM's server, in place of this process."""
+"""``sleb-serve serve``: replace this process with vLLM's server."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ examples:
   sleb-serve serve ./my-model -m m.json --sleb-verify full   # compare all bytes of the weights
   sleb-serve serve ./my-model -m m.json --as-draft     # the dense model, drafted for by the pruned
 
-Every option that is not named here goes to vLLM as it is; see `vllm serve --help`.
+Other options are passed to vLLM unchanged; see vllm serve --help.
 The server refuses to start rather than serve the dense model.
 """
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
-    """The command's own options; all others are vLLM's."""
+    """Add the command's own options; all others are vLLM's."""
     parser.usage = USAGE
     add_removal(parser, required=True)
     add_blocks(parser)
@@ -54,16 +54,16 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="what --dry-run prints: a shell command, JSON, a file for vLLM's --config, or "
-        "YAML for Ray Serve LLM and KServe (default: shell)",
+        help="output of --dry-run: a shell command, JSON, a file for vLLM's --config, or YAML "
+        "for Ray Serve LLM and KServe (default: shell)",
     )
     parser.add_argument(
         "--as-draft",
         action="store_true",
-        help="serve the whole model, with the pruned one drafting for it: the dense model's output",
+        help="serve the dense model, with the pruned one as its draft model",
     )
     parser.add_argument(
-        "--draft-tokens", metavar="N", type=int, default=3, help="tokens drafted at a time (3)"
+        "--draft-tokens", metavar="N", type=int, default=3, help="tokens per draft (default: 3)"
     )
     parser.add_argument(
         "--sleb-verify",
@@ -75,7 +75,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _quoted(word: str) -> str:
-    """A word for a shell, and a terminal on the way there."""
+    """Quote a word for a shell, with escapes that are safe to print in a terminal."""
     if word.isprintable():
         return shlex.quote(word)
     plain = word.replace("\\", "\\\\").replace("'", "\\'")
@@ -83,7 +83,7 @@ def _quoted(word: str) -> str:
 
 
 def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    """Print the command, and become it unless --dry-run is given."""
+    """Print the command, and execute it unless --dry-run is given."""
     if set(arguments) & {"-h", "--help"}:
         parser.parse_args(["--help"])
     model = next(iter(arguments), "-")
@@ -123,7 +123,7 @@ def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     os.environ.update(environment)
     command = server_command(model, rest)
     try:
-        # In place of this process: signals and the exit code are vLLM's own.
+        # Replace this process, so that signals and the exit code are vLLM's own.
         os.execvp(command[0], command)
     except OSError as error:
         raise SlebError(

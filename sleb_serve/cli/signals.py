@@ -1,4 +1,4 @@
-"""Signals that end a command: it ends as at an error, so that nothing stays half-written."""
+"""Signals that end a command like an error does, so that no file stays half-written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class StoppedError(BaseException):
-    """A signal asked this process to end; no `Exception`, so that no library goes on."""
+    """A signal that ends this process; not an `Exception`, so that no library catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -21,12 +21,12 @@ class StoppedError(BaseException):
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Raise `StoppedError` where a signal would end the process at once; ignored ones stay so."""
+    """Raise `StoppedError` for signals that would end the process; ignored ones stay ignored."""
 
     def stop(number: int, _frame: Any) -> None:
         raise StoppedError(number)
 
-    # Signals are the main thread's.
+    # Only the main thread can handle signals.
     here = threading.current_thread() is threading.main_thread()
     ending = [n for n in _ENDING if here and signal.getsignal(n) is signal.SIG_DFL]
     for number in ending:

@@ -22,8 +22,8 @@ examples:
   sleb-serve study ./my-model -o study --blocks 2,4,6 --tasks piqa,arc_easy --limit 200
   sleb-serve study ./my-model -o study --no-heal --minutes 5
 
-STUDY/study.html, .md, .json and .png have quality over measured speed for each depth, and the depth
-to serve. The same command again goes on where an interrupted study stopped.
+STUDY/study.html, .md, .json and .png show quality over measured speed for each depth, and the
+recommended depth. Re-run the same command to continue an interrupted study.
 """
 
 
@@ -35,54 +35,48 @@ def _add(parser: argparse.ArgumentParser) -> None:
         metavar="K,K…",
         type=numbers,
         default=(),
-        help="the depths: how many blocks to remove (default: 10, 20 and 30 %% of them)",
+        help="depths: numbers of blocks to remove (default: 10, 20 and 30 %% of them)",
     )
     text = parser.add_argument_group("text")
     text.add_argument(
         "--calibration",
         metavar="TEXT",
         default=SelectConfig.calibration,
-        help=f"to choose blocks on: {', '.join(HUB_TEXTS)}, {EMBEDDED} or a file (default: "
+        help=f"text for selecting blocks: {', '.join(HUB_TEXTS)}, {EMBEDDED} or a file (default: "
         "wikitext2)",
     )
-    text.add_argument(
-        "--sequences", metavar="N", type=int, help="of the calibration text, and of each judged one"
-    )
-    text.add_argument("--sequence-length", metavar="L", type=int, help="tokens a sequence")
+    text.add_argument("--sequences", metavar="N", type=int, help="sequences of every text")
+    text.add_argument("--sequence-length", metavar="L", type=int, help="tokens per sequence")
     text.add_argument(
         "--text",
         dest="texts",
         metavar="TEXT[:WEIGHT],…",
         type=weighted,
         default={"wikitext2": 1.0},
-        help="to heal on (default: wikitext2)",
+        help="text for healing (default: wikitext2)",
     )
     text.add_argument(
         "--perplexity",
         metavar="TEXT,…",
         type=words,
         default=EvalConfig.perplexity,
-        help="to judge on (default: wikitext2)",
+        help="text for evaluation (default: wikitext2)",
     )
     healing = parser.add_argument_group("healing")
-    healing.add_argument("--no-heal", action="store_true", help="leave pruned models as they are")
+    healing.add_argument("--no-heal", action="store_true", help="skip healing")
+    healing.add_argument("--heal-tokens", metavar="N", type=count, help="healing tokens per depth")
+    healing.add_argument("--heal-minutes", metavar="M", type=float, help="healing time per depth")
     healing.add_argument(
-        "--heal-tokens", metavar="N", type=count, help="tokens to heal each depth on, as 500K"
+        "--rank", metavar="R", type=int, default=HealConfig.rank, help="rank of the updates"
     )
-    healing.add_argument(
-        "--heal-minutes", metavar="M", type=float, help="how long to heal each depth at most"
-    )
-    healing.add_argument("--rank", metavar="R", type=int, default=HealConfig.rank)
-    judged = parser.add_argument_group("judging")
+    judged = parser.add_argument_group("evaluation")
+    judged.add_argument("--tasks", metavar="TASK,…", type=words, default=(), help="lm-eval tasks")
+    judged.add_argument("--limit", metavar="N", type=int, help="use only N rows of each task")
     judged.add_argument(
-        "--tasks", metavar="TASK,…", type=words, default=(), help="lm-eval's tasks, by name"
-    )
-    judged.add_argument("--limit", metavar="N", type=int, help="only N rows of each task")
-    judged.add_argument(
-        "--minutes", metavar="M", type=float, default=10.0, help="of the benchmark (default: 10)"
+        "--minutes", metavar="M", type=float, default=10.0, help="benchmark time (default: 10)"
     )
     judged.add_argument(
-        "--engine-args", metavar="JSON", default="{}", help="arguments of vllm.LLM, to measure with"
+        "--engine-args", metavar="JSON", default="{}", help="vllm.LLM arguments for the benchmark"
     )
     add_force(parser)
 
@@ -118,14 +112,14 @@ def _run(options: argparse.Namespace) -> int:
     with SearchBars() as search, HealBars() as bars:
         page = study(wanted, Told(say, search, bars, EvalLines()), force=options.force)
     tell(page.read_text())
-    say(f"wrote {page.with_suffix('.html')} and what it was made from")
+    say(f"wrote {page.with_suffix('.html')} and its source files")
     return 0
 
 
 COMMANDS = (
     Command(
         "study",
-        "select, heal, evaluate and measure several depths: which one to serve, on one page",
+        "select, heal, evaluate and benchmark several depths, and recommend one",
         _add,
         _run,
         _EXAMPLES,

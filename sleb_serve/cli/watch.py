@@ -1,4 +1,4 @@
-"""``sleb-serve probe`` and ``sleb-serve canary``: questions to servers that run."""
+"""``sleb-serve probe`` and ``sleb-serve canary``: checks of running servers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ examples:
   sleb-serve probe http://localhost:8000 -m m.json
   sleb-serve probe http://localhost:8000 -m m.json --blocks 4
 
-Asks every rank for its manifest, and the model for log-probabilities that `select` stored. Exit
-code: 0 if it is ready, 1 if it is not, 2 if that could not be asked.
+Compares every rank's manifest, and the model's log-probabilities with those that `select` stored.
+Exit code: 0 if the server is ready, 1 if not, 2 if the check could not run.
 """
 _CANARY_EXAMPLES = """\
 examples:
@@ -38,7 +38,7 @@ if that could not be asked. Both servers are sent the key in VLLM_API_KEY, if it
 
 
 def _add_probe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", metavar="URL", help="of the server, as http://localhost:8000")
+    parser.add_argument("url", metavar="URL", help="the server's URL, e.g. http://localhost:8000")
     add_manifest(parser)
     add_blocks(parser)
     parser.add_argument(
@@ -46,7 +46,7 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
         metavar="NATS",
         type=float,
         default=TOLERANCE,
-        help=f"how far golden log-probabilities may be off on average (default: {TOLERANCE})",
+        help=f"allowed mean difference of the golden log-probabilities (default: {TOLERANCE})",
     )
 
 
@@ -65,16 +65,21 @@ def _probe(options: argparse.Namespace) -> int:
 def _add_canary(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", metavar="URL", required=True)
     parser.add_argument("--pruned", metavar="URL", required=True)
-    parser.add_argument("--prompts", metavar="FILE", type=Path, help="a line each, or JSON lines")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help="text file with one prompt per line, or JSON lines",
+    )
     for name, value, text in (
-        ("requests", 16, "prompts"),
-        ("max-tokens", 64, "tokens each"),
-        ("concurrency", CONCURRENCY, "prompts at a time"),
+        ("requests", 16, "number of prompts"),
+        ("max-tokens", 64, "tokens per answer"),
+        ("concurrency", CONCURRENCY, "concurrent prompts"),
     ):
         help_text = f"{text} (default: {value})"
         parser.add_argument(f"--{name}", metavar="N", type=int, default=value, help=help_text)
     parser.add_argument(
-        "--max-drift", metavar="NATS", type=float, help="exit code 1 if the loss rises by more"
+        "--max-drift", metavar="NATS", type=float, help="exit with 1 if the loss rises by more"
     )
     add_json(parser)
 

@@ -1,1 +1,1 @@
-"""What runs: architectures, and versions of vLLM, as data."""
+"""Supported architectures and vLLM versions, as data."""

@@ -1,8 +1,8 @@
-"""Which architectures can be served pruned: data, and how people and machines read it.
+"""Support data of architectures, and its output formats.
 
 *Proven*: prompt log-probabilities and a greedy continuation of a tiny random model, pruned in vLLM,
-equal Transformers' with the blocks skipped. *Expected*: the same mechanism, not proven. *Refused*:
-the model cannot be said with fewer layers.
+equal those of Transformers with the blocks skipped. *Expected*: the same mechanism, not proven.
+*Refused*: the model cannot be described with fewer layers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def _data() -> Mapping[str, Any]:
 
 
 def made() -> tuple[str, Mapping[str, str]]:
-    """The date of the matrix, and the versions it was made with."""
+    """Return the date of the matrix and the versions it was measured with."""
     return _data()["date"], _data()["versions"]
 
 
 def status(architecture: str) -> tuple[str, str]:
-    """What is known of an architecture: ``proven``, ``expected`` or ``refused``, and why."""
+    """Return an architecture's status (``proven``, ``expected`` or ``refused``) and the reason."""
     found = support().get(architecture)
     if found is None:
         return "expected", UNLISTED
@@ -40,7 +40,7 @@ def status(architecture: str) -> tuple[str, str]:
 
 
 def why_refused(architecture: str) -> str:
-    """Why an architecture of the refused ones is not served pruned, as a message."""
+    """Return the message for a refused architecture."""
     return (
         f"{architecture} cannot be served pruned: {status(architecture)[1]}; `sleb-serve "
         f"architectures` lists those that can"
@@ -48,17 +48,17 @@ def why_refused(architecture: str) -> str:
 
 
 def check_supported(architecture: str) -> None:
-    """Refuse an architecture of the refused ones.
+    """Refuse an architecture with the status ``refused``.
 
     Raises:
-        SlebError: saying why.
+        SlebError: gives the reason.
     """
     if status(architecture)[0] == "refused":
         raise SlebError(why_refused(architecture))
 
 
 def check_known(architecture: str) -> None:
-    """Refuse an architecture that was neither tried for this release nor compared on this machine.
+    """Refuse an architecture that was neither tested for this release nor compared on this machine.
 
     Raises:
         SlebError: it is not listed.
@@ -79,17 +79,17 @@ def check_known(architecture: str) -> None:
 
 
 def config_says_all(architecture: str) -> bool:
-    """Whether config.json says of each layer whatever its position alone does not change.
+    """Return whether config.json describes layers completely, without deriving types by position.
 
-    Measured with Transformers, which derives nothing of these by a layer's number: so the shorter
-    model's config can be written without it. See tests/says_all.py.
+    Measured with Transformers, which derives nothing from a layer's number for these architectures,
+    so the shorter config can be written without it. See tests/says_all.py.
     """
     return architecture in _data()["config_says_all"]
 
 
 @functools.cache
 def support() -> dict[str, dict[str, str]]:
-    """Per architecture: ``status`` (proven, expected, refused) and, unless proven, ``reason``."""
+    """Return ``status`` and, unless proven, ``reason`` by architecture."""
     data = _data()
     found: dict[str, dict[str, str]] = {name: {"status": "proven"} for name in data["proven"]}
     for kind in ("expected", "refused"):
@@ -99,7 +99,7 @@ def support() -> dict[str, dict[str, str]]:
 
 
 def support_text() -> str:
-    """The support matrix, a line per architecture."""
+    """Return the support matrix with a line per architecture."""
     rows = support()
     width = max(map(len, rows))
     return "\n".join(
@@ -109,9 +109,9 @@ def support_text() -> str:
 
 
 def support_markdown() -> str:
-    """The support matrix as a table of a row per status and reason."""
+    """Return the support matrix as a Markdown table with a row per status and reason."""
     data = _data()
-    lines = ["| | why | architectures (…ForCausalLM, if no more is said) |", "|---|---|---|"]
+    lines = ["| | why | architectures (…ForCausalLM unless given in full) |", "|---|---|---|"]
     groups = [("proven", "equal to Transformers with the blocks skipped", data["proven"])]
     groups += [
         (kind, why, names) for kind in ("expected", "refused") for why, names in data[kind].items()

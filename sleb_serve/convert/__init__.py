@@ -1,1 +1,1 @@
-"""Other forms of a pruned model: plain checkpoints, other tools' lists."""
+"""Conversion: plain checkpoints, other tools' lists."""

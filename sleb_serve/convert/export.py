@@ -1,8 +1,8 @@
-"""A plain, physically pruned checkpoint: what any Transformers or vLLM serves without this package.
+"""Export of a physically pruned checkpoint that any Transformers or vLLM can load.
 
-Tensors of removed blocks are left out, the others' names renumbered, and what config.json says of
-each layer is cut to fit. Bytes are copied as they are, a piece at a time, so a dtype need not be
-known and a checkpoint of any size takes a few megabytes of memory.
+Tensors of removed blocks are dropped, the others renumbered, and the per-layer entries of
+config.json shortened. Bytes are copied unchanged in chunks, so any dtype works and memory use stays
+at a few megabytes.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _FOLDERS = ("additional_chat_templates",)
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Attributes:
-        folder: where.
-        blocks: how many are left.
-        shards: files of weights.
+        folder: the output folder.
+        blocks: number of kept blocks.
+        shards: number of weight files.
         size: bytes of tensors.
         source_size: bytes of the source's tensors.
     """
@@ -65,10 +65,10 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One tensor on its way: its new name, what the header says of it, where its bytes are.
+    """One tensor to copy: its new name, its header entry and the location of its bytes.
 
-    ``pieces`` is None for all bytes from start to end, or else tells which of them are copied: of
-    each run of that many bytes, the pieces (start, end). ``changed`` gives other bytes, as many.
+    ``pieces`` is None to copy all bytes from start to end, or else the (start, end) pieces to copy
+    from each run of the given length. ``changed`` supplies replacement bytes of the same length.
     """
 
     name: str
@@ -82,11 +82,11 @@ class _Piece:
 
     @property
     def size(self) -> int:
-        """Bytes that are written."""
+        """Number of bytes to write."""
         return sum(end - start for start, end in self.ranges())
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Runs of bytes in the file, in order."""
+        """Yield runs of bytes in the file, in order."""
         if self.pieces is None:
             yield self.start, self.end
             return
@@ -104,19 +104,19 @@ def export(
     for_vllm: bool = True,
     on_shard: Callable[[int, int], None] = lambda number, count: None,
 ) -> Exported:
-    """Write the pruned model to `folder`, a plain checkpoint, whole or not at all.
+    """Write the pruned model to `folder` as a plain checkpoint, completely or not at all.
 
     Args:
         model: checkpoint folder or hub id of the dense model.
-        manifest: what is removed; its repair is merged.
-        folder: must not be there, or be empty.
+        manifest: the blocks to remove; its repair is merged.
+        folder: the output folder; must not exist or be empty.
         revision: of a hub model; None for the manifest's.
-        for_vllm: refuse what stock vLLM would run otherwise than Transformers.
-        on_shard: called after each shard, with how many there are now and in all.
+        for_vllm: refuse models that stock vLLM would run differently from Transformers.
+        on_shard: called after each shard with the number written so far and the total.
 
     Raises:
-        SlebError: the model is not the manifest's or cannot be expressed without these blocks, or a
-            file cannot be written.
+        SlebError: the model does not match the manifest or cannot be expressed without these
+            blocks, or a file cannot be written.
     """
     folder = Path(folder)
     pruning = manifest.pruning()
@@ -153,7 +153,7 @@ def _size(shards: Sequence[Sequence[_Piece]]) -> int:
 
 
 def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[_Piece]]) -> None:
-    """Which shard holds which tensor."""
+    """Map tensors to shards."""
     places = {
         piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard
     }
@@ -163,10 +163,10 @@ def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[_
 
 
 def _shards(checkpoint: Checkpoint, pruning: Pruning, changes: WeightChanges) -> list[list[_Piece]]:
-    """What each shard will hold, as the source's are cut.
+    """Plan the content of each output shard from the source's shards.
 
     Raises:
-        SlebError: the weights are not safetensors, or the repair is for others.
+        SlebError: the weights are not safetensors, or the repair does not match them.
     """
     cut, prefix = pruning.cut, checkpoint.layer_prefix
     files = checkpoint.weight_files(frozenset(pruning.removed))
@@ -198,7 +198,7 @@ def _shards(checkpoint: Checkpoint, pruning: Pruning, changes: WeightChanges) ->
 
 
 def _changed(file: Path, name: str, changes: WeightChanges) -> bytes:
-    """The bytes of a weight that a repair changes."""
+    """Return the bytes of a repaired weight."""
     import torch
     from safetensors import safe_open
 
@@ -215,12 +215,12 @@ def _changed(file: Path, name: str, changes: WeightChanges) -> bytes:
 
 
 def _sliced(piece: _Piece, name: str, cut: Cut) -> _Piece:
-    """Without the removed layers' parts, where a tensor has a part for each."""
+    """Drop the removed layers' parts of a tensor with one part per layer."""
     dimension = cut.parts(name, piece.shape)
     if dimension is None:
         return piece
     shape = list(piece.shape)
-    # Bytes of one layer's part, and of all of them that lie together.
+    # Bytes of one layer's part, and of all parts that are stored together.
     part = (piece.end - piece.start) // math.prod(shape[:dimension]) // cut.num_blocks
     kept = tuple((place * part, (place + 1) * part) for place in cut.kept)
     shape[dimension] = shape[dimension] // cut.num_blocks * len(cut.kept)
@@ -228,7 +228,7 @@ def _sliced(piece: _Piece, name: str, cut: Cut) -> _Piece:
 
 
 def _write_shard(path: Path, pieces: Sequence[_Piece]) -> None:
-    """A safetensors file; https://github.com/huggingface/safetensors#format."""
+    """Write a safetensors file; see https://github.com/huggingface/safetensors#format."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for piece in pieces:
@@ -276,10 +276,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `folder` at the end, or is taken away.
+    """Provide a temporary folder that becomes `folder` on success and is deleted on failure.
 
     Raises:
-        SlebError: there is something at `folder` already, or it cannot be written.
+        SlebError: `folder` is not empty or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SlebError(f"cannot write {folder}: it is there already; give a new folder")

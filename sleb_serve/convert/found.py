@@ -1,4 +1,4 @@
-"""What a list of blocks from elsewhere says."""
+"""Blocks read from another tool's list."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sleb_serve.utils import strict_json
 
 @dataclass(frozen=True)
 class Found:
-    """Removed blocks in order, as far as it is known, and what they were read from."""
+    """Removed blocks, in order if it is known, and their source."""
 
     blocks: tuple[int, ...]
     form: str
 
 
 def block_numbers(value: object, where: str) -> tuple[int, ...]:
-    """The numbers of blocks in a list."""
+    """Parse a list of block numbers."""
     why = None
     if isinstance(value, list):
         why = next((why for entry in value if (why := _why_no_block(entry))), None)
@@ -44,7 +44,7 @@ def _why_no_block(entry: object) -> str | None:
 
 
 def check_count(count: object, num_blocks: int, where: str, key: str) -> None:
-    """Refuse a source that was made for a model with another number of blocks."""
+    """Refuse a source for a model with a different number of blocks."""
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MAX_BLOCKS:
         raise SlebError(f"{where}: {key} is not a number of blocks; correct it or remove it")
     if count != num_blocks:
@@ -55,12 +55,12 @@ def check_count(count: object, num_blocks: int, where: str, key: str) -> None:
 
 
 def plain_key(key: object) -> str:
-    """A key in small letters, its words joined by underscores."""
+    """Convert a key to snake case."""
     return str(key).lower().replace(" ", "_").replace("-", "_")
 
 
 def check_keys(keys: Iterable[str], where: str) -> None:
-    """Refuse a key that stands twice in one object."""
+    """Refuse duplicate keys in an object."""
     seen: set[str] = set()
     for key in keys:
         if key in seen:

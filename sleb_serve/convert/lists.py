@@ -1,17 +1,17 @@
-"""Lists of removed blocks as neighbouring tools write and read them.
+"""Lists of removed blocks in the formats of other tools.
 
-What is read here becomes a manifest bound to a model, and everything else takes that. Formats:
+An imported list becomes a manifest bound to a model. Formats:
 
 - a bare list of block numbers, ``[5, 4, 9]`` or ``5,4,9``, as ShortGPT-like scripts print, or an
-  object that holds one under a usual name (``removed_layers``, ``layers_to_skip``, ...);
-- SLEB's own results (``sleb.py`` and ``eval.py`` of https://github.com/jiwonsong-dev/SLEB append a
-  run after the other), or what ``sleb.py`` had printed when it was killed;
-- a mergekit passthrough configuration (https://github.com/arcee-ai/mergekit), whose slices say what
-  stays;
+  object with one under a common name (``removed_layers``, ``layers_to_skip``, ...);
+- SLEB's own results (``sleb.py`` and ``eval.py`` of https://github.com/jiwonsong-dev/SLEB append
+their runs), or the output of a killed ``sleb.py``;
+- a mergekit passthrough configuration (https://github.com/arcee-ai/mergekit), with slices of the
+  kept blocks;
 - a config.json of LLM-Drop (https://github.com/CASE-Lab-UMD/LLM-Drop) that drops whole blocks.
 
-Blocks keep the source's order, which is the order of removal. What a source says beyond its blocks
-is either known to change no weight, or refused by its name.
+Blocks keep the source's order, which is the order of removal. Other entries of a source are
+accepted if they are known to change no weight, and otherwise refused by name.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from sleb_serve.utils.limited import read_limited
 from sleb_serve.utils.outputs import beginning_with
 
 LAYER_LIST = beginning_with("a list of layers", rb"[0-9,]+\n\Z")
-"""What `llama_cpp_list` makes."""
+"""File kind of `llama_cpp_list`."""
 
 _MAX_BYTES = 16 << 20
 _BARE = re.compile(r"[\[\]0-9\s,.+-]+")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]*)?")
 _NUMPY = re.compile(r"\bnp\.u?int[0-9]{0,2}\(([0-9]+)\)")
-"""How NumPy 2 prints the numbers of a list."""
+"""NumPy 2's representation of numbers in a list."""
 _PRUNEME = "block_start,block_end,average_distance"
 
 _DONE = {"remove": "removed", "prune": "pruned", "drop": "dropped", "skip": "skipped"}
@@ -72,7 +72,7 @@ _DENSE_COUNT_KEYS = {
     "num_blocks",
 }
 _EITHER_COUNT_KEYS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
-"""Tools write the dense model's count there, or the pruned one's."""
+"""Keys for the dense or the pruned model's layer count, depending on the tool."""
 
 
 def imported(source: str, model: str, checkpoint: Checkpoint, run: int | None = None) -> Manifest:
@@ -80,12 +80,12 @@ def imported(source: str, model: str, checkpoint: Checkpoint, run: int | None = 
 
     Args:
         source: a file, or the list itself.
-        model: folder or hub id, whose weights are on this machine.
+        model: folder or hub id, with its weights on this machine.
         checkpoint: its files.
         run: which of several runs in SLEB's results, from 1; None for the last.
 
     Raises:
-        SlebError: the list cannot be read, or is not one for this model.
+        SlebError: the list cannot be read or does not fit this model.
     """
     found = read_blocks(source, checkpoint.num_blocks, run)
     name = _shown(Path(source).name) if os.path.isfile(source) else "the command line"
@@ -93,12 +93,12 @@ def imported(source: str, model: str, checkpoint: Checkpoint, run: int | None = 
 
 
 def manifest_of(model: str, checkpoint: Checkpoint, blocks: Sequence[int], origin: str) -> Manifest:
-    """A manifest that removes `blocks`, in this order, of a model whose weights are here.
+    """Create a manifest that removes `blocks`, in this order, from a local model.
 
     It holds quick digests of them alone.
 
     Raises:
-        SlebError: the model has no such blocks.
+        SlebError: the model does not have these blocks.
     """
     count = checkpoint.num_blocks
     beyond = next((block for block in blocks if not 0 <= block < count), None)
@@ -113,7 +113,7 @@ def manifest_of(model: str, checkpoint: Checkpoint, blocks: Sequence[int], origi
 
 
 def read_blocks(source: str, num_blocks: int, run: int | None = None) -> Found:
-    """The removed blocks that a file or a text names; see `imported`."""
+    """Read the removed blocks from a file or a text; see `imported`."""
     text, where = _text(source)
     bare = bare_numbers(text)
     if bare is None and (runs := sleb_runs(text)):
@@ -142,7 +142,7 @@ def read_blocks(source: str, num_blocks: int, run: int | None = None) -> Found:
 
 
 def llama_cpp_list(manifest: Manifest) -> str:
-    """What ``llama-quantize --prune-layers`` takes: the removed blocks."""
+    """Return the removed blocks as the value of ``llama-quantize --prune-layers``."""
     return ",".join(map(str, manifest.pruning().removed))
 
 
@@ -164,7 +164,7 @@ def _shown(text: str) -> str:
 
 
 def unknown_form(where: str) -> SlebError:
-    """The error for a source of no known form."""
+    """Return the error for an unknown source format."""
     return SlebError(
         f"{where} holds no removed blocks in a form known here: a list of block numbers, SLEB's "
         f"results, a mergekit configuration with slices, or an LLM-Drop config.json"
@@ -172,7 +172,7 @@ def unknown_form(where: str) -> SlebError:
 
 
 def bare_numbers(text: str) -> list[object] | None:
-    """Numbers between commas or blanks, with or without brackets; None if it is something else."""
+    """Parse numbers separated by commas or spaces, with or without brackets; else None."""
     inner = _NUMPY.sub(r"\1", text).strip()
     if not _BARE.fullmatch(inner):
         return None
@@ -188,7 +188,7 @@ def bare_numbers(text: str) -> list[object] | None:
 
 
 def parsed(text: str, where: str) -> object:
-    """The one JSON or YAML value of a text, with no key twice in an object."""
+    """Parse a single JSON or YAML value without duplicate keys."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         check_keys((key for key, _ in pairs), where)
@@ -207,7 +207,7 @@ def parsed(text: str, where: str) -> object:
 
 
 def of_lists(value: Mapping[Any, Any], where: str, num_blocks: int) -> Found:
-    """A list under a usual name; what else the object says of blocks must agree with it."""
+    """Read a list under a common name; other entries about blocks must agree with it."""
     named = {plain_key(key): entry for key, entry in value.items()}
     check_keys((plain_key(key) for key in value), where)
     there = [key for key in named if key in _REMOVED_KEYS and named[key] is not None]
@@ -225,7 +225,7 @@ def of_lists(value: Mapping[Any, Any], where: str, num_blocks: int) -> Found:
         if kept is not None:
             raise SlebError(f"{where}: {kept} says what stays; give the removed blocks as a list")
         raise unknown_form(where)
-    # A list in ascending order may be a sorted copy of one in order of removal.
+    # An ascending list may be a sorted copy of one in order of removal.
     orders = {blocks for blocks in lists.values() if list(blocks) != sorted(blocks)}
     blocks = next(iter(orders or lists.values()))
     if len(orders) > 1 or any(sorted(other) != sorted(blocks) for other in lists.values()):

@@ -1,4 +1,4 @@
-"""LLM-Drop's configs."""
+"""Reader for LLM-Drop's configs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sleb_serve.errors import SlebError
 
 
 def of_llm_drop(value: Mapping[str, Any], where: str, num_blocks: int) -> Found:
-    """LLM-Drop's blocks, in the order of ``drop_attn_list``.
+    """Read LLM-Drop's blocks in the order of ``drop_attn_list``.
 
-    Both lists are in order of removal. LLM-Drop writes the same list twice for whole blocks, so
-    where the orders differ neither is more right; one of truth values has none.
+    Both lists are in order of removal. For whole blocks, LLM-Drop writes the same list twice, so if
+    the orders differ, neither is preferred; lists of booleans have no order.
     """
     key = "num_hidden_layers"
     if value.get(key) is not None:
@@ -38,7 +38,7 @@ def of_llm_drop(value: Mapping[str, Any], where: str, num_blocks: int) -> Found:
 
 
 def _dropped(value: object, where: str, num_blocks: int) -> tuple[tuple[int, ...], bool]:
-    """Block numbers, and whether they are in order: LLM-Drop also writes a truth value a block."""
+    """Return block numbers and whether they are ordered: lists of booleans have no order."""
     if value is None:
         return (), True
     if isinstance(value, list) and value and all(isinstance(entry, bool) for entry in value):

@@ -1,4 +1,4 @@
-"""mergekit's passthrough configurations, read and written."""
+"""Reads and writes mergekit's passthrough configurations."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ MERGEKIT_TOP = {
 
 
 _MERGEKIT_IGNORED = {"int8_mask", "normalize"}
-"""Parameters of other merge methods, often left in a file; passthrough reads none but scale."""
+"""Parameters of other merge methods, often left in a file; passthrough uses only scale."""
 
 
 def mergekit_config(model: str, manifest: Manifest, dtype: str) -> str:
-    """A mergekit passthrough configuration that makes the pruned model."""
+    """Return a mergekit passthrough configuration for the pruned model."""
     removed = manifest.pruning().removed
     lines = ["merge_method: passthrough", f"dtype: {dtype}", "slices:"]
     for first, last in gaps([i for i in range(manifest.model.num_blocks) if i not in removed]):
@@ -48,7 +48,7 @@ def mergekit_config(model: str, manifest: Manifest, dtype: str) -> str:
 
 
 def of_mergekit(value: Mapping[str, Any], where: str, num_blocks: int) -> Found:
-    """The blocks that a passthrough merge leaves out."""
+    """Return the blocks that a passthrough merge drops."""
     if value.get("merge_method", "passthrough") != "passthrough":
         raise SlebError(f"{where} merges models; only merge_method: passthrough removes blocks")
     _check_known(value, MERGEKIT_TOP, where)
@@ -112,7 +112,7 @@ def _name(key: object) -> str:
 
 
 def _model(value: object, where: str) -> str:
-    """A mergekit model reference as a text, if it is a plain model."""
+    """Return a mergekit model reference as a text, if it is a plain model."""
     if isinstance(value, dict):
         if value.get("lora") is not None or value.get("adapter") is not None:
             raise _adapter(where)

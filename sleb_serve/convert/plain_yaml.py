@@ -1,4 +1,4 @@
-"""YAML as people write it by hand: no anchors, aliases, merge keys or objects, and short."""
+"""Parser for short, plain YAML without anchors, aliases, merge keys or objects."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from sleb_serve.convert.found import check_keys
 from sleb_serve.errors import SlebError
 
 _MAX_CHARACTERS = 64 << 10
-"""A configuration by hand is shorter, and PyYAML takes a second for so many."""
+"""Handwritten configurations are shorter, and PyYAML takes a second for this many characters."""
 _MAX_DEPTH = 50
-"""Lists in lists; PyYAML takes as long as the square of their number."""
+"""Maximum nesting; PyYAML's time is quadratic in it."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class NotYamlError(ValueError):
-    """A text that is no YAML of this kind."""
+    """The text is not YAML of this kind."""
 
 
 def parsed_yaml(text: str, where: str) -> object:
-    """The one value of a text; None if it holds none.
+    """Parse the single value of a text; None if it is empty.
 
     Raises:
-        NotYamlError: it is no YAML, too long or nested too deeply.
-        SlebError: it is YAML of which a part is refused; the message names it.
+        NotYamlError: it is not YAML, too long or nested too deeply.
+        SlebError: it is YAML with a refused part; the message names it.
     """
     import yaml
 
@@ -47,7 +47,7 @@ def parsed_yaml(text: str, where: str) -> object:
 
 
 def _check_events(events: Any, where: str) -> None:
-    """Refuse aliases, by which a short text holds a long list, or itself, and what is deep."""
+    """Refuse deep nesting, and aliases, which can expand to a long or recursive list."""
     import yaml
 
     depth = 0
@@ -61,7 +61,7 @@ def _check_events(events: Any, where: str) -> None:
 
 
 def _check_nodes(root: Any, where: str) -> None:
-    """Refuse keys that stand twice, and merge keys."""
+    """Refuse duplicate keys and merge keys."""
     import yaml
 
     left = [root]

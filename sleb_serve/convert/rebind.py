@@ -1,10 +1,10 @@
-"""A manifest for another form of the model that its blocks were selected on.
+"""Bind a manifest to another version of the model that its blocks were selected on.
 
-A quantised or fine-tuned form has the same layers with other weights, so the same blocks can be
-left out of it. What that costs was measured on the first model alone: losses stay in the manifest
-as the first model's, and results of `sleb-serve eval` do not carry over. Nor does a repair: its
-weights were fitted to the first model's. A fold would put the first model's weights in place of the
-other form's, and a healed change would be added to weights that it was not trained with.
+A quantised or fine-tuned version has the same layers with different weights, so the same blocks can
+be removed. The loss in quality was measured only on the original model: the manifest keeps its
+losses, and results of `sleb-serve eval` do not carry over. Nor do repairs, which were fitted to the
+original weights: a fold would replace the new model's weights, and a healed update would be added
+to weights it was not trained with.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from sleb_serve.utils.outputs import claimed
 from sleb_serve.utils.sizes import format_size
 
 _PACKED = ("qweight", "weight_packed")
-"""What stands in the place of a ``weight`` that several numbers share words in."""
+"""Tensor names that replace ``weight`` when several values are packed into a word."""
 _SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale")
-"""What a quantised KV cache adds to an attention."""
+"""Tensors that a quantised KV cache adds to attention."""
 
 
 def rebind(
@@ -50,11 +50,11 @@ def rebind(
     note: Callable[[str], None] = lambda text: None,
     reading: Reading = not_told,
 ) -> Manifest:
-    """Bind a manifest to a quantised or fine-tuned form of its model.
+    """Bind a manifest to a quantised or fine-tuned version of its model.
 
     Args:
-        manifest: whose blocks are left out.
-        model: the other form, a checkpoint folder or hub id.
+        manifest: the blocks to remove.
+        model: checkpoint folder or hub id of the other version.
         output: where to write the new manifest; None writes nothing.
         revision: of `model`, if it is a hub model.
         origin: the manifest's own model; None for the hub id that the manifest names.
@@ -65,8 +65,8 @@ def rebind(
             many.
 
     Raises:
-        SlebError: the models differ in more than the values and the form of their weights; the
-            message names the field, the tensor or the shape. Or the manifest is repaired.
+        SlebError: the models differ in more than the values and the format of their weights (the
+            message names the field, the tensor or the shape), or the manifest is repaired.
     """
     require("rebind", "torch", "transformers", "accelerate", "psutil")
     output = None if output is None else Path(output)
@@ -93,7 +93,7 @@ def _bound(
     _check_tensors(first, other)
     cut = manifest.pruning().cut
     check_servable(other, cut)
-    # What it says of layers by name must be sayable once they are renumbered.
+    # Layer names in the config must be expressible after renumbering.
     with_quantisation(other, other.config, cut)
     if manifest.evaluation:
         note("the evaluation is the first model's and is left out; run `sleb-serve eval`")
@@ -104,7 +104,7 @@ def _bound(
         model=bind(model, other, full=True, reading=reading),
         golden=_golden(manifest, first, other, note),
         evaluation=MappingProxyType({}),
-        # Of one that was bound to another model before: its losses are the very first model's.
+        # A manifest that was already rebound keeps the losses of the first model.
         rebound_from=manifest.rebound_from or own,
         created_by={name: version(name) for name in ("torch", "transformers")}
         | {"sleb_serve": __version__, **manifest.made_from},
@@ -130,7 +130,7 @@ def _unrepaired(manifest: Manifest, drop: bool, note: Callable[[str], None]) -> 
 def _models(
     manifest: Manifest, model: str, revision: str | None, origin: str | Path | None
 ) -> tuple[Checkpoint, Checkpoint]:
-    """The manifest's own model, and the other form, with their weights on this machine."""
+    """Open both models, with their weights on this machine."""
     own = manifest.model
     known = open_checkpoint(model, revision)
     for what, expected, found in (
@@ -166,7 +166,7 @@ def _models(
 
 
 def _check_layers(first: Checkpoint, other: Checkpoint) -> None:
-    """Refuse other kinds or shapes of layers, as Transformers builds both models."""
+    """Refuse different layer types or shapes, as Transformers builds both models."""
     one, two = transformers_config(first.path), transformers_config(other.path)
     if one is None or two is None:
         raise SlebError(
@@ -180,13 +180,13 @@ def _check_layers(first: Checkpoint, other: Checkpoint) -> None:
 
 
 def _check_tensors(first: Checkpoint, other: Checkpoint) -> None:
-    """Refuse tensors of blocks that are missing, too many, or of another shape."""
+    """Refuse missing or extra block tensors and different shapes."""
     own, theirs = _block_tensors(first), _block_tensors(other)
     forms = other.is_quantised() and not first.is_quantised()
     modules = {name.rpartition(".")[0] for name in own}
     for name, shape in own.items():
         if name in theirs:
-            # bitsandbytes packs a weight in its place, and says how beside it.
+            # bitsandbytes packs a weight under its own name, with metadata tensors next to it.
             packed = forms and any(key.startswith(f"{name}.") for key in theirs)
             if theirs[name] != shape and not packed:
                 _refuse(first, other, name, f"is {shape} there and {theirs[name]} here")
@@ -200,7 +200,7 @@ def _check_tensors(first: Checkpoint, other: Checkpoint) -> None:
 
 
 def _block_tensors(checkpoint: Checkpoint) -> Mapping[str, list[int]]:
-    """Shapes of the blocks' tensors, by name behind what comes before the layers' numbers."""
+    """Return the shapes of the blocks' tensors, by name from the layer number on."""
     files, prefix = checkpoint.weight_files(), checkpoint.layer_prefix
     if files[0].suffix != ".safetensors":
         raise SlebError(
@@ -225,7 +225,7 @@ def _refuse(first: Checkpoint, other: Checkpoint, name: str, why: str) -> None:
 def _golden(
     manifest: Manifest, first: Checkpoint, other: Checkpoint, note: Callable[[str], None]
 ) -> Golden | None:
-    """The golden prompt in the other model; None where it cannot be run here."""
+    """Run the golden prompt on the other model; None if it cannot run here."""
     from sleb_serve.manifest.repair_file import WeightChanges
     from sleb_serve.models.golden import golden
     from sleb_serve.models.loading import load_model
@@ -233,7 +233,7 @@ def _golden(
 
     if manifest.golden is None:
         return None
-    # Some quantised forms are run as if they were not: the first model's size counts.
+    # Some quantised formats are run unquantised, so the first model's size counts.
     size = sum(file.stat().st_size for file in first.weight_files())
     found, why = None, f"it takes {format_size(size)}, more than the free memory"
     if size <= default_budget():
@@ -242,7 +242,7 @@ def _golden(
             found = golden(model, manifest.golden.tokens, manifest.blocks, WeightChanges({}))
             why = "it gives no finite log-probabilities"
         except Exception as error:
-            # Kernels of other machines, packages of other forms: any library's own error.
+            # Missing kernels or packages can raise any library's own error.
             why = first_line(error)
     if found is None:
         note(

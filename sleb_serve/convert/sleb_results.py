@@ -1,4 +1,4 @@
-"""The official code's results and its printed progress."""
+"""Reader for the official code's results and output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOTAL = re.compile(r"^# Total Blocks: *([0-9]{1,9}) *$")
 
 @dataclass(frozen=True)
 class Run:
-    """A run of SLEB as its output tells of it; ``blocks`` is None if the list cannot be read."""
+    """A run of SLEB from its output; ``blocks`` is None if the list cannot be read."""
 
     blocks: list[Any] | None
     total: int | None
@@ -30,10 +30,10 @@ class Run:
 
 
 def sleb_runs(text: str) -> list[Run]:
-    """The runs in SLEB's result file or output, in order.
+    """Read the runs in SLEB's result file or output, in order.
 
     ``sleb.py`` prints the list after each removal and its final order at the end. A list that does
-    not go on from the one before belongs to another run.
+    not extend the previous one belongs to another run.
     """
     runs: list[Run] = []
     open_run: Run | None = None
@@ -68,7 +68,7 @@ def _goes_on(before: list[Any] | None, after: list[Any] | None) -> bool:
 
 
 def of_sleb(runs: Sequence[Run], where: str, num_blocks: int, number: int | None) -> Found:
-    """The blocks that one run of the official code removed, in order."""
+    """Return the blocks removed by one run of the official code, in order."""
     number = len(runs) if number is None else number
     if not 1 <= number <= len(runs):
         raise SlebError(f"run={number}: {where} holds {len(runs)} runs; choose one of them")

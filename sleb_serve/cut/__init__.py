@@ -1,1 +1,1 @@
-"""The model with fewer layers: its config, its tensors' names, and whether it is right."""
+"""The model with fewer layers: its config, its tensor names, and a check that they are correct."""

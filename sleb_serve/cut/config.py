@@ -1,13 +1,13 @@
-"""A pruned model is an ordinary model with fewer layers: its config, and its tensors' names.
+"""Config and tensor names of the pruned model, an ordinary model with fewer layers.
 
-Serving, export, drafts, selection and evaluation all cut with this module. It works on plain JSON
-values and knows neither torch nor Transformers; `sleb_serve.cut.likeness` compares the result with
-the dense model, layer by layer.
+Serving, export, drafts, selection and evaluation all use this module. It works on plain JSON values
+without torch or Transformers; `sleb_serve.cut.likeness` compares the result with the dense model,
+layer by layer.
 
-What a config says of its layers is of a few forms: a value a layer (a list, a string, a dict by
-layer number), a list of layer numbers, how many of the first or the last layers are of a kind, or
-that every nth layer is. The last cannot be said of fewer layers, so Transformers' own derivation is
-made explicit before (see `explicit`); where that is not possible, the cut is refused by the key.
+Configs describe layers in a few forms: one value per layer (a list, a string, a dict by layer
+number), a list of layer numbers, the number of first or last layers of a type, or every nth layer.
+The last form cannot describe fewer layers, so Transformers' own derivation is first made explicit
+(see `explicit`); if that is impossible, the cut is refused and the key named.
 """
 
 from __future__ import annotations
@@ -44,37 +44,37 @@ from sleb_serve.errors import SlebError
 
 @dataclass(frozen=True)
 class Cut:
-    """A decoder of `num_blocks` layers and those it loses; those that stay get new numbers."""
+    """A decoder of `num_blocks` layers and the removed ones; kept layers get new numbers."""
 
     num_blocks: int
     removed: tuple[int, ...]
 
     @cached_property
     def kept(self) -> tuple[int, ...]:
-        """The blocks that stay, by their number in the dense model."""
+        """Return the kept blocks by their number in the dense model."""
         gone = set(self.removed)
         return tuple(index for index in range(self.num_blocks) if index not in gone)
 
     @cached_property
     def places(self) -> dict[int, int]:
-        """The new number of each block that stays."""
+        """Return the new number of each kept block."""
         return {old: new for new, old in enumerate(self.kept)}
 
     def place(self, block: int) -> int | None:
-        """The new number of a block; None if it is removed.
+        """Return the new number of a block; None if it is removed.
 
-        Layers behind the last, for multi-token prediction, move up behind the last that stays.
+        Layers after the last one, for multi-token prediction, follow the last kept layer.
         """
         if block >= self.num_blocks:
             return block - len(self.removed)
         return self.places.get(block)
 
     def name(self, name: str, prefix: str) -> str | None:
-        """The name of a tensor or module of the dense model in the cut one; None if it is removed.
+        """Return the new name of a tensor or module of the dense model; None if it is removed.
 
         Args:
-            name: as in the checkpoint.
-            prefix: what comes before the decoder's layer numbers, as `decoder_prefix` finds it.
+            name: name in the checkpoint.
+            prefix: prefix of the decoder's layer numbers, from `decoder_prefix`.
         """
         block = number_after(name, prefix)
         if block is None:
@@ -84,7 +84,7 @@ class Cut:
         return None if place is None else f"{prefix}{place}{rest}"
 
     def parts(self, name: str, shape: Sequence[int]) -> int | None:
-        """The dimension of a tensor that has a part for each layer, of which removed ones go."""
+        """Return the dimension along which a tensor has one part per layer."""
         module = name.split(".")[-2:-1]
         dimension = SLICED.get(module[0]) if module else None
         if dimension is None or dimension >= len(shape) or shape[dimension] % self.num_blocks:
@@ -92,14 +92,14 @@ class Cut:
         return dimension
 
     def values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What a decoder's config says of the layers that stay.
+        """Cut a decoder's config to the kept layers.
 
         Args:
-            values: the config's entries, without those of nested configs.
+            values: the config's entries, without nested configs.
 
         Raises:
-            SlebError: it says of the layers what cannot be said once some are gone, or what is not
-                known here; the message names the key.
+            SlebError: an entry cannot be expressed for fewer layers or is unknown; the message
+                names the key.
         """
         self._check_sharing(values)
         said = {**self._sparse_step(values), **self._indexers(values)}
@@ -157,11 +157,11 @@ class Cut:
         return value
 
     def _each(self, value: Sequence[Any]) -> list[Any]:
-        """The values of the layers that stay, and of those behind the last."""
+        """Return the values of the kept layers and of those after the last."""
         return [*(value[index] for index in self.kept), *value[self.num_blocks :]]
 
     def _numbers(self, key: str, value: Any) -> Any:
-        """Layers by number, as a list or in a string; an empty string is another model's."""
+        """Parse layer numbers from a list or a string; an empty string belongs to another model."""
         if isinstance(value, list):
             if any(not isinstance(i, int) or isinstance(i, bool) for i in value):
                 raise ValueError(key)
@@ -175,7 +175,7 @@ class Cut:
         return ",".join(left)
 
     def _bound(self, key: str, value: Any) -> Any:
-        """The number up to, or from, which layers are of a kind, or several such numbers."""
+        """Cut the number up to, or from, which layers have a type, or several such numbers."""
         if isinstance(value, list):
             return [self._bound(key, entry) for entry in value]
         if not isinstance(value, int) or isinstance(value, bool):
@@ -183,7 +183,7 @@ class Cut:
         if key == LAST_EXPERT and value < 0:
             return value
         if key == LAST_EXPERT:
-            # Not below zero, which would count from the end.
+            # Not negative, which would count from the end.
             if self.kept[0] > value:
                 raise SlebError(f"{key}: no layer up to {value} is kept; {INSTEAD}")
             return sum(index <= value for index in self.kept) - 1
@@ -201,7 +201,7 @@ class Cut:
                 )
 
     def _sparse_step(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Qwen's MoE: every nth layer has experts unless it is listed; all others are listed."""
+        """Qwen's MoE: every nth layer has experts unless listed; lists all others."""
         step = values.get("decoder_sparse_step")
         if not isinstance(step, int) or step <= 1:
             return {}
@@ -214,7 +214,7 @@ class Cut:
         }
 
     def _indexers(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """DeepSeek's sparse attention: every nth layer has an indexer, said layer by layer."""
+        """DeepSeek's sparse attention: every nth layer has an indexer; lists them explicitly."""
         period = values.get("index_topk_freq")
         if not isinstance(period, int) or period <= 1 or values.get("index_topk_pattern"):
             return {}
@@ -231,7 +231,7 @@ class Cut:
             )
 
     def needed(self, values: Mapping[str, Any]) -> frozenset[int]:
-        """Blocks whose keys and values a block that stays uses."""
+        """Return the blocks that share their keys and values with a kept block."""
         return frozenset(
             source
             for source, users in shared_sources(values, self.num_blocks).items()
@@ -240,10 +240,10 @@ class Cut:
 
 
 def shared_sources(values: Mapping[str, Any], num_blocks: int) -> dict[int, frozenset[int]]:
-    """Blocks whose keys and values later blocks use, and these.
+    """Return the blocks that share keys and values, and their users.
 
-    As Gemma 3n and 4 do: the last ``num_kv_shared_layers`` blocks have none of their own and take
-    those of the last block of their attention type before them.
+    In Gemma 3n and 4, the last ``num_kv_shared_layers`` blocks use the keys and values of the last
+    earlier block with their attention type.
     """
     shared = values.get("num_kv_shared_layers")
     if not isinstance(shared, int) or isinstance(shared, bool) or not 0 < shared < num_blocks:

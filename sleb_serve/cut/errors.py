@@ -1,4 +1,4 @@
-"""How a cut that cannot be made is refused."""
+"""Errors for impossible cuts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sleb_serve.errors import SlebError
 from sleb_serve.utils.strict_json import short
 
 INSTEAD = "remove other blocks, or serve the dense model"
-"""What a refused cut leaves to do: the end of an error."""
+"""Next step after a refused cut: the end of an error message."""
 
 
 @contextmanager
 def read_as_layers(key: str, value: Any) -> Iterator[None]:
-    """While open, a value that turns out not to be of the form that its key has is refused."""
+    """Refuse values of an unexpected form inside the context."""
     try:
         yield
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Decoder layers that take in what a vision tower gives."""
+"""Decoder layers with input from a vision tower."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sleb_serve.errors import SlebError
 
 
 def check_entries(config: Mapping[str, Any], cut: Cut) -> None:
-    """Refuse to remove blocks into which another part of the model feeds.
+    """Refuse to remove blocks with input from another part of the model.
 
     Args:
-        config: a whole config, of all parts.
-        cut: the layers that go.
+        config: the whole config.
+        cut: the removed layers.
 
     Raises:
-        SlebError: naming the block and the key.
+        SlebError: names the block and the key.
     """
     for part in _parts(config):
         for key in (FED_FIRST, FED_BY_MAP, FED_LAYERS):
@@ -37,7 +37,7 @@ def check_entries(config: Mapping[str, Any], cut: Cut) -> None:
 
 
 def cut_entries(values: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
-    """What a config says of the decoder layers that a vision tower feeds, renumbered."""
+    """Renumber a config's list of decoder layers with input from a vision tower."""
     found: dict[str, Any] = {}
     if values.get(FED_BY_MAP):
         found[FED_BY_MAP] = [[tower, cut.place(layer)] for tower, layer in values[FED_BY_MAP]]
@@ -47,15 +47,15 @@ def cut_entries(values: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
 
 
 def _entries(key: str, value: Any) -> list[int]:
-    """The decoder layers that take in what a vision tower gives, as one of its keys says."""
+    """Return the decoder layers with input from a vision tower, from one of its keys."""
     if key == FED_FIRST:
-        # The tower's layers listed there feed the decoder's first, as many.
+        # The n listed tower layers feed the decoder's first n layers.
         return list(range(len(value)))
     return [layer for _, layer in value] if key == FED_BY_MAP else list(value)
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A config and those nested in it."""
+    """Yield a config and its nested configs."""
     yield config
     for value in config.values():
         if isinstance(value, Mapping):

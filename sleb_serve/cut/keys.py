@@ -1,4 +1,4 @@
-"""What the keys of configs say of a decoder's layers."""
+"""Config keys that describe a decoder's layers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ PER_LAYER = words(
     "sliding_window_layers sliding_window_list sliding_windows swiglu_limits swiglu_limits_shared "
     "use_gated_ffn"
 )
-"""Keys that may hold a list with one value a layer; more values are of layers behind the last."""
+"""Keys of lists with one value per layer; extra values belong to layers after the last."""
 
 
 LAYER_LETTERS = frozenset(("hybrid_override_pattern", "index_topk_pattern", "layer_pattern"))
-"""Keys that may hold a string with one letter a layer."""
+"""Keys of strings with one letter per layer."""
 
 
 REPEATED = frozenset(("interleaved_sliding_window",))
-"""Keys whose list is repeated until every layer has a value."""
+"""Keys of lists that repeat until every layer has a value."""
 
 
 BY_LAYER = frozenset(("per_layer_config",))
-"""Keys that may hold a dict by layer number; layers that are not named are as the rest says."""
+"""Keys of dicts by layer number; other entries describe the remaining layers."""
 
 
 LAYER_NUMBERS = words(
@@ -40,23 +40,23 @@ LAYER_NUMBERS = words(
     "global_attn_layers hybrid_layer_ids local_layer_ids mlp_only_layers moe_layers "
     "moe_layers_enum rope_scaling_layers"
 )
-"""Keys that list layers by number, or name the numbers in a string, with commas."""
+"""Keys that list layers by number, also as a comma-separated string."""
 
 
 FROM_ONE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"linear_attn_config": ("kda_layers", "full_attn_layers")}
 )
-"""Nested configs that list layers by number, counted from one, and the keys that do."""
+"""Nested configs with lists of layer numbers, counted from one, and their keys."""
 
 
 FIRST_LAYERS = words(
     "first_k_dense_replace max_window_layers moe_layer_start_index num_dense_layers num_hash_layers"
 )
-"""Keys that count the first layers of a kind; Ernie's has one number for each kind of expert."""
+"""Keys that count the first layers of a type; Ernie's has one number per expert type."""
 
 
 LAST_LAYERS = frozenset(("num_kv_shared_layers",))
-"""Keys that count the last layers of a kind."""
+"""Keys that count the last layers of a type."""
 
 
 EVERY_NTH: Mapping[str, str | None] = MappingProxyType(
@@ -78,39 +78,39 @@ EVERY_NTH: Mapping[str, str | None] = MappingProxyType(
         "interleaved_sliding_window_pattern": "layer_types",
     }
 )
-"""Keys by which every nth layer is of a kind, and the list that says the same of each layer."""
+"""Keys that set a type for every nth layer, and the equivalent per-layer lists."""
 
 
 SCALED = "scale_depth"
-"""MiniCPM multiplies what layers add to the stream by this over the root of their number."""
+"""MiniCPM scales each layer's output by this over the root of the layer count."""
 
 
 NUMBERED = words("bskcn_1 bskcn_2 bskcn_3 bskcn_4 scale_attn_by_inverse_layer_idx")
-"""Keys that make layers compute with their own numbers, where they say anything."""
+"""Keys that make layers compute with their own numbers, if set."""
 
 
 FED_FIRST, FED_BY_MAP = "deepstack_visual_indexes", "deepstack_layer_map"
 
 
 FED_LAYERS = "spatial_target_layers"
-"""Keys that tell which decoder layers take in what a vision tower gives."""
+"""Keys that list decoder layers with input from a vision tower."""
 
 
 NOT_PER_LAYER = words(
     "architectures begin_suppress_tokens bos_token_id eos_token_id image_grid_pinpoints "
     "keys_to_ignore_at_inference pad_token_id special_token_ids suppress_tokens"
 )
-"""Keys whose lists are never by layer, however long."""
+"""Keys of lists that are never per layer, regardless of their length."""
 
 
 SLICED: Mapping[str, int] = MappingProxyType(
     {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
 )
-"""Modules with a part for each layer in one matrix, and the dimension that is divided."""
+"""Modules with one matrix for all layers, and the dimension split by layer."""
 
 
 LAST_EXPERT = "moe_layer_end_index"
-"""Ernie's last layer with experts, counted from the end below zero."""
+"""Ernie's last layer with experts; negative values count from the end."""
 
 
 BY_COUNT = FIRST_LAYERS | LAST_LAYERS | {SCALED}

@@ -1,4 +1,4 @@
-"""Where a Transformers config and model keep their decoder layers."""
+"""Locations of the decoder layers in a Transformers config and model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sleb_serve.errors import SlebError
 
 
 def decoder_of(config: Any) -> Any:
-    """The part of a Transformers config that is the decoder's: itself, or a nested config."""
+    """Return the decoder's part of a Transformers config: itself, or a nested config."""
     path = decoder_path(config.to_dict())
     for key in path or ():
         config = getattr(config, key)
@@ -18,12 +18,12 @@ def decoder_of(config: Any) -> Any:
 
 
 def decoder_layers(model: Any) -> Any:
-    """The list of decoder layers; see `layers_path`."""
+    """Return the list of decoder layers; see `layers_path`."""
     return model.get_submodule(layers_path(model))
 
 
 def layers_path(model: Any) -> str:
-    """The name of the list of decoder layers: the outermost as long as the config's layer count.
+    """Find the list of decoder layers: the outermost list as long as the config's layer count.
 
     Raises:
         SlebError: there is none, or more than one.
@@ -49,11 +49,11 @@ def layers_path(model: Any) -> str:
 
 
 def meta_model(kind: Any, config: Any) -> Any:
-    """A model on the meta device, its weights not quantised.
+    """Build an unquantised model on the meta device.
 
     Args:
-        kind: its class in Transformers.
-        config: its config in Transformers, which is left as it is.
+        kind: its Transformers class.
+        config: its Transformers config, which is not modified.
     """
     import torch
 

@@ -1,9 +1,9 @@
-"""Whether the model with fewer layers computes what the dense one does with those blocks skipped.
+"""Check that the model with fewer layers equals the dense one with the blocks skipped.
 
-Tables of config keys (`sleb_serve.cut.config`) foresee much and not all. So the dense and the cut
-model are built in Transformers on the meta device, which costs no memory, and compared: each layer
-that stays must be of the same class, with the same plain attributes (but its number) and the same
-shapes of weights. What differs is refused by its name.
+The tables of config keys (`sleb_serve.cut.config`) cannot cover everything. So both models are
+built in Transformers on the meta device, which costs no memory, and compared: each kept layer must
+have the same class, plain attributes (except its number) and weight shapes. Any difference is
+refused by name.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from sleb_serve.utils.extras import COMPARES, install_hint, missing
 
 _COUNT = re.compile(r"\b(num_hidden_layers|num_layers)\b")
 _OF_SHARING = frozenset(("store_full_length_kv",))
-"""Attributes that count only where layers use other layers' keys and values."""
+"""Attributes that matter only if layers use other layers' keys and values."""
 
 
 def transformers_config(model: str | Path, **options: Any) -> Any:
-    """A model's config as Transformers loads it; None where Transformers does not know the model.
+    """Load a model's Transformers config; None if Transformers does not know the model.
 
-    None, too, where Transformers is not installed: see `not_compared`.
+    Also None if Transformers is not installed; see `not_compared`.
 
     Args:
         model: folder or hub id.
-        options: of ``AutoConfig.from_pretrained``, as ``revision``.
+        options: options of ``AutoConfig.from_pretrained``, such as ``revision``.
 
     Raises:
-        SlebError: an entry is of a type that Transformers refuses.
+        SlebError: Transformers refuses the type of an entry.
     """
     if missing("transformers"):
         return None
@@ -53,7 +53,7 @@ def transformers_config(model: str | Path, **options: Any) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return None
     except Exception as error:
-        # A config's own code may raise anything at values that it does not expect.
+        # A config's own code may raise anything for unexpected values.
         raise SlebError(
             f"Transformers cannot read the config of {model}: {first_line(error)}; download the "
             f"model again"
@@ -62,7 +62,7 @@ def transformers_config(model: str | Path, **options: Any) -> Any:
 
 
 def not_compared() -> str:
-    """Why `check_likeness` did not compare the layers that stay, and what helps."""
+    """Explain why `check_likeness` did not compare the kept layers, and the remedy."""
     lacks = missing(*COMPARES)
     if lacks is None:
         return "Transformers does not know the model, so they were not compared with the dense"
@@ -70,13 +70,13 @@ def not_compared() -> str:
 
 
 def compared(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
-    """As `check_likeness`; where nothing can be compared, the architecture must be a listed one.
+    """Like `check_likeness`; if nothing can be compared, the architecture must be listed.
 
     Args:
-        dense: the dense model's Transformers config; None where there is none.
-        short: the shorter model's.
-        architecture: the model's class.
-        cut: which layers go.
+        dense: the dense model's Transformers config, or None.
+        short: the shorter model's Transformers config.
+        architecture: the model's architecture name.
+        cut: the removed layers.
 
     Raises:
         SlebError: see `check_likeness` and `check_known`.
@@ -88,17 +88,17 @@ def compared(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
 
 
 def apply(config: Any, cut: Cut) -> dict[str, Any]:
-    """Make a Transformers config that of the shorter model.
+    """Turn a Transformers config into the shorter model's.
 
     Args:
         config: changed in place.
-        cut: the layers that go.
+        cut: the removed layers.
 
     Returns:
-        What the decoder's entries were that are changed, by name.
+        The original values of the changed entries, by name.
 
     Raises:
-        SlebError: the config cannot say it; the message names the key.
+        SlebError: the config cannot express it; the message names the key.
     """
     before: dict[str, Any] = {}
     whole = config.to_dict()
@@ -120,7 +120,7 @@ def apply(config: Any, cut: Cut) -> dict[str, Any]:
                 )
             continue
         new = cut.values(values)
-        # The count first: others are held against it when they are set.
+        # Set the count first, because other values are validated against it.
         for key in sorted(new, key=lambda key: key not in COUNT_KEYS):
             if new[key] != values.get(key):
                 if part is decoder:
@@ -130,21 +130,21 @@ def apply(config: Any, cut: Cut) -> dict[str, Any]:
 
 
 def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
-    """Hold the model that a cut config makes against the dense one, layer by layer.
+    """Compare the model of a cut config with the dense one, layer by layer.
 
     Args:
         dense: the dense model's Transformers config.
-        short: the shorter model's.
+        short: the shorter model's Transformers config.
         architecture: the model's class in Transformers.
-        cut: which layers go.
+        cut: the removed layers.
 
     Returns:
-        False where Transformers has no such class, or cannot build the dense model, or torch is
-        not installed, so that nothing could be compared.
+        False if nothing could be compared because Transformers has no such class, cannot build the
+        dense model, or torch is not installed.
 
     Raises:
-        SlebError: a layer that stays would not be as it is in the dense model; the message names
-            the attribute.
+        SlebError: a kept layer would differ from the dense model's; the message names the
+            attribute.
     """
     if missing("torch"):
         return False
@@ -157,7 +157,7 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
         whole = meta_model(kind, dense)
         path = layers_path(whole)
     except Exception:
-        # Whatever a model's own code asks for, it is not the cut that is at fault.
+        # The model's own code fails, which is not the cut's fault.
         return False
     try:
         pruned = meta_model(kind, short)
@@ -185,15 +185,15 @@ def check_likeness(dense: Any, short: Any, architecture: str, cut: Cut) -> bool:
 
 
 def check_alike(one: Any, other: Any, architecture: str) -> None:
-    """Refuse a model whose layers are of other kinds or shapes than another model's.
+    """Refuse a model with different layer types or shapes than another model.
 
     Args:
-        one: a model's Transformers config.
-        other: the config of the model that may have other weights, and nothing else.
-        architecture: the class of both in Transformers.
+        one: Transformers config of a model.
+        other: config of the model, which may differ only in its weights.
+        architecture: the Transformers class of both.
 
     Raises:
-        SlebError: naming the layer's attribute; or Transformers cannot build one of them.
+        SlebError: names the layer's attribute; or Transformers cannot build one of the models.
     """
     import transformers
 
@@ -268,7 +268,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _same(value: Any, other: Any, cut: Cut) -> bool:
-    """Whether two attributes are equal, or are the old and the new number of a layer."""
+    """Return whether attributes are equal, or are the old and the new number of a layer."""
     if isinstance(value, list | tuple):
         return (
             isinstance(other, list | tuple)
@@ -285,7 +285,7 @@ def _same(value: Any, other: Any, cut: Cut) -> bool:
 
 
 def _methods(kind: type) -> Iterator[Any]:
-    """What a module's class and those it inherits from compute with, but for torch's own."""
+    """Return the code of a module's class and its bases, except torch's own."""
     seen: set[str] = set()
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):

@@ -1,11 +1,11 @@
 """Names of layers in quantisation configs, renumbered.
 
-Which modules a checkpoint leaves as they are, or quantises in another way, is said by name, by a
-regular expression (compressed-tensors' ``re:…``, GPTQModel's ``+:…`` and ``-:…``) or with wildcards
-(ModelOpt). A name is renumbered. A pattern that matches the same modules under their new numbers is
-left as it is; any other becomes the list of what it matches. A pattern may be written for names
-that the checkpoint does not have: for a module that holds others, for vLLM's fused ones, or with
-another prefix. One that names layers and matches none of these is refused.
+Configs select unquantised or differently quantised modules by name, by regular expression
+(compressed-tensors' ``re:…``, GPTQModel's ``+:…`` and ``-:…``) or with wildcards (ModelOpt). Names
+are renumbered. A pattern that matches the same modules under their new numbers is kept; any other
+is replaced by the list of its matches. Patterns may target names outside the checkpoint: parent
+modules, vLLM's fused modules, or another prefix. A pattern that names layers but matches none of
+these is refused.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _PREFIXES = ("re:", "+:", "-:")
 _ANY_NUMBER = re.compile(r"\[0-9\][+*]")
 
 FUSED = (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj")))
-"""What vLLM calls projections that it keeps as one, and those of the checkpoint."""
+"""vLLM's fused projections and the checkpoint's projections in each."""
 
 OTHER_PREFIXES = ("", "model.", "language_model.model.", "model.language_model.", "language_model.")
-"""What may stand before the decoder's list of layers in a pattern, whatever the tensors have."""
+"""Prefixes of the decoder's layers that patterns may use, besides the tensors' own."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """The dense checkpoint's modules, and what they are called in the cut model.
+    """The dense checkpoint's modules and their names in the cut model.
 
     Attributes:
-        modules: names of all modules that have weights.
-        cut: the layers that go.
-        prefix: what comes before the decoder's layer numbers in them, as ``model.layers.``.
+        modules: names of all modules with weights.
+        cut: the removed layers.
+        prefix: prefix of the decoder's layer numbers, such as ``model.layers.``.
     """
 
     modules: frozenset[str]
@@ -49,19 +49,19 @@ class Names:
     prefix: str
 
     def rename(self, name: str) -> str | None:
-        """A module's new name, None if it is removed."""
+        """Return a module's new name; None if it is removed."""
         return self.cut.name(name, self.prefix)
 
     @property
     def list_name(self) -> str:
-        """The last part of the name of the decoder's list of layers, as ``layers``."""
+        """Return the last name component of the decoder's layer list, such as ``layers``."""
         return (self.prefix.split(".")[-2:-1] or [""])[0]
 
     @cached_property
     def forms(self) -> tuple[tuple[tuple[str, str | None], ...], ...]:
-        """Old and new names (None if removed): as the checkpoint has them, and by other prefixes.
+        """Return old and new names (None if removed), with the checkpoint's and other prefixes.
 
-        With the names of modules that hold others, and of fused ones.
+        Includes parent modules and fused ones.
         """
         names = {held for name in self.modules for held in _held_by(name)} | self.modules
         for whole, parts in FUSED:
@@ -79,10 +79,10 @@ class Names:
 
 
 def renumbered(value: Any, names: Names) -> Any:
-    """A quantisation's config with the layers it names renumbered; removed ones are left out.
+    """Renumber the layers in a quantisation config and drop removed ones.
 
     Raises:
-        SlebError: it names layers by a pattern that is no regular expression.
+        SlebError: a layer pattern is not a valid regular expression.
     """
     if isinstance(value, str) and _names_layers(value, names):
         parts = [value] if value.startswith(_PREFIXES) else value.split(",")
@@ -130,7 +130,7 @@ def _new_names(text: str, names: Names, *, is_key: bool) -> list[str]:
 
 
 def _layer_part(name: str, names: Names) -> int | None:
-    """Which part of a dotted name, be it with wildcards, is the number of a decoder layer."""
+    """Find the decoder layer number in a dotted name, which may have wildcards."""
     parts = name.split(".")
     for place in range(1, len(parts)):
         if parts[place].isdecimal() and parts[place - 1] == names.list_name:
@@ -139,7 +139,7 @@ def _layer_part(name: str, names: Names) -> int | None:
 
 
 def _matched(matches: Callable[[str], bool], names: Names, text: str) -> list[str] | None:
-    """The new names of what a pattern matches; None if it matches just these by itself."""
+    """Return the new names of a pattern's matches; None if the pattern still matches them."""
     for form in names.forms:
         hits = [(matches(old), new is not None and matches(new), new) for old, new in form]
         if any(before or after for before, after, _ in hits):
@@ -155,14 +155,14 @@ def _matched(matches: Callable[[str], bool], names: Names, text: str) -> list[st
 
 
 def _names_layers(text: str, names: Names) -> bool:
-    """Whether some of the layers are named, and not all of them alike."""
+    """Return whether layers are named individually, not all alike."""
     plain = _ANY_NUMBER.sub("", text)
     numbers = re.findall(rf"(?<![^\W_]){re.escape(names.list_name)}\W*(\d+)", plain)
     return any(int(number) < names.cut.num_blocks for number in numbers)
 
 
 def _held_by(name: str) -> list[str]:
-    """The modules that hold a module, outermost first."""
+    """Return the parents of a module, outermost first."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 

@@ -1,7 +1,7 @@
-"""One answer to whether a model can lose some blocks: for select, import, check, export and serve.
+"""Shared check for select, import, check, export and serve that blocks can be removed.
 
-What the plugin makes vLLM build, and what an exported config.json says, are both held against the
-dense model by `sleb_serve.cut.likeness`.
+`sleb_serve.cut.likeness` compares both the plugin's config and an exported config.json with the
+dense model.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ VLLM_PERIODS: Mapping[str, int | str] = MappingProxyType(
         "Llama4ForConditionalGeneration": "interleave_moe_layer_step",
     }
 )
-"""Architectures in which vLLM takes a layer's kind from the remainder of its number, whatever the
-config lists, and the period or the key that says it. The plugin's loader knows; stock vLLM cannot
-be told."""
+"""Architectures for which vLLM derives a layer's type from its number modulo a period, ignoring the
+config's list, with the period or its key. The plugin's loader handles this; stock vLLM cannot.
+"""
 
 
 def check_servable(checkpoint: Checkpoint, cut: Cut) -> bool:
-    """As `compare_layers`; where nothing was compared, a warning in the log says so."""
+    """Run `compare_layers` and log a warning if nothing was compared."""
     found = compare_layers(checkpoint, cut)
     if not found:
         _warn()
@@ -48,14 +48,14 @@ def check_servable(checkpoint: Checkpoint, cut: Cut) -> bool:
 
 
 def compare_layers(checkpoint: Checkpoint, cut: Cut) -> bool:
-    """Refuse what cannot be served with fewer layers, before any GPU is booked.
+    """Refuse models that cannot be served with fewer layers, before using any GPU.
 
     Returns:
-        Whether the layers that stay were compared with the dense model's; not where Transformers
-        does not know the model, or is not installed.
+        Whether the kept layers were compared with the dense model's; False if Transformers does not
+        know the model or is not installed.
 
     Raises:
-        SlebError: naming the config's key, or the layer's attribute.
+        SlebError: names the config's key or the layer's attribute.
     """
     config = transformers_config(checkpoint.path)
     dense = copy.deepcopy(config)
@@ -70,17 +70,16 @@ def compare_layers(checkpoint: Checkpoint, cut: Cut) -> bool:
 
 
 def exported_config(checkpoint: Checkpoint, cut: Cut, *, for_vllm: bool = True) -> dict[str, Any]:
-    """config.json of the exported checkpoint.
+    """Return config.json of the exported checkpoint.
 
     Args:
         checkpoint: the dense model.
-        cut: the layers that go.
-        for_vllm: whether a vLLM without the plugin must run it, too.
+        cut: the removed layers.
+        for_vllm: whether stock vLLM must also run it.
 
     Raises:
-        SlebError: config.json cannot say it, or Transformers would not read it so.
-        MissingExtraError: config.json leaves to Transformers, which is not installed, what a layer
-            is by its position.
+        SlebError: config.json cannot express it, or Transformers would read it differently.
+        MissingExtraError: layer types depend on positions and Transformers is not installed.
     """
     dense = transformers_config(checkpoint.path)
     if missing("transformers") and not config_says_all(checkpoint.architecture):
@@ -93,13 +92,12 @@ def exported_config(checkpoint: Checkpoint, cut: Cut, *, for_vllm: bool = True) 
 
 
 def check_countable(checkpoint: Checkpoint, cut: Cut) -> None:
-    """Refuse a model of which other tools would make another one.
+    """Refuse a model that other tools would prune incorrectly.
 
-    They renumber the tensors and lower the number of layers; what a config says of each layer they
-    leave as it is.
+    They renumber the tensors and lower the layer count but do not change per-layer config entries.
 
     Raises:
-        SlebError: naming the layer's attribute that would change.
+        SlebError: names the layer's attribute that would change.
     """
     _check_periods(checkpoint, cut)
     path = decoder_path(checkpoint.config) or ()
@@ -116,7 +114,7 @@ def check_countable(checkpoint: Checkpoint, cut: Cut) -> None:
 
 
 def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping[str, Any]) -> None:
-    """Hold what Transformers makes of a written config against the dense model."""
+    """Compare Transformers' reading of a written config with the dense model."""
     if dense is None:
         check_known(checkpoint.architecture)
         _warn()
@@ -139,7 +137,7 @@ def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping
 
 
 def _warn() -> None:
-    _LOG.warning("layers that stay: %s", not_compared())
+    _LOG.warning("kept layers: %s", not_compared())
 
 
 def _needs_transformers(checkpoint: Checkpoint, why: str) -> MissingExtraError:

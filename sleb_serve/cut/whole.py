@@ -1,4 +1,4 @@
-"""The config of a whole model, of whose parts one is the decoder."""
+"""The config of a whole model, with the decoder as one part."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from sleb_serve.errors import SlebError
 
 
 def removable(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The blocks of which each can be removed alone.
+    """Return the blocks that can be removed individually.
 
     Args:
         config: a whole config.json, or what Transformers made of one.
 
     Raises:
-        SlebError: there is none; the message says why the first cannot.
+        SlebError: there is none; the message gives the reason for the first block.
     """
     values = at(config, decoder_path(config) or ()) or {}
     num_blocks = count_of(values) or 0
@@ -52,13 +52,13 @@ def removable(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def cut_config(config: Mapping[str, Any], cut: Cut, names: Names | None = None) -> dict[str, Any]:
-    """The config of the shorter model: `config` with what it says of its decoder's layers cut.
+    """Return `config` with its decoder layers cut.
 
     Args:
         config: a whole config.json, or what Transformers made of one.
-        cut: the layers that go.
-        names: of the checkpoint's modules, by which quantisation configs name layers; None where
-            the config has none.
+        cut: the removed layers.
+        names: names of the checkpoint's modules, used in quantisation configs; None without a
+            quantisation config.
 
     Raises:
         SlebError: see `Cut.values`.
@@ -69,18 +69,18 @@ def cut_config(config: Mapping[str, Any], cut: Cut, names: Names | None = None) 
     check_entries(config, cut)
     result = _replaced(config, path, cut.values)
     if path and count_of(config) == cut.num_blocks:
-        # Some repeat the decoder's entries outside.
+        # Some configs repeat the decoder's entries at the top level.
         result.update(cut.values({k: v for k, v in config.items() if k not in path}))
     result.update(cut_entries(config, cut))
     return result if names is None else with_names(result, names)
 
 
 def with_names(config: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    """A config with the layers that its quantisation names numbered as in the shorter model.
+    """Renumber the layers in a config's quantisation entry.
 
     Args:
         config: a whole config, or the decoder's.
-        names: of the checkpoint's modules.
+        names: names of the checkpoint's modules.
     """
     result = dict(config)
     for place in dict.fromkeys(((), decoder_path(config) or ())):
@@ -97,11 +97,11 @@ def _updated(new: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def explicit(config: Mapping[str, Any], derived: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with what Transformers derives of it for each layer said in so many words.
+    """Return `config` with the layer attributes that Transformers derives made explicit.
 
     Args:
-        config: config.json, which may leave a layer's kind to its position.
-        derived: what Transformers made of it.
+        config: config.json, which may define layer types by position.
+        derived: the same config as loaded by Transformers.
     """
     path, other = decoder_path(config), decoder_path(derived)
     if path is None or other is None:

@@ -1,4 +1,4 @@
-"""What the files of the shorter model say, beside its weights."""
+"""Config files of the shorter model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEY = QUANTISATION_KEYS[0]
 
 
 def module_names(checkpoint: Checkpoint, cut: Cut) -> Names:
-    """The modules that have weights, and their names once `cut`."""
+    """Return the modules with weights and their names after `cut`."""
     modules = frozenset(name.rpartition(".")[0] for name in checkpoint.tensor_names)
     return Names(modules, cut, checkpoint.layer_prefix)
 
@@ -25,15 +25,15 @@ def module_names(checkpoint: Checkpoint, cut: Cut) -> Names:
 def written_config(
     checkpoint: Checkpoint, cut: Cut, derived: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """config.json of the shorter model.
+    """Return config.json of the shorter model.
 
     Args:
         checkpoint: the dense model.
-        cut: the layers that go.
-        derived: what Transformers makes of config.json; None where it does not know the model.
+        cut: the removed layers.
+        derived: config.json as loaded by Transformers; None if it does not know the model.
 
     Raises:
-        SlebError: it cannot be said of fewer layers; the message names the key.
+        SlebError: it cannot be expressed for fewer layers; the message names the key.
     """
     config = checkpoint.config if derived is None else explicit(checkpoint.config, derived)
     try:
@@ -43,7 +43,7 @@ def written_config(
 
 
 def written_quantisation(checkpoint: Checkpoint, cut: Cut) -> dict[str, Any]:
-    """The contents of the files beside config.json that say how the checkpoint is quantised."""
+    """Return the contents of separate quantisation config files for the shorter model."""
     files = checkpoint.quantisation_files()
     if not files:
         return {}
@@ -54,13 +54,13 @@ def written_quantisation(checkpoint: Checkpoint, cut: Cut) -> dict[str, Any]:
 def with_quantisation(
     checkpoint: Checkpoint, config: Mapping[str, Any], cut: Cut
 ) -> dict[str, Any]:
-    """A config with the layers that its quantisation names numbered as in the shorter model.
+    """Renumber the layers in a config's quantisation entry.
 
     Args:
         checkpoint: the dense model.
-        config: the dense one. Where it says nothing of a quantisation that a file beside it
-            does, the file's content is put into the result.
-        cut: the layers that go.
+        config: the dense config. If only a separate file describes the quantisation, the result
+            includes that file's content.
+        cut: the removed layers.
     """
     result = dict(config)
     beside = checkpoint.quantisation_files()
@@ -70,6 +70,6 @@ def with_quantisation(
     if not isinstance(own, Mapping) and not isinstance(inner, Mapping) and beside:
         result[_KEY] = next(iter(beside.values()))
     elif isinstance(own, Mapping) and isinstance(more, Mapping) and "quantized_layers" in more:
-        # ModelOpt's list of layers by name may be in the file alone.
+        # ModelOpt's list of layer names may be only in the file.
         result[_KEY] = {"quantized_layers": more["quantized_layers"], **own}
     return with_names(result, module_names(checkpoint, cut))

@@ -1,1 +1,1 @@
-"""Text into sequences of token ids."""
+"""Turns text into sequences of token ids."""

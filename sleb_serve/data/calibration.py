@@ -1,4 +1,4 @@
-"""Calibration text: a source, tokenised as one text, cut into sequences of token ids."""
+"""Calibration text: tokenised as one text and cut into sequences of token ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BETWEEN_ROWS = "\n\n"
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences, all of the same length, and where they came from."""
+    """Token sequences of equal length, and their source."""
 
     tokens: tuple[tuple[int, ...], ...]
     calibration: Calibration
@@ -50,18 +50,18 @@ def make_sequences(
         source: ``wikitext2`` or ``c4`` (rows shuffled by `seed`, the first `rows` joined, as the
             official code does), ``python-docs`` (embedded), or a .txt, .jsonl, .jsonl.gz or
             .parquet file (its rows of text or chats from the start).
-        tokenizer: the model's. A text that begins with a chat gets no special tokens but those of
-            the chat template, as the model gets chats when it is served.
-        sequences: how many at most; None for all that the rows give (8 for other sources).
+        tokenizer: the model's tokenizer. A text that begins with a chat gets only the special
+            tokens of the chat template, as in serving.
+        sequences: maximum number; None for all from the rows (8 for other sources).
         sequence_length: tokens per sequence, at least 2.
-        seed: shuffles the rows of ``wikitext2`` and ``c4``.
-        rows: how many rows of ``wikitext2`` and ``c4``; None for 128, and as many more as it
-            takes to fill `sequences` sequences.
-        sample: which sample of the source, each as large: other rows by the seeds after `seed`,
-            or of other sources, the sequences that follow.
+        seed: seed for shuffling the rows of ``wikitext2`` and ``c4``.
+        rows: number of rows of ``wikitext2`` and ``c4``; None for 128, or more if `sequences`
+            sequences need them.
+        sample: number of the sample, all of equal size: further seeds after `seed` select other
+            rows; for other sources, the following sequences.
 
     Raises:
-        SlebError: the source is unknown, unreadable, empty, or shorter than was asked for.
+        SlebError: the source is unknown, unreadable, empty or too short.
     """
     if sequence_length < 2:
         raise SlebError(
@@ -97,7 +97,7 @@ def make_sequences(
 def _cut(
     ids: Sequence[int], source: str, length: int, first: int, count: int | None
 ) -> tuple[tuple[int, ...], ...]:
-    """Consecutive sequences of `length` tokens; all that there are where `count` is None."""
+    """Cut consecutive sequences of `length` tokens; all if `count` is None."""
     available = len(ids) // length
     if available == 0:
         raise SlebError(
@@ -114,7 +114,7 @@ def _cut(
 
 
 def source_tokens(source: str, tokenizer: Tokenizer, wanted: int, seed: int) -> Sequence[int]:
-    """The first `wanted` tokens of a text, fewer if it has fewer; rows as in `make_sequences`.
+    """Return up to `wanted` first tokens of a text; rows as in `make_sequences`.
 
     Raises:
         SlebError: the source is unknown, unreadable or empty.
@@ -127,17 +127,17 @@ def source_tokens(source: str, tokenizer: Tokenizer, wanted: int, seed: int) -> 
 def judged_sequences(
     source: str, tokenizer: Tokenizer, length: int, count: int | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Consecutive sequences of a text that models are judged on, as the official code cuts them.
+    """Cut consecutive sequences of an evaluation text, as in the official code.
 
     Args:
         source: ``wikitext2`` (its test split), ``c4`` (256 sequences of the first 1,100 rows of its
             validation split), ``python-docs`` or a file.
-        tokenizer: the model's; see `make_sequences`.
-        length: tokens a sequence.
-        count: how many sequences at most; None for all.
+        tokenizer: the model's tokenizer; see `make_sequences`.
+        length: tokens per sequence.
+        count: maximum number of sequences; None for all.
 
     Raises:
-        SlebError: the text is not there, or shorter than one sequence.
+        SlebError: the text does not exist or is shorter than one sequence.
     """
     if source in JUDGED_TEXTS:
         hub = JUDGED_TEXTS[source]
@@ -161,10 +161,10 @@ def judged_sequences(
 def held_out_sequences(
     tokenize: Tokenize, count: int, length: int, calibration: Calibration | None
 ) -> tuple[tuple[int, ...], ...]:
-    """The last `count` sequences of `length` tokens of the embedded text.
+    """Return the last `count` sequences of `length` tokens of the embedded text.
 
     Raises:
-        SlebError: they would overlap what `calibration` took from its start.
+        SlebError: they would overlap with `calibration`, which uses its start.
     """
     if count < 1:
         return ()
@@ -189,10 +189,10 @@ def _digest(sequences: Sequence[Sequence[int]]) -> str:
 
 
 def _tokens(tokenizer: Tokenizer, source: str, wanted: int | None) -> Sequence[int]:
-    """At least `wanted` tokens from the start of a text, if it has them; None for all.
+    """Tokenise at least `wanted` tokens from the start of a text; None for all.
 
-    Reading and tokenising a file of gigabytes to use its first page would be waste. A prefix of the
-    text is enough: its last few tokens may differ from the whole text's, so a margin is cut off.
+    This avoids tokenising gigabytes to use the first page. The last few tokens of a prefix may
+    differ from the whole text's, so a margin is cut off.
     """
     rows = read_rows(source, tokenizer.chats)
     texts: list[str] = []

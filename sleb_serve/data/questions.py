@@ -1,6 +1,6 @@
-"""Short questions that nearly every model has an answer to: to see whether a pruned one still does.
+"""Short questions that nearly every model can answer, to compare a pruned model's answers.
 
-What counts is whether the pruned model answers as the dense one, not whether either is right.
+Only agreement with the dense model counts, not correctness.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ QUESTIONS = (
 
 
 def question_prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    """The questions as the model is asked them: by its chat template if it has one. Token ids."""
+    """Return the questions as token ids, formatted with the chat template if there is one."""
     chats = tokenizer.chats
     if chats is None:
         return [list(tokenizer(f"Question: {question}\nAnswer:")) for question in QUESTIONS]

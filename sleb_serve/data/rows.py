@@ -1,4 +1,4 @@
-"""Rows of a file: texts, or chats in the forms that are published."""
+"""Rows of a file: texts, or chats in common formats."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _KNOWN_ROWS = (
 
 _MAX_TEXT = 1 << 30
 _MAX_ROW = 64 << 20
-"""Characters of a line of JSON."""
+"""Maximum characters in a line of JSON."""
 
 
 _SHAREGPT = {
@@ -53,24 +53,24 @@ _SHAREGPT = {
 
 
 class BadRowError(Exception):
-    """A row that cannot be read: what is wrong and what to do, to be read after its number."""
+    """An unreadable row: the problem and the remedy; the row number precedes the message."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file as text, and the messages of the chat that it is, if it is one."""
+    """One row of a file as text, with its messages if it is a chat."""
 
     text: str
     messages: list[dict[str, Any]] | None = None
 
     @property
     def is_chat(self) -> bool:
-        """Whether a chat template wrote the text."""
+        """Return whether the row is a chat."""
         return self.messages is not None
 
 
 def read_rows(source: str, chats: Chats | None) -> Iterator[Row]:
-    """The rows of a text that is not a data set of the hub, one after the other."""
+    """Yield the rows of a text that is not a hub data set."""
     if source == EMBEDDED:
         yield Row(embedded_text())
         return
@@ -113,7 +113,7 @@ def _whole_text(path: Path) -> Iterator[tuple[str, object]]:
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
     opener = gzip.open if path.name.endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8-sig") as file:
-        # A packed line can be a thousand times as long as its file.
+        # A compressed line can expand to a thousand times the file's size.
         for number, row in enumerate(iter(lambda: file.readline(_MAX_ROW + 1), ""), 1):
             if len(row) > _MAX_ROW:
                 raise ValueError(f"line {number} is longer than {_MAX_ROW >> 20} MiB")
@@ -142,14 +142,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _row(entry: object, chats: Chats | None) -> Row:
-    """A row as text.
+    """Convert a row to text.
 
     Raises:
-        BadRowError: it is of no known kind, or broken.
+        BadRowError: its kind is unknown, or it is malformed.
     """
     if not isinstance(entry, dict):
         raise BadRowError(f"is not an object; rows need {_KNOWN_ROWS}")
-    # A parquet file has every column in every row.
+    # Every row of a parquet file has all columns.
     entry = {key: value for key, value in entry.items() if value is not None}
     if "text" in entry:
         row = Row(_string(entry["text"], "text"))
@@ -177,7 +177,7 @@ def _row(entry: object, chats: Chats | None) -> Row:
 
 
 def is_chats(source: str, chats: Chats | None) -> bool:
-    """Whether a text begins with a chat.
+    """Return whether a text begins with a chat.
 
     Raises:
         SlebError: it cannot be read.
@@ -189,7 +189,7 @@ def is_chats(source: str, chats: Chats | None) -> bool:
 
 
 def _messages(entry: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The chat in a row, as a chat template takes it; None if it holds none of a known kind."""
+    """Return a row's chat for a chat template; None without a known kind of chat."""
     for column in _CHAT_COLUMNS:
         if column in entry:
             return _turns(entry[column], column)
@@ -220,7 +220,7 @@ def _turns(value: object, column: str) -> list[dict[str, Any]]:
 
 
 def _turn(value: object, place: str) -> dict[str, Any]:
-    """A message with its role and its text, from either of the two ways to write one."""
+    """Parse a message's role and text from either common format."""
     if not isinstance(value, dict):
         raise BadRowError(f"has no message in {place}; give a {{role, content}} object")
     turn = {key: entry for key, entry in value.items() if entry is not None}

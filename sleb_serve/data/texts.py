@@ -1,4 +1,4 @@
-"""Texts by name: those of the hub, and the embedded one."""
+"""Named texts: those on the hub, and the embedded one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 DEFAULT_ROWS = 128
-"""Rows that the official code takes of wikitext2 and C4 (``nsamples``)."""
+"""Rows of wikitext2 and C4 that the official code uses (``nsamples``)."""
 
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set on the hub: where its text is, and what the official code puts between rows.
+    """A data set on the hub: its text column, and the official code's row separator.
 
     https://github.com/jiwonsong-dev/SLEB, utils/data_utils.py
     """
@@ -51,15 +51,15 @@ JUDGED_TEXTS = {
         rows=1100,
     ),
 }
-"""What the official code takes perplexities on."""
+"""Evaluation texts of the official code."""
 
 
 EMBEDDED = "python-docs"
-"""Python's own help topics: 0.7 MB of English that comes with every Python."""
+"""Python's own help topics: 0.7 MB of English that comes with Python."""
 
 
 def embedded_text() -> str:
-    """Python's help topics, 0.7 MB of English that every machine with Python has."""
+    """Return Python's help topics, 0.7 MB of English that comes with Python."""
     import pydoc_data.topics
 
     topics = pydoc_data.topics.topics

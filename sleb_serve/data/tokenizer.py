@@ -1,4 +1,4 @@
-"""A model's own tokenizer, and how long its sequences can be."""
+"""A model's tokenizer and its maximum sequence length."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Tokenize = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class Chats:
-    """How a model reads chats.
+    """A model's chat format.
 
     Attributes:
-        render: a chat's messages as one text, as the model's chat template writes it; behind it,
-            if asked for, what an answer begins with.
-        encode: such a text to token ids, with no special tokens but those that it spells out.
+        render: format a chat's messages as one text with the chat template, optionally followed by
+            the beginning of an answer.
+        encode: convert such a text to token ids, with only the special tokens that it contains.
     """
 
     render: Callable[[list[dict[str, Any]], bool], str]
@@ -33,23 +33,23 @@ class Tokenizer:
 
     Attributes:
         encode: text to token ids, with the special tokens that the tokenizer adds.
-        chats: for chats; None where the tokenizer has no chat template.
+        chats: the chat format; None without a chat template.
     """
 
     encode: Tokenize
     chats: Chats | None = None
 
     def __call__(self, text: str) -> Sequence[int]:
-        """Text to token ids, with the special tokens that the tokenizer adds."""
+        """Convert text to token ids, with the special tokens that the tokenizer adds."""
         return self.encode(text)
 
 
 OFFICIAL_SEQUENCE_LENGTH = 2048
-"""The official code's sequence, where the model's context is not shorter."""
+"""The official code's sequence length, unless the model's context is shorter."""
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's own tokenizer.
+    """Load the checkpoint's own tokenizer.
 
     Raises:
         SlebError: it cannot be loaded.
@@ -65,7 +65,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         ) from error
 
     def encode(text: str, special: bool = True) -> list[int]:
-        # verbose=False: a text longer than the model's context is cut into sequences first.
+        # verbose=False: long texts are cut into sequences before the model sees them.
         return list(tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
 
     def render(messages: list[dict[str, Any]], answer_next: bool) -> str:
@@ -75,13 +75,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             )
         )
 
-    # A template writes the special tokens itself; a second BOS is not what the model is served.
+    # The template writes the special tokens itself; serving does not add a second BOS.
     chats = Chats(render, partial(encode, special=False))
     return Tokenizer(encode, chats if tokenizer.chat_template else None)
 
 
 def context_length(checkpoint: Checkpoint) -> int:
-    """How many positions the model was made for, as its config says; 2,048 where it does not."""
+    """Return the config's maximum position count; 2,048 without one."""
     for key in ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length"):
         value = checkpoint.decoder_config.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:

@@ -1,6 +1,6 @@
-"""Text to train on: several sources by weight, in sequences, and which of their tokens count.
+"""Training text: weighted sources cut into sequences, with a mask of the learned tokens.
 
-Of a chat, only what the assistant says counts: the rest is what a model is given.
+In a chat, only the assistant's messages are learned; the rest is input.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from sleb_serve.errors import SlebError
 
 @dataclass(frozen=True)
 class Passage:
-    """A sequence of token ids, and of each whether (1 or 0) the model is to learn to predict it.
+    """A sequence of token ids, with 1 for each token to learn and 0 for the others.
 
-    Four bytes and one a token, where Python's integers would take forty.
+    Uses five bytes per token instead of forty for Python integers.
     """
 
     tokens: array[int]
@@ -30,13 +30,13 @@ class Passage:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Passages of several sources, all of the same length.
+    """Passages of equal length from several sources.
 
     Attributes:
-        sources: those of each source to train on.
-        weights: how often a passage is taken from it, relative to the others.
-        held_out: passages of all sources that are not trained on.
-        seed: shuffles the passages.
+        sources: training passages of each source.
+        weights: relative frequency of each source.
+        held_out: passages of all sources that are held out from training.
+        seed: seed for shuffling the passages.
     """
 
     sources: tuple[tuple[Passage, ...], ...]
@@ -45,12 +45,12 @@ class Mixture:
     seed: int = 0
 
     def __iter__(self) -> Iterator[Passage]:
-        """Passages without end, each source's in a new order whenever it begins again."""
+        """Yield passages forever, reshuffling each source whenever it restarts."""
         streams = [self._stream(number) for number in range(len(self.sources))]
         taken = [0] * len(streams)
         total = sum(self.weights)
         while True:
-            # The source that is furthest behind its share is next.
+            # Next comes the source that is furthest behind its share.
             behind = [
                 weight / total * (sum(taken) + 1) - count
                 for weight, count in zip(self.weights, taken, strict=True)
@@ -81,10 +81,10 @@ def make_mixture(
     Args:
         texts: each source (see `sleb_serve.data.calibration.make_sequences`) with its weight.
         tokenizer: the model's.
-        length: tokens a passage.
-        most: passages to train on, of all sources together; a source that has fewer is repeated.
-        held_out: passages to keep from training, of all sources together.
-        seed: shuffles rows and passages.
+        length: tokens per passage.
+        most: training passages in total; shorter sources are repeated.
+        held_out: held-out passages in total.
+        seed: seed for shuffling rows and passages.
 
     Raises:
         SlebError: a source is unknown, unreadable, or too short.
@@ -110,7 +110,7 @@ def make_mixture(
 def _passages(
     source: str, tokenizer: Tokenizer, length: int, most: int, seed: int
 ) -> tuple[Passage, ...]:
-    """Up to `most` consecutive passages; one in which no token counts is passed over."""
+    """Return up to `most` consecutive passages; skip those without learned tokens."""
     counts: bytes | bytearray
     if is_chats(source, tokenizer.chats):
         ids, counts = _chat_tokens(source, tokenizer, most * length)
@@ -128,9 +128,9 @@ def _passages(
 def _chat_tokens(
     source: str, tokenizer: Tokenizer, wanted: int
 ) -> tuple[Sequence[int], bytes | bytearray]:
-    """At least `wanted` tokens of a file's chats, if it has them, one chat after the other.
+    """Tokenise a file's chats until at least `wanted` tokens.
 
-    Prompt and answer are encoded apart, as a server gets the one and writes the other.
+    Prompt and answer are encoded separately, as in serving.
     """
     chats = tokenizer.chats
     assert chats is not None
@@ -153,15 +153,15 @@ def _chat_tokens(
 
 
 def _answers(row: Row, chats: Chats) -> Iterator[tuple[int, int]]:
-    """Where the template puts what the assistant says: behind what a server would be given.
+    """Find the assistant's messages in the rendered text, after the input that a server would get.
 
-    Of a template that writes earlier turns otherwise once there are later ones, the last alone.
+    If the template renders earlier turns differently once later ones exist, use only the last.
     """
     messages = row.messages or []
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        # A template may refuse a chat that has not come to its end.
+        # A template may refuse an unfinished chat.
         with contextlib.suppress(Exception):
             before = chats.render(messages[:place], True)
             after = chats.render(messages[: place + 1], False)

@@ -1,1 +1,1 @@
-"""Perplexity, zero-shot tasks, and how they are told."""
+"""Perplexity, zero-shot tasks and reports."""

@@ -1,7 +1,7 @@
-"""Whether a pruned model answers as the dense one does, both greedily.
+"""Compares the greedy answers of a pruned model with the dense one's.
 
-The pruned model need not generate: it gives the dense model's answer up to the first place where,
-after the question and what came before, it finds another token the likeliest.
+The pruned model need not generate: given the question and the dense answer so far, it reproduces
+the answer up to the first position with a different most likely token.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 ANSWER_LENGTH = 32
-"""Tokens of an answer that are compared, at most."""
+"""Maximum number of compared tokens per answer."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of a question and of an answer to it, which ends early where the model ends it."""
+    """Token ids of a question and its answer, which may end early."""
 
     question: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -27,7 +27,7 @@ class Answer:
 
 @torch.inference_mode()
 def answered(model: Any, questions: Sequence[Sequence[int]]) -> list[Answer]:
-    """A Transformers model's greedy answers, of `ANSWER_LENGTH` tokens at most."""
+    """Return a Transformers model's greedy answers of at most `ANSWER_LENGTH` tokens."""
     from transformers import GenerationConfig
 
     ends = model.generation_config.eos_token_id
@@ -39,7 +39,7 @@ def answered(model: Any, questions: Sequence[Sequence[int]]) -> list[Answer]:
         pad_token_id=min(ends, default=0),
     )
     found = []
-    # Questions of one length are asked at once: padding would change a little in the answers.
+    # Batch only questions of equal length, because padding would slightly change the answers.
     for _, group in groupby(sorted(questions, key=len), key=len):
         asked = torch.tensor([list(question) for question in group])
         ids = asked.to(model.get_input_embeddings().weight.device)
@@ -53,7 +53,7 @@ def answered(model: Any, questions: Sequence[Sequence[int]]) -> list[Answer]:
 
 @torch.inference_mode()
 def same_tokens(model: Any, answer: Answer) -> int:
-    """With how many of an answer's tokens a model would begin its own greedy answer."""
+    """Return how many first tokens of an answer a model would also generate greedily."""
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([[*answer.question, *answer.tokens]], device=device)
     logits = model(ids, use_cache=False).logits[0, len(answer.question) - 1 : -1]
@@ -62,11 +62,11 @@ def same_tokens(model: Any, answer: Answer) -> int:
 
 
 def shares(model: Any, answers: Sequence[Answer]) -> dict[str, float]:
-    """How far a model gives the same answers.
+    """Measure how much of the answers a model reproduces.
 
     Returns:
-        ``whole``, the share of answers that are the same to their end; ``tokens``, the mean share
-        of an answer's tokens before the first that differs.
+        ``whole``, the share of identical answers; ``tokens``, the mean share of an answer's tokens
+        before the first difference.
     """
     pairs = [(same_tokens(model, answer), len(answer.tokens)) for answer in answers]
     return {

@@ -1,4 +1,4 @@
-"""Who judges a model: Transformers with the blocks deleted, or the vLLM engine that will serve."""
+"""Evaluation backends: Transformers with the blocks deleted, or the vLLM serving engine."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextResult:
-    """How a model does on a text's sequences of L tokens.
+    """A model's results on a text's sequences of L tokens.
 
     Attributes:
         perplexity: exp of the mean of each sequence's mean loss over its L-1 predicted tokens.
-        agreement: the share of these places where it finds the same token the likeliest as the
-            dense model does; None where that is not known.
-        calibration_error: see `evaluation.perplexity`; None where that is not known.
+        agreement: share of these positions with the dense model's most likely token, or None.
+        calibration_error: see `evaluation.perplexity`; or None.
     """
 
     perplexity: float
@@ -42,28 +41,28 @@ class TextResult:
 
 
 class Judge(Protocol):
-    """A model that perplexities and tasks are asked of."""
+    """A model for perplexities and tasks."""
 
     def text(self, name: str) -> TextResult:
-        """How it does on a text."""
+        """Evaluate a text."""
 
     def answers(self) -> dict[str, float] | None:
-        """The shares of the dense model's answers that it gives; None where that is not known."""
+        """Return the reproduced shares of the dense model's answers, or None."""
 
     def tasks(
         self, names: Sequence[str], limit: int | None, num_fewshot: int | None
     ) -> dict[str, Any]:
-        """What lm-eval makes of it: its own results."""
+        """Run lm-eval and return its own results."""
 
 
 METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "bits_per_byte")
-"""Of lm-eval's metrics, those that are shown; its own JSON holds all."""
+"""The lm-eval metrics that are shown; its own JSON has all."""
 JudgeOf = Callable[[Manifest | None], Any]
 
 
 @contextmanager
 def transformers_judges(work: Evaluation) -> Iterator[JudgeOf]:
-    """Transformers: the model is loaded once, when it is first asked."""
+    """Transformers backend: loads the model once, on first use."""
     from sleb_serve.evaluation.answers import answered
     from sleb_serve.evaluation.perplexity import read
     from sleb_serve.manifest.repair_file import read_sidecar
@@ -98,7 +97,7 @@ def transformers_judges(work: Evaluation) -> Iterator[JudgeOf]:
 
 @contextmanager
 def _lazily() -> Iterator[Callable[[Any], None]]:
-    """Enters one context when it is asked to, and leaves it at the end."""
+    """Enters one context on request, and leaves it at the end."""
     with ExitStack() as stack:
         entered: list[Any] = []
 
@@ -120,7 +119,7 @@ class _TransformersJudge:
         from sleb_serve.evaluation.perplexity import read
 
         found = read(self._model, self._work.texts[name])
-        # The dense model is asked first, and agrees with itself.
+        # The dense model comes first, and agrees with itself.
         dense = self._likeliest.setdefault(name, found.likeliest)
         agreement = float((found.likeliest == dense).double().mean())
         return TextResult(found.perplexity, agreement, found.calibration_error)
@@ -147,7 +146,7 @@ class _TransformersJudge:
 def run_tasks(
     lm: Any, names: Sequence[str], limit: int | None, num_fewshot: int | None
 ) -> dict[str, Any]:
-    """lm-eval's results of its own tasks, unmodified, without the samples."""
+    """Return lm-eval's unmodified task results, without the samples."""
     from lm_eval import simple_evaluate
 
     try:
@@ -165,7 +164,7 @@ def run_tasks(
 
 
 def shown(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of lm-eval's results by task: ``acc``, ``acc_norm`` and so on, and their standard errors."""
+    """Return ``acc``, ``acc_norm`` and so on with standard errors by task, from lm-eval."""
     found: dict[str, dict[str, float]] = {}
     for task, values in results.items():
         for key, value in values.items():
@@ -178,12 +177,12 @@ def shown(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float
 
 
 _LONGEST_TASK = 200
-"""Characters of a task's name."""
+"""Maximum characters in a task's name."""
 
 
 @cache
 def known_tasks() -> TaskManager:
-    """lm-eval's list of its tasks, which takes it ten seconds to make."""
+    """Return lm-eval's task manager; listing its tasks takes ten seconds."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -194,12 +193,12 @@ def known_tasks() -> TaskManager:
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Refuse tasks that lm-eval does not have.
+    """Refuse unknown lm-eval tasks.
 
     Raises:
-        SlebError: it lacks one, or is not installed.
+        SlebError: a task is unknown, or lm-eval is not installed.
     """
-    # It takes a name for a pattern, and long patterns take long.
+    # lm-eval treats a name as a pattern, and long patterns are slow.
     known = known_tasks()
     missing = [n for n in names if len(n) > _LONGEST_TASK or not known.match_tasks([n])]
     if missing:
@@ -210,7 +209,7 @@ def check_tasks(names: Sequence[str]) -> None:
 
 @contextmanager
 def vllm_judges(work: Evaluation) -> Iterator[JudgeOf]:
-    """vLLM: an engine for each number of blocks, in a process of its own that ends with it."""
+    """Open the vLLM backend: an engine for each number of blocks, in its own process."""
     from sleb_serve.serving.command import check_plugin, engine_arguments
 
     check_plugin()
@@ -222,11 +221,11 @@ def vllm_judges(work: Evaluation) -> Iterator[JudgeOf]:
     @contextmanager
     def judge_of(manifest: Manifest | None) -> Iterator[Callable[[], Judge]]:
         arguments: dict[str, Any] = {
-            # The very files that were compared: of a hub model, those of its revision.
+            # The files that were compared; for a hub model, those of its revision.
             "pretrained": str(checkpoint.path),
             "dtype": config.dtype,
             "batch_size": "auto",
-            # One token is generated behind each sequence; it is never fed.
+            # vLLM generates one token after each sequence, which is never fed back.
             "max_model_len": max(
                 work.length + 1, context_length(checkpoint) if config.tasks else 0
             ),
@@ -274,7 +273,7 @@ class _VllmJudge:
 
 
 _engine: list[Any] = []
-"""In an engine's own process: the lm-eval model that holds it."""
+"""Serve requests for an lm-eval model in the engine's own process."""
 
 
 def _vllm_lm(arguments: dict[str, Any], log: str) -> Any:
@@ -282,9 +281,9 @@ def _vllm_lm(arguments: dict[str, Any], log: str) -> Any:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        # The sequences are as long as the model's context, and one token is generated behind them.
+        # The sequences fill the model's context, and vLLM generates one token after them.
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-        # So that what goes wrong in the engine is what is raised here.
+        # So that errors in the engine are raised here.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from sleb_serve.evaluation.lm_eval import VLLM
 
@@ -318,6 +317,6 @@ def _vllm_tasks(
     num_fewshot: int | None,
 ) -> dict[str, Any]:
     found = run_tasks(_vllm_lm(arguments, log), names, limit, num_fewshot)
-    # What goes through the pipe must be plain; lm-eval's record holds dtypes and functions.
+    # The pipe needs plain values, but lm-eval's record has dtypes and functions.
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain

@@ -1,8 +1,8 @@
-"""How good a pruned model is: perplexity, lm-eval's tasks, and both over blocks removed.
+"""Quality of a pruned model: perplexity and lm-eval tasks, over blocks removed.
 
-Two backends answer: Transformers with the blocks deleted, one load for all of them; and the vLLM
-engine that will serve, one start each. Every result is written as soon as it is there, and an
-interrupted evaluation goes on with ``--resume``.
+There are two backends: Transformers with the blocks deleted, loaded once for all depths, and the
+vLLM serving engine, started once per depth. Each result is written immediately, and ``--resume``
+continues an interrupted evaluation.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ ANSWERS = "answers to short questions"
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What `sleb_serve.evaluate` measures, and how.
+    """Options of `sleb_serve.evaluate`.
 
     Attributes:
-        blocks: how many of the manifest's removals, several for a frontier; 0 is the dense model.
-            None for all of them.
+        blocks: how many of the manifest's removals to apply, several for a frontier; 0 is the dense
+            model. None for all.
         perplexity: texts: ``wikitext2``, ``c4``, ``python-docs``, or files.
-        tasks: lm-eval's tasks by name.
+        tasks: names of lm-eval tasks.
         answers: whether to compare the pruned model's answers to short questions with the dense
             model's; Transformers only.
-        sequence_length: tokens a sequence; None for 2,048, or the model's context if shorter.
-        sequences: only so many sequences of each text.
-        limit: only so many rows of each task.
+        sequence_length: tokens per sequence; None for 2,048, or the model's context if shorter.
+        sequences: use only this many sequences of each text.
+        limit: use only this many rows of each task.
         num_fewshot: examples in a task's prompt.
-        backend: ``hf`` for Transformers, ``vllm`` for the engine that will serve.
-        batch_size: lm-eval's, for Transformers: a number, or ``auto``.
-        dtype: what to compute in; ``auto`` is the checkpoint's own.
+        backend: ``hf`` for Transformers, ``vllm`` for the serving engine.
+        batch_size: lm-eval's batch size for Transformers: a number, or ``auto``.
+        dtype: compute dtype; ``auto`` is the checkpoint's own.
         engine_args: arguments of ``vllm.LLM``.
         revision: of a hub model; None for the manifest's.
     """
@@ -85,7 +85,7 @@ class EvalConfig:
     revision: str | None = None
 
     def check(self) -> None:
-        """Refuse numbers that measure nothing, with a `SlebError` that names them."""
+        """Refuse invalid numbers with a `SlebError` that names them."""
         for name, least in (("sequences", 1), ("limit", 1), ("num_fewshot", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise SlebError(f"{name}={value}: give at least {least}")
@@ -93,18 +93,18 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation under way.
+    """A running evaluation.
 
     Attributes:
-        model: as it was named.
-        checkpoint: its files, which the manifest matches.
-        manifest: None where only the dense model is evaluated.
-        config: what was asked for.
-        blocks: the numbers of blocks.
-        texts: those that perplexities are measured on, in sequences of token ids.
-        length: tokens a sequence.
-        output: where the report goes; None for nowhere.
-        questions: whose answers are compared, in token ids.
+        model: the name as given.
+        checkpoint: its files, which match the manifest.
+        manifest: None if only the dense model is evaluated.
+        config: the options.
+        blocks: the numbers of removed blocks to evaluate.
+        texts: texts for the perplexities, as sequences of token ids.
+        length: tokens per sequence.
+        output: the report file, or None.
+        questions: questions for comparing answers, as token ids.
     """
 
     model: str
@@ -118,18 +118,18 @@ class Evaluation:
     questions: Sequence[Sequence[int]]
 
     def manifest_of(self, blocks: int) -> Manifest | None:
-        """The manifest of so many removals; None for the dense model."""
+        """Return the manifest with the given number of removals; None for the dense model."""
         return None if not blocks or self.manifest is None else self.manifest.prefix(blocks)
 
 
 class Progress:
-    """Told how the evaluation goes; this one does nothing with it."""
+    """Receives progress events of an evaluation; does nothing by default."""
 
     def begins(self, blocks: int, what: str) -> None:
-        """A text, the answers or the tasks come next, of a model without so many blocks."""
+        """A measurement begins, with this many blocks removed."""
 
     def known(self, blocks: int, what: str) -> None:
-        """That is there already."""
+        """The result already exists."""
 
 
 def evaluate(
@@ -146,18 +146,18 @@ def evaluate(
 
     Args:
         model: checkpoint folder or hub id of the dense model.
-        manifest: whose first K blocks are removed; None for the dense model alone.
+        manifest: the source of the removed blocks; None for the dense model alone.
         config: what to measure; None for the perplexity on WikiText-2.
         output: where to write the report after each result; None writes nothing.
-        resume: keep the results that are in `output`.
-        force: replace what is there, be it of another kind.
-        progress: told how it goes.
+        resume: keep the results in `output`.
+        force: replace an existing `output`, even of another kind.
+        progress: receives progress events.
 
     Returns:
-        The report, as it is written to `output`.
+        The report, as written to `output`.
 
     Raises:
-        SlebError: a text or a task is not there, the model is not the manifest's, or cannot be run.
+        SlebError: a text or task is missing, or the model does not match or cannot be run.
     """
     config = config or EvalConfig()
     config.check()
@@ -175,7 +175,7 @@ def _evaluated(
     resume: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    # A device or a pipe gets the report once, and there is nothing beside it.
+    # A device or a pipe gets the report once and has no files next to it.
     file = None if output is None or is_stream(output) else output
     work = _prepared(model, manifest, config, file)
     report = _start(work, resume)
@@ -193,13 +193,13 @@ def _evaluated(
 def _prepared(
     model: str, manifest: Manifest | None, config: EvalConfig, output: Path | None
 ) -> Evaluation:
-    """Refuse what cannot be done before anything is computed."""
+    """Refuse impossible requests before computing anything."""
     from sleb_serve.models.loading import generates
 
     revision = config.revision
     if manifest is not None:
         revision = revision_of(model, manifest, revision)
-    # A model that is not there is told sooner than lm-eval lists its tasks.
+    # Report a missing model before lm-eval lists its tasks, which is slow.
     checkpoint = open_checkpoint(model, revision)
     if config.tasks:
         check_tasks(config.tasks)
@@ -243,7 +243,7 @@ def _fill(
     judge: Callable[[], Judge],
     progress: Progress,
 ) -> None:
-    """Measure what a report's entry lacks, and write the report after each result."""
+    """Fill in missing results of an entry, and write the report after each result."""
     blocks, config = entry["blocks"], work.config
     for text in work.texts:
         if text in entry["perplexity"]:
@@ -279,14 +279,14 @@ def _fill(
 
 
 def with_evaluation(manifest: Manifest, report: Mapping[str, Any]) -> Manifest:
-    """The manifest with a report's results in place of earlier ones of the same backend."""
+    """Return the manifest with a report's results instead of earlier ones of the same backend."""
     kept = {key: report[key] for key in ("settings", "results", "created_by")}
     evaluation = {**manifest.evaluation, str(report["settings"]["backend"]): kept}
     return replace(manifest, evaluation=MappingProxyType(evaluation))
 
 
 def _start(work: Evaluation, resume: bool) -> dict[str, Any]:
-    """A report without results, or what an interrupted evaluation left of the same one."""
+    """Return an empty report, or the unfinished one of the same interrupted evaluation."""
     report = _empty(work)
     if not resume or work.output is None or not work.output.exists():
         return report

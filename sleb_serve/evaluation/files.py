@@ -1,4 +1,4 @@
-"""The files of an evaluation: written whole, and read strictly by who goes on from them."""
+"""Files of an evaluation: atomic writes, and strict reading to resume."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _THEIRS = object_with("results of lm-eval", "results", "configs")
 _MAX_BYTES = 64 << 20
 _MEASURES = ("perplexity", "agreement", "calibration_error", "answers")
 Results = dict[tuple[int, str | None], dict[str, Any]]
-"""What was measured, by the number of blocks and the pruning's digest."""
+"""Results by number of blocks and pruning digest."""
 
 
 def outputs_of(output: Path | None, theirs: Sequence[int]) -> list[Output]:
-    """What an evaluation writes, with lm-eval's own results of so many blocks; no picture."""
+    """List an evaluation's output files, including lm-eval's own results, without the plot."""
     if output is None:
         return []
     check_writable(output)
@@ -31,10 +31,10 @@ def outputs_of(output: Path | None, theirs: Sequence[int]) -> list[Output]:
 
 
 def earlier_results(path: Path, model: object, settings: object) -> Results:
-    """The results in a report of the same model and settings.
+    """Read the results of a report with the same model and settings.
 
     Raises:
-        SlebError: it cannot be read, or is of another evaluation.
+        SlebError: it cannot be read, or belongs to another evaluation.
     """
     try:
         report = strict_json.any_object(strict_json.load(read_limited(path, _MAX_BYTES)), "it")
@@ -54,10 +54,10 @@ def earlier_results(path: Path, model: object, settings: object) -> Results:
 
 
 def results_of(report: Mapping[str, Any]) -> Results:
-    """The results of a report, or of what a manifest keeps of one.
+    """Parse the results of a report, also from a manifest.
 
     Raises:
-        SlebError: it is not what an evaluation writes.
+        SlebError: it does not have the format of an evaluation.
     """
     entries = strict_json.list_(report.get("results"), "results")
     return dict(_result(entry, f"results[{i}]") for i, entry in enumerate(entries))
@@ -89,13 +89,13 @@ def _numbers(value: object, where: str) -> Mapping[str, float]:
 
 
 def write_report(path: Path | None, report: Mapping[str, Any]) -> None:
-    """Write a report, if anywhere."""
+    """Write a report, if there is an output."""
     if path is not None:
         write_atomically(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_theirs(path: Path | None, blocks: int, results: Mapping[str, Any]) -> None:
-    """lm-eval's own results beside ours, as `lm_eval --output_path` writes them."""
+    """Write lm-eval's own results next to ours, in the format of `lm_eval --output_path`."""
     if path is not None:
         text = json.dumps(results, indent=2, default=str, ensure_ascii=False)
         write_atomically(_theirs_path(path, blocks), text.encode())

@@ -1,7 +1,7 @@
-"""A pruned model for lm-eval: ``--model sleb``, which takes a manifest.
+"""A pruned model for lm-eval: ``--model sleb`` with a manifest.
 
-``sleb-serve lm-eval`` is lm-eval's own command line with this model among its models. In a program,
-importing this module registers it.
+``sleb-serve lm-eval`` is lm-eval's own command line with this model type. Importing this module
+registers it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ VLLM: Any = _vllm_model()
 
 @register_model("sleb")
 class PrunedVLLM(VLLM):
-    """lm-eval's vLLM model, with a manifest's blocks removed.
+    """lm-eval's vLLM model with a manifest's blocks removed.
 
     Args:
         pretrained: the dense model, a folder or hub id.
-        manifest: its file, or its name on the hub, see `read_manifest`.
-        blocks: only its first so many removals.
-        kwargs: what lm-eval's ``vllm`` model takes.
+        manifest: file or hub name; see `read_manifest`.
+        blocks: use only this many first removals.
+        kwargs: arguments of lm-eval's ``vllm`` model.
 
     Raises:
         SlebError: the manifest is not for this model, or vLLM would not load the plugin.
@@ -70,7 +70,7 @@ class PrunedVLLM(VLLM):
 
 
 def run(arguments: Sequence[str]) -> None:
-    """lm-eval's command line with these arguments; it exits by itself on errors."""
+    """Run lm-eval's command line with these arguments; it exits by itself on errors."""
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["sleb-serve lm-eval", *arguments]

@@ -1,4 +1,4 @@
-"""How a Transformers model does on text: perplexity, likeliest tokens, calibration."""
+"""A Transformers model's perplexity, most likely tokens and calibration on text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _BINS = 15
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model makes of sequences of L tokens.
+    """A model's results on sequences of L tokens.
 
     Attributes:
         perplexity: exp of the mean of each sequence's mean loss over its L-1 predicted tokens.
-        likeliest: at each of their places the token that the model finds the likeliest.
+        likeliest: the model's most likely token at each position.
         calibration_error: see `calibration_error`.
     """
 
@@ -29,7 +29,7 @@ class Reading:
 
 @torch.inference_mode()
 def read(model: Any, sequences: Sequence[Sequence[int]]) -> Reading:
-    """Let a model predict each token of sequences of L tokens but the first."""
+    """Predict each token of sequences of L tokens except the first."""
     total, likeliest, sure, right = 0.0, [], [], []
     for sequence in sequences:
         ids = torch.tensor([list(sequence)], device=model.get_input_embeddings().weight.device)
@@ -46,13 +46,13 @@ def read(model: Any, sequences: Sequence[Sequence[int]]) -> Reading:
 
 
 def calibration_error(sure: Tensor, right: Tensor) -> float:
-    """How far what a model is sure of is from how often it is right.
+    """Return the gap between a model's confidence and accuracy.
 
     The expected calibration error of Guo et al. (arXiv 1706.04599, section 3), in 15 bins.
 
     Args:
-        sure: the probability of the likeliest token at each place, [N].
-        right: whether that is the token that follows, [N].
+        sure: probability of the most likely token at each position, [N].
+        right: whether this is the actual token, [N].
     """
     bins = (sure.double() * _BINS).long().clamp(max=_BINS - 1)
     gaps = torch.zeros(_BINS, dtype=torch.float64)
@@ -61,5 +61,5 @@ def calibration_error(sure: Tensor, right: Tensor) -> float:
 
 
 def perplexity(model: Any, sequences: Sequence[Sequence[int]]) -> float:
-    """The perplexity alone: see `Reading`."""
+    """Return only the perplexity; see `Reading`."""
     return float(read(model, sequences).perplexity)

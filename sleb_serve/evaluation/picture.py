@@ -1,4 +1,4 @@
-"""A picture of what blocks cost: perplexity and accuracy over blocks removed, and ideal speed."""
+"""Plot of perplexity and accuracy over blocks removed, with the ideal speed-up."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("blocks removed")
         axis.set_xticks(blocks)
         axis.grid(alpha=0.3)
-        # Below, where no line runs.
+        # At the bottom, away from the lines.
         axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
         _speeds(axis, blocks, [entry["ideal_speedup"] for entry in results])
     figure.suptitle(f"{report['model']['id']}, {report['model']['num_blocks']} blocks")
@@ -53,7 +53,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
 
 def accuracy(values: Mapping[str, float]) -> tuple[float, float]:
-    """A task's accuracy, normalised where lm-eval gives that alone, and its standard error."""
+    """Return a task's accuracy (normalised if there is no other) and its standard error."""
     metric = next((name for name in ("acc", "exact_match", "acc_norm") if name in values), None)
     if metric is None:
         metric = next(name for name in values if "_stderr" not in name)
@@ -83,7 +83,7 @@ def _accuracies(
 
 
 def _speeds(axis: Any, blocks: Sequence[int], speeds: Sequence[float]) -> None:
-    """The ideal speed-up of each number of blocks, along the top."""
+    """Add the ideal speed-up of each number of blocks along the top."""
     top = axis.secondary_xaxis("top")
     top.set_xticks(blocks, [f"{speed:.2f}x" for speed in speeds])
     top.set_xlabel("ideal speed-up")

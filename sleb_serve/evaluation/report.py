@@ -1,4 +1,4 @@
-"""A manifest for people: what is removed, the loss curve, where it came from."""
+"""Readable summaries of manifests and evaluations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BAR = 40
 
 
 def describe(manifest: Manifest) -> str:
-    """The manifest as text, some twenty lines."""
+    """Describe the manifest in about twenty lines."""
     model, pruning = manifest.model, manifest.pruning()
     share = 100 * len(manifest.removed) / model.num_blocks
     digests = "quick digest" if model.full_sha256 is None else "quick digest; full one recorded"
@@ -64,7 +64,7 @@ def describe(manifest: Manifest) -> str:
 
 
 def evaluation_table(report: Mapping[str, Any]) -> str:
-    """An evaluation's report as a table: a row for each number of blocks removed."""
+    """Format an evaluation's report as a table with a row for each number of blocks removed."""
     texts = list(report["results"][0]["perplexity"])
     tasks = list(report["results"][0]["tasks"])
     agreeing = [text for text in texts if any(text in e["agreement"] for e in report["results"])]
@@ -93,7 +93,7 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
 
 
 def _repaired(repair: Repair) -> str:
-    """What a repair is, in a line."""
+    """Describe a repair in one line."""
     about = f"{repair.kind} of {repair.blocks} removals"
     if repair.training is not None:
         trained = repair.training
@@ -109,13 +109,13 @@ def _repaired(repair: Repair) -> str:
 
 
 def _evaluated(manifest: Manifest) -> list[str]:
-    """What was measured of the pruned models, and the verdict; a line each."""
+    """Describe the pruned models' results and verdicts, a line each."""
     lines = []
     for backend, report in manifest.evaluation.items():
         try:
             found = results_of(strict_json.any_object(report, "evaluation"))
         except SlebError:
-            continue  # what others keep there is theirs
+            continue  # ignore entries of other programs
         entries = [{"blocks": blocks, **entry} for (blocks, _), entry in found.items()]
         for entry in entries:
             word = verdict(entry, entries)
@@ -141,7 +141,7 @@ def _measures(entry: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _stability(manifest: Manifest, samples: Sequence[Sequence[int]]) -> list[str]:
-    """How many of the blocks other samples of the text agree on, and which all do."""
+    """Describe how many blocks the samples share, and which are in all of them."""
     if not samples:
         return []
     own = set(manifest.blocks)

@@ -1,4 +1,4 @@
-"""Whether a pruning looks safe, by what was measured: two limits for each measure."""
+"""Verdict on a pruning from its measurements, with two limits for each measure."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any, Literal
 from sleb_serve.evaluation.picture import accuracy
 
 SAFE_AGREEMENT, HARMFUL_AGREEMENT = 0.90, 0.75
-"""Share of places with the dense model's likeliest token, on the text where it is least."""
+"""Share of positions with the dense model's most likely token, on the worst text."""
 SAFE_ANSWERS, HARMFUL_ANSWERS = 0.27, 0.09
-"""Mean share of the dense model's answers to short questions that is given before they differ: what
-the limits of agreement leave of 32 tokens, the mean of a + a^2 + … + a^32."""
+"""Mean share of the dense model's short answers before the first difference. Follows from the
+limits of agreement for 32 tokens: the mean of a + a^2 + … + a^32.
+"""
 SAFE_LOSS, HARMFUL_LOSS = 0.01, 0.05
-"""Mean accuracy of the tasks that is lost."""
+"""Loss in mean task accuracy."""
 
 Verdict = Literal["safe", "check", "harmful"]
 
 
 def verdict(entry: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Verdict | None:
-    """What an evaluation's entry says of its pruning.
+    """Return the verdict on an entry of an evaluation.
 
     Args:
-        entry: of a pruned model.
-        results: all of the report's, the dense model's among them if it was evaluated.
+        entry: entry of a pruned model.
+        results: all of the report's entries, with the dense model's if it was evaluated.
 
     Returns:
         ``harmful`` if a measure is beyond its second limit; ``safe`` if tokens and tasks were
-        measured and all that was measured is within its first limit; ``check`` for all else; None
-        if nothing was measured.
+        measured and every measure is within its first limit; otherwise ``check``; None without any
+        measure.
     """
     shares = entry["agreement"].values()
     agreement = min(shares) if shares else None

@@ -1,1 +1,1 @@
-"""Healing: a pruned model learns from the dense model that it was cut from."""
+"""Healing: train a pruned model to predict like its dense model."""

@@ -1,4 +1,4 @@
-"""What a healing is asked for, and who is told how it goes."""
+"""Options and progress events of a healing."""
 
 from __future__ import annotations
 
@@ -11,36 +11,34 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest.schema import Training
 
 DEFAULT_TOKENS = 2_000_000
-"""Trained on where neither tokens nor minutes are given."""
+"""Default training tokens if neither tokens nor minutes are given."""
 DEFAULT_LENGTH = 512
-"""Tokens a sequence, where none are asked for: short ones are cheap, and enough to learn from."""
+"""Default tokens per sequence: short sequences are cheap and sufficient."""
 
 
 @dataclass(frozen=True)
 class HealConfig:
-    """How `sleb_serve.heal` trains a pruned model.
+    """Options of `sleb_serve.heal`.
 
     Attributes:
         texts: the sources to train on, each with its weight: ``wikitext2``, ``c4``,
-            ``python-docs``, or files of texts or chats (.txt, .jsonl, .jsonl.gz, .parquet). Of
-            chats, answers alone are learned.
-        tokens: how many to train on; None for 2,000,000 where there are no `minutes` either.
-        minutes: how long to train at most.
-        rank: of the change of each weight.
-        projections: last parts of the names of the weights that change, as ``q_proj``; None for
-            all linear ones of the blocks that stay.
-        learning_rate: the highest, of Adam; it rises first and falls to nothing at the end.
-        sequence_length: tokens a sequence; None for 512, or the model's context if shorter.
-        batch_size: sequences a step, over all processes.
-        sequences_at_once: of them, how many go through the model at once.
-        held_out: sequences that are kept from training, to be judged on.
-        patience: how many judgements without a better one end it.
-        checkpointing: run each layer a second time on the way back rather than keep what happens
-            inside; less memory, a quarter more time.
-        further: begin with the changes that the manifest was healed with, at their rank; without
-            it, with none.
-        also: other numbers of removals to heal the manifest for, one after the other.
-        seed: draws the first factors, and the order of the text.
+            ``python-docs``, or files of texts or chats (.txt, .jsonl, .jsonl.gz, .parquet). In
+            chats, only the answers are learned.
+        tokens: training tokens; None for 2,000,000 unless `minutes` is given.
+        minutes: maximum training time.
+        rank: rank of each weight's update.
+        projections: last name components of the weights to train, such as ``q_proj``; None for all
+            linear weights of the kept blocks.
+        learning_rate: Adam's peak rate, after a warm-up; decays to zero.
+        sequence_length: tokens per sequence; None for 512, or the model's context if shorter.
+        batch_size: sequences per step, over all processes.
+        sequences_at_once: how many of these pass through the model at once.
+        held_out: sequences held out from training for validation.
+        patience: validations without improvement before training stops.
+        checkpointing: activation checkpointing: less memory, a quarter more time.
+        further: continue from the manifest's healed updates, at their rank, instead of from zero.
+        also: other numbers of removals to heal, one after another.
+        seed: seed for the initial factors and the order of the text.
         dtype: one of `sleb_serve.selection.config.DTYPES`.
         revision: branch, tag or commit of a hub model.
     """
@@ -64,10 +62,10 @@ class HealConfig:
     revision: str | None = None
 
     def check(self) -> None:
-        """Refuse values that no training has.
+        """Refuse invalid values.
 
         Raises:
-            SlebError: naming the value.
+            SlebError: names the value.
         """
         if not self.texts:
             raise SlebError("`texts` names no text to train on")
@@ -94,7 +92,7 @@ class HealConfig:
 
     @property
     def budget(self) -> int | None:
-        """Tokens to train on; None where time alone ends it."""
+        """Return the training tokens; None if only time ends the training."""
         if self.tokens is None and self.minutes is None:
             return DEFAULT_TOKENS
         return self.tokens
@@ -102,13 +100,13 @@ class HealConfig:
 
 @dataclass(frozen=True)
 class Judgement:
-    """How a pruned model does on held-out text, beside the dense one.
+    """Results of a pruned model on held-out text, compared with the dense one.
 
     Attributes:
-        kl: the divergence of its predictions from the dense model's, in nats a token.
-        loss: in nats a token.
-        dense_loss: the dense model's.
-        agreement: the share of tokens where both find the same one the likeliest.
+        kl: divergence from the dense model's predictions, in nats per token.
+        loss: loss in nats per token.
+        dense_loss: the dense model's loss.
+        agreement: share of positions where both have the same most likely token.
     """
 
     kl: float
@@ -118,16 +116,16 @@ class Judgement:
 
 
 class Progress:
-    """Told how a healing goes; this one does nothing with it."""
+    """Receives progress events of a healing; does nothing by default."""
 
     def begins(self, blocks: int, trained: int, size: int) -> None:
-        """A model without so many blocks is healed: numbers that change, bytes of a sidecar."""
+        """A healing begins: blocks removed, trainable parameters, bytes of the weights file."""
 
     def stepped(self, done: float, loss: float, tokens: int) -> None:
-        """A step was made: the share of the budget that is used, its loss, tokens so far."""
+        """A step ended: used share of the budget, loss, tokens so far."""
 
     def judged(self, done: float, judgement: Judgement) -> None:
-        """The model was judged on held-out text."""
+        """The model was validated on held-out text."""
 
     def ended(self, blocks: int, training: Training, early: bool) -> None:
-        """A model was healed; `early` if it no longer got better."""
+        """A healing ended; `early` if it stopped improving."""

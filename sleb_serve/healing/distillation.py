@@ -1,8 +1,8 @@
-"""The loss: how far the student's predictions are from the teacher's, over the whole vocabulary.
+"""The distillation loss: divergence from the teacher's predictions over the whole vocabulary.
 
-Logits of all tokens at once would be the largest tensor by far (2,048 tokens of a vocabulary of
-128,256 are 1 GiB in float32), so both models' are made for a few tokens at a time, and with them
-the gradient of what enters the head.
+The logits of all tokens would be by far the largest tensor (2,048 tokens with a vocabulary of
+128,256 are 1 GiB in float32), so both models' logits, and the gradient of the head's input, are
+computed for a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from sleb_serve.healing.config import Judgement
 from sleb_serve.healing.twin import Twin
 
 _PARTS = 24
-"""In so many parts go a batch's tokens through the head: a handful of such logits are held at once,
-and all of them would be more than all else."""
+"""Number of parts in which a batch's tokens go through the head, so that only a few logits are held
+at once; all logits would need more memory than everything else.
+"""
 _FEWEST = 64
-"""Tokens a part, or the head would be read too often."""
+"""Minimum tokens per part, so that the head is not read too often."""
 
 
 def tensors(passages: Sequence[Passage], device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T], and which of them are to be predicted, [B, T]; never the first."""
+    """Token ids [B, T] and the mask of predicted tokens [B, T], never the first."""
     ids = torch.tensor([list(passage.tokens) for passage in passages], device=device)
     counts = torch.tensor([list(passage.counts) for passage in passages], device=device).bool()
     counts[:, 0] = False
@@ -33,20 +34,20 @@ def tensors(passages: Sequence[Passage], device: Any) -> tuple[Tensor, Tensor]:
 
 
 def predicted(passages: Sequence[Passage]) -> int:
-    """How many tokens are to be predicted."""
+    """Return the number of predicted tokens."""
     return sum(sum(passage.counts[1:]) for passage in passages)
 
 
 def learn(twin: Twin, passages: Sequence[Passage], total: int) -> Tensor:
-    """Add the gradients of some passages' loss to those that the student's factors have.
+    """Accumulate the gradients of some passages' loss in the student's factors.
 
     Args:
         twin: teacher and student.
         passages: the text.
-        total: tokens that the loss is the mean of; more than these, if these are a part of a step.
+        total: number of tokens that the loss averages over; more than these for a part of a step.
 
     Returns:
-        The passages' part of the loss, KL(teacher || student) in nats a token.
+        The passages' part of the loss, KL(teacher || student) in nats per token.
     """
     ids, counts = tensors(passages, twin.device)
     with twin.teacher(), twin.autocast():
@@ -73,14 +74,14 @@ def learn(twin: Twin, passages: Sequence[Passage], total: int) -> Tensor:
 
 
 def _chosen(hidden: Tensor, counts: Tensor) -> Tensor:
-    """Of [B, T, h], where the next token is to be predicted: [N, h]."""
-    # The model may be spread over devices: its end need not be where its tokens are.
+    """Select the positions of [B, T, h] before predicted tokens: [N, h]."""
+    # The model may be spread over devices, so its output may be on another one than the tokens.
     return hidden[:, :-1][counts[:, 1:].to(hidden.device)]
 
 
 @torch.no_grad()
 def judge(twin: Twin, passages: Sequence[Passage]) -> Tensor:
-    """Sums over the tokens to predict: [KL, student's nats, teacher's nats, agreements, tokens]."""
+    """Sum over predicted tokens: [KL, student's nats, teacher's nats, agreements, tokens]."""
     ids, counts = tensors(passages, twin.device)
     with twin.teacher(), twin.autocast():
         goal = _chosen(twin.hidden(ids), counts)
@@ -108,6 +109,6 @@ def judge(twin: Twin, passages: Sequence[Passage]) -> Tensor:
 
 
 def judgement(sums: Sequence[float]) -> Judgement:
-    """The means, of the sums over all held-out passages."""
+    """Compute means from the sums over all held-out passages."""
     kl, loss, dense_loss, agreements, tokens = sums
     return Judgement(kl / tokens, loss / tokens, dense_loss / tokens, agreements / tokens)

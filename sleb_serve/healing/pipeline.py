@@ -22,14 +22,14 @@ from sleb_serve.utils.outputs import Output, beginning_with, claimed
 
 _STATE = beginning_with("the state of a healing", rb"PK\x03\x04")
 _MOST_TOKENS = 20_000_000
-"""Read of the texts where time alone ends the training; then they begin again."""
+"""Tokens to read if only time ends the training; the texts then repeat."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One healing, checked: all that each number of removals shares.
+    """One validated healing: the data shared by all numbers of removals.
 
-    The manifest has no repair; what its model begins with is in `start`, by number of removals.
+    The manifest has no repair; `start` has the initial updates by number of removals.
     """
 
     checkpoint: Checkpoint
@@ -53,24 +53,23 @@ def heal(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Train what is left of a pruned model to predict what the dense model predicts.
+    """Train a pruned model to predict what the dense model predicts.
 
     Args:
         model: checkpoint folder or hub id of the dense model.
-        manifest: what is removed. Another repair that it has is left out of the result, but for
-            what `config.further` goes on from.
-        config: on what to train, and how.
-        output: where to write the healed manifest, and beside it the weights' changes.
-        resume: go on where a healing for `output` was interrupted.
-        force: replace what is there, be it of another kind.
-        progress: told how it goes.
+        manifest: the blocks to remove. The result drops its other repairs, except those that
+            `config.further` continues from.
+        config: the training options.
+        output: where to write the healed manifest; the updates go next to it.
+        resume: continue an interrupted healing for `output`.
+        force: replace an existing `output`, even of another kind.
+        progress: receives progress events.
 
     Returns:
         The manifest with its repairs.
 
     Raises:
-        SlebError: what was asked for cannot be done; nothing was written, or nothing more than the
-            state to go on from.
+        SlebError: the request cannot be fulfilled; at most the state for resuming was written.
     """
     config.check()
     output = Path(output)
@@ -84,12 +83,12 @@ def heal(
 
 
 def state_path(output: Path, blocks: int) -> Path:
-    """Where a healing for `output` keeps what it goes on from, of so many removals."""
+    """Return the path of the resume state for `output` and this number of removals."""
     return output.with_name(f"{output.name}.heal-{blocks}.state")
 
 
 def _outputs(manifest: Manifest, config: HealConfig, output: Path) -> list[Output]:
-    """What is written."""
+    """List the output files."""
     check_writable(output)
     whole = len(manifest.removed)
     counts = sorted({*config.also, whole})
@@ -109,11 +108,11 @@ def _prepared(
     resume: bool,
     progress: Progress,
 ) -> Work:
-    """What can be refused before the model is loaded."""
+    """Refuse invalid requests before the model is loaded."""
     from sleb_serve.models.loading import generates
 
     start = _start(manifest, config, output) if config.further else {}
-    # A fold's weights would be in the teacher, too.
+    # A fold would also change the teacher's weights.
     manifest = replace(manifest, repairs=())
     for blocks in config.also:
         manifest.prefix(blocks)
@@ -142,7 +141,7 @@ def _prepared(
 
 
 def _start(manifest: Manifest, config: HealConfig, output: Path) -> Mapping[int, Manifest]:
-    """What an earlier healing ended with, for each number of removals."""
+    """Read the updates of an earlier healing, for each number of removals."""
     found = {}
     for blocks in {*config.also, len(manifest.removed)}:
         part = manifest.prefix(blocks)

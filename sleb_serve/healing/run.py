@@ -1,4 +1,4 @@
-"""What a healing does once it is known to be possible: training, sidecars, the manifest."""
+"""The main part of a healing: training, sidecars, the manifest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sleb_serve.models.loading import EMULATED, has_fast, load_model
 
 
 def run(work: Work) -> Manifest:
-    """Heal for each number of removals that was asked for, and write what came of it."""
+    """Heal each requested number of removals, and write the results."""
     manifest, config = work.manifest, work.config
     dense = load_model(work.checkpoint, _dtype(work.checkpoint, config), device=work.ranks.device)
     dense.requires_grad_(False)
@@ -53,10 +53,10 @@ def run(work: Work) -> Manifest:
 
 
 def _dtype(checkpoint: Checkpoint, config: HealConfig) -> str:
-    """What to compute in: a CPU that would emulate 16 bits is faster in float32."""
+    """Choose the compute dtype: a CPU that would emulate 16 bits is faster in float32."""
     stored = checkpoint.dtype
     if config.dtype == "auto" and stored in EMULATED:
-        # float16 has too small a range for gradients.
+        # The range of float16 is too small for gradients.
         return "bfloat16" if has_fast("bfloat16") else "float32"
     return "bfloat16" if config.dtype == "float16" else config.dtype
 
@@ -127,11 +127,11 @@ def _training(config: HealConfig, rank: int, state: State, repair: Repair | None
 
 
 def _fingerprint(work: Work, digest: str) -> str:
-    """Of all that a result depends on: model and blocks, text, options."""
+    """Return a fingerprint of the inputs: model and blocks, text, options."""
     options: dict[str, Any] = {
         name: getattr(work.config, name)
         for name in work.config.__dataclass_fields__
-        # What only says how the work is cut into pieces, or for what else.
+        # Options that do not affect the result.
         if name not in ("texts", "sequences_at_once", "checkpointing", "also", "revision")
     }
     found = hashlib.sha256(json.dumps([digest, work.mixture.weights, options]).encode())

@@ -1,7 +1,7 @@
-"""The training loop: steps of Adam until the budget is used, judged on held-out text as it goes.
+"""The training loop: Adam steps until the budget is used, with validation on held-out text.
 
-What the loop has come to is written down at every judgement, so that a run that was killed goes on
-from there and ends in the same bytes.
+The state is saved at every validation, so that a killed run resumes from there and produces the
+same bytes.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from sleb_serve.utils.atomic_io import whole_file
 from sleb_serve.utils.distributed import Ranks
 
 _JUDGEMENTS = 20
-"""How often a run is judged, and its state written."""
+"""Number of validations per run; each saves the state."""
 _WARM_UP = 0.05
-"""The share of the budget in which the learning rate rises."""
+"""Share of the budget for the learning rate's warm-up."""
 _CLIP = 1.0
-"""The gradient's largest norm."""
+"""Maximum norm of the gradient."""
 
 
 @dataclass
 class State:
-    """How far a training has come.
+    """State of a training.
 
     Attributes:
-        steps: that were made.
-        tokens: that were trained on.
-        seconds: that it took.
-        judgements: of the student, the first before any step.
+        steps: finished steps.
+        tokens: trained tokens.
+        seconds: elapsed time.
+        judgements: validations of the student, the first before any step.
         best: the factors with the lowest divergence on held-out text.
-        ended: whether nothing is left to do.
-        early: whether that is because it no longer got better.
+        ended: whether the training is complete.
+        early: whether it ended because it stopped improving.
     """
 
     steps: int = 0
@@ -56,11 +56,11 @@ class State:
 
     @property
     def best_judgement(self) -> Judgement:
-        """The one with the lowest divergence."""
+        """Return the validation with the lowest divergence."""
         return min(self.judgements, key=lambda entry: entry.kl)
 
     def done(self, config: HealConfig) -> float:
-        """The share of the budget that is used; 1 or more at its end."""
+        """Return the used share of the budget; at least 1 at its end."""
         shares = [0.0]
         if config.budget is not None:
             shares.append(self.tokens / config.budget)
@@ -75,12 +75,12 @@ class Trainer:
     Args:
         twin: teacher and student.
         mixture: the text.
-        config: how.
+        config: the training options.
         ranks: the processes that share each step.
-        path: where the state is kept; None for nowhere.
-        fingerprint: of all that the result depends on; a state of another is refused.
-        progress: told how it goes.
-        start: factors to begin with; none for those of no change.
+        path: file for the state, or None.
+        fingerprint: fingerprint of all inputs; a state with another one is refused.
+        progress: receives progress events.
+        start: initial factors; empty for no change.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Trainer:
         self._state = State()
 
     def run(self, resume: bool) -> State:
-        """Train until the budget is used or nothing gets better.
+        """Train until the budget is used or the model stops improving.
 
         Raises:
-            SlebError: the loss is no number, or the state cannot be read or written.
+            SlebError: the loss is not a number, or the state cannot be read or written.
         """
         if resume and self._path is not None and self._path.exists():
             self._load(self._path)
@@ -125,7 +125,7 @@ class Trainer:
             loss = self._step(list(islice(passages, config.batch_size)), before)
             state.steps += 1
             state.tokens += config.batch_size * len(self._mixture.held_out[0].tokens)
-            # One process's clock for all: they must end together.
+            # All processes use one clock, because they must end together.
             state.seconds = self._ranks.gather([time.monotonic() - begun])[0]
             done = state.done(config)
             self._progress.stepped(min(1.0, done), loss, state.tokens)
@@ -135,7 +135,7 @@ class Trainer:
         return state
 
     def _step(self, passages: Sequence[Passage], done: float) -> float:
-        """One step of Adam on the gradient of all processes' passages."""
+        """Make one Adam step on the gradient of all processes' passages."""
         total = predicted(passages)
         rate = self._config.learning_rate * min(1.0, (done + 1e-9) / _WARM_UP) * (1 - done)
         for group in self._adam.param_groups:
@@ -165,7 +165,7 @@ class Trainer:
         return value
 
     def _judge(self, done: float) -> None:
-        """Judge the student, remember it if it is the best yet, and write the state."""
+        """Validate the student, keep it if it is the best yet, and save the state."""
         state, held_out = self._state, self._mixture.held_out
         size = self._config.sequences_at_once
         sums = sum(
@@ -199,7 +199,7 @@ class Trainer:
             try:
                 torch.save(content, temporary)
             except RuntimeError as error:
-                # How torch reports a full disk.
+                # torch's error for a full disk.
                 raise OSError(first_line(error)) from error
 
     def _load(self, path: Path) -> None:

@@ -1,9 +1,8 @@
-"""One model in memory that is both teacher and student.
+"""Teacher and student in one model in memory.
 
 The teacher is the dense model: all blocks, no adapter. The student lacks the removed blocks, and
-low-rank adapters (LoRA, arXiv 2106.09685, by PEFT) change the linear weights of those that stay. So
-a pruned model learns from the model that it was cut from, and no second copy of the weights is
-held.
+low-rank adapters (LoRA, arXiv 2106.09685, by PEFT) change the linear weights of the kept ones. So
+no second copy of the weights is needed.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ _ADAPTER = "default"
 def adaptable(
     model: nn.Module, checkpoint: Checkpoint, kept: Sequence[int], only: Sequence[str] | None
 ) -> dict[str, str]:
-    """The linear weights that an adapter can change, by module; each with its checkpoint's name.
+    """Return the linear weights that an adapter can change: module names and checkpoint names.
 
     Args:
         model: the dense model.
-        checkpoint: its files; what they do not hold under one name cannot be changed there.
-        kept: the blocks that stay.
-        only: last parts of the modules' names; None for all.
+        checkpoint: its files; only weights with their own name there can be changed.
+        kept: the kept blocks.
+        only: last components of the modules' names; None for all.
 
     Raises:
-        SlebError: there are none, or none of one of those names.
+        SlebError: there are none, or one of these names has no match.
     """
     stored = {
         name: entry for file in checkpoint.weight_files() for name, entry in _tensors(file).items()
@@ -81,15 +80,15 @@ def _tensors(file: Any) -> Mapping[str, tuple[str, list[int]]]:
 
 
 class Twin:
-    """Teacher and student; see the module.
+    """Teacher and student; see the module's docstring.
 
     Args:
-        model: the dense model; adapters are put into it until `close`.
-        removed: the blocks that the student lacks.
-        names: the modules that get an adapter, with their weights' names in the checkpoint.
-        rank: of the adapters.
-        seed: draws their first factors; the second ones begin as zeros.
-        checkpointing: run layers again on the way back.
+        model: the dense model; it has adapters until `close`.
+        removed: the blocks that the student skips.
+        names: the modules to adapt, with their weights' names in the checkpoint.
+        rank: rank of the adapters.
+        seed: seed for their first factors; the second ones begin as zeros.
+        checkpointing: recompute activations in the backward pass.
     """
 
     def __init__(
@@ -124,24 +123,24 @@ class Twin:
 
     @property
     def device(self) -> Any:
-        """Where token ids go."""
+        """Return the device for token ids."""
         return self.model.get_input_embeddings().weight.device
 
     def autocast(self) -> Any:
-        """A 16-bit model's work is done in its dtype, though its factors are float32."""
+        """Run a 16-bit model in its dtype, although its factors are float32."""
         dtype = self._head.weight.dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     @property
     def factors(self) -> dict[str, nn.Parameter]:
-        """What is trained, by the names of a sidecar: [r, inputs] and [outputs, r] a weight."""
+        """Return the factors by their sidecar names: [r, inputs] and [outputs, r] per weight."""
         return self._factors
 
     def load(self, factors: Mapping[str, Tensor]) -> None:
-        """Set what is trained.
+        """Set the factors.
 
         Raises:
-            SlebError: these are factors of other weights.
+            SlebError: these are the factors of different weights.
         """
         if factors.keys() != self._factors.keys():
             raise SlebError(
@@ -153,18 +152,18 @@ class Twin:
                 factor.copy_(factors[name])
 
     def close(self) -> None:
-        """Take the adapters out of the model."""
+        """Remove the adapters from the model."""
         self._peft.unload()
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """While this is open, the model is the dense one, and nothing of it is trained."""
+        """Use the dense model, without training, inside the context."""
         with torch.no_grad(), self._peft.disable_adapter():
             yield
 
     @contextmanager
     def student(self) -> Iterator[None]:
-        """While this is open, the model is the pruned one with its adapters."""
+        """Use the pruned model with its adapters inside the context."""
         with blocks_deleted(self.model, self._removed):
             try:
                 self._checkpoint(self._checkpointing)
@@ -173,7 +172,7 @@ class Twin:
                 self._checkpoint(False)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """What enters the head for tokens [B, T]: [B, T, h]."""
+        """Return the head's input for tokens [B, T]: [B, T, h]."""
         found: list[Tensor] = []
 
         def capture(inputs: Tensor) -> Tensor:
@@ -185,12 +184,12 @@ class Twin:
         return found[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [N, V] of what enters the head, [N, h], in float32."""
+        """Return float32 logits [N, V] of the head's input [N, h]."""
         raw: Tensor = self._head(hidden)
         return (raw if self._plain else self._finished(raw)).float()
 
     def _finished(self, raw: Tensor) -> Tensor:
-        """What the model does to the head's output: a cap or a scale."""
+        """Apply the model's cap or scale to the head's output."""
         ids = torch.zeros((1, 1), dtype=torch.long, device=raw.device)
         with self._head_answers(lambda _: raw[None]):
             result: Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -198,7 +197,7 @@ class Twin:
 
     @torch.no_grad()
     def _is_plain(self) -> bool:
-        """Whether the model does nothing to the head's output."""
+        """Return whether the head's output is used unchanged."""
         raw = torch.linspace(-60, 60, 64, device=self._head.weight.device)[None]
         return bool(torch.equal(self._finished(raw), raw))
 
@@ -215,7 +214,7 @@ class Twin:
                 self._head.forward = own
 
     def _checkpoint(self, on: bool) -> None:
-        """Layers that are run again are in training mode; what is in them is not: no dropout."""
+        """Set checkpointed layers, but not their submodules, to training mode: no dropout."""
         if on:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in self._layers:

@@ -1,1 +1,1 @@
-"""The removal manifest, and what binds it to a model."""
+"""The removal manifest and its binding to a model."""

@@ -1,4 +1,4 @@
-"""What binds a manifest to a model: see `sleb_serve.manifest.schema.ModelBinding`."""
+"""Binding of manifests to models; see `sleb_serve.manifest.schema.ModelBinding`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sleb_serve.manifest.schema import Manifest, ModelBinding
 
 
 def check_config_binding(checkpoint: Checkpoint, model: str, pruning: Pruning) -> None:
-    """Refuse a model that is not the manifest's, by its config alone.
+    """Refuse a model that does not match the manifest, by its config alone.
 
     Raises:
         SlebError: naming what was expected and what was found.
@@ -48,9 +48,9 @@ def bind(
     leaves = checkpoint.block_sha256()
     known = {} if leaves is None else dict(enumerate(leaves[1:]))
     return ModelBinding(
-        # A folder's name, not its path: manifests travel, and paths name people and machines.
+        # Store a folder's name, not its path, which may contain names of people and machines.
         id=checkpoint.path.resolve().name if local else model,
-        # The cache keeps a hub model in a folder named by its commit.
+        # The cache stores a hub model in a folder named after its commit.
         revision=None if local else checkpoint.path.name,
         architecture=checkpoint.architecture,
         num_blocks=checkpoint.num_blocks,
@@ -62,7 +62,7 @@ def bind(
 
 
 def revision_of(model: str, manifest: Manifest, given: str | None) -> str | None:
-    """The revision of a hub model: the one that is given, or else the manifest's own."""
+    """Return the given revision of a hub model, or else the manifest's."""
     if given is not None or Path(model).is_dir() or model != manifest.model.id:
         return given
     return manifest.model.revision
@@ -75,15 +75,15 @@ def check_model(
     servable: bool = True,
     fetch: bool = False,
 ) -> Checkpoint:
-    """Refuse a model that is not the manifest's, or if `servable`, that the plugin cannot serve.
+    """Refuse a model that does not match the manifest or, if `servable`, cannot be served.
 
     Args:
         model: folder or hub id.
         pruning: the manifest's content.
         revision: of a hub model; None for its default branch.
         servable: whether the plugin is to serve it.
-        fetch: bring a hub model's weights to this machine first. Without, weights that are not
-            here are left to the plugin, which compares them once vLLM has fetched them.
+        fetch: download a hub model's weights first. Otherwise the plugin compares missing weights
+            once vLLM has downloaded them.
 
     Raises:
         SlebError: naming what was expected and what was found.
@@ -101,13 +101,13 @@ def check_model(
 
 
 def compare_weights(model: str, checkpoint: Checkpoint, pruning: Pruning) -> bool:
-    """Refuse weights that are not the manifest's.
+    """Refuse weights that do not match the manifest.
 
     Returns:
-        Whether they were compared; not where a hub model's are not on this machine.
+        Whether they were compared; False if a hub model's weights are not on this machine.
 
     Raises:
-        SlebError: they are others, or a folder lacks some.
+        SlebError: they differ, or some are missing from a folder.
     """
     known = pruning.known_sha256
     try:

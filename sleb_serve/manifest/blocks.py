@@ -1,4 +1,4 @@
-"""Numbers of blocks, checked."""
+"""Checks of block numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sleb_serve.utils import strict_json
 
 
 def gaps(removed: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Runs of consecutive blocks among `removed`, as (first, last), ascending."""
+    """Return runs of consecutive blocks in `removed` as (first, last), ascending."""
     runs: list[tuple[int, int]] = []
     for block in sorted(removed):
         if runs and runs[-1][1] == block - 1:
@@ -22,12 +22,12 @@ def gaps(removed: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def block_count(value: object, where: str) -> int:
-    """How many blocks a model has, read strictly."""
+    """Parse a model's number of blocks strictly."""
     return strict_json.integer(value, where, 1, MAX_BLOCKS)
 
 
 def check_blocks(blocks: Sequence[int], num_blocks: int, where: str) -> None:
-    """Refuse a list of removed blocks that is empty, names one twice, or leaves none."""
+    """Refuse a list of removed blocks that is empty, has duplicates, or keeps no block."""
     if not blocks:
         raise SlebError(f"{where} is empty: nothing is removed; serve the dense model with vllm")
     if len(set(blocks)) != len(blocks):

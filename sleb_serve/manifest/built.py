@@ -1,4 +1,4 @@
-"""What a server's ranks say that they hold: held against the manifest, and shown to Prometheus."""
+"""Reports of a server's ranks: compared with the manifest and exported to Prometheus."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sleb_serve.manifest.pruning import Pruning
 
 @dataclass(frozen=True)
 class Built:
-    """What one rank holds: decoder layers by original index, numbers in its parameters.
+    """Report of one rank: decoder layers by original index, parameter count.
 
     ``weights_read_bytes`` are those of the checkpoint's tensors outside the removed layers,
     ``weights_skipped_bytes`` those inside; None before they are loaded, and for a checkpoint in
@@ -29,7 +29,7 @@ class Built:
     weights_compared: str | None = None
 
     def report(self, rank: int) -> dict[str, Any]:
-        """In plain values, as the API server asks for it."""
+        """Return plain values for the API server."""
         return {
             "rank": rank,
             "digest": self.pruning.digest,
@@ -41,7 +41,7 @@ class Built:
         }
 
     def to_text(self) -> str:
-        """A line for the log."""
+        """Return a log line."""
         return (
             f"Pruned by manifest {self.pruning.tag}: {len(self.layers)} of "
             f"{self.pruning.num_blocks} decoder layers built, removed {list(self.pruning.removed)} "
@@ -52,10 +52,10 @@ class Built:
 
 
 def check_ranks(pruning: Pruning, reports: Sequence[Mapping[str, Any] | None]) -> None:
-    """Refuse ranks that do not together hold exactly what the manifest leaves.
+    """Refuse ranks that do not together hold exactly the manifest's kept blocks.
 
     Raises:
-        SlebError: naming the rank and what it holds.
+        SlebError: names the rank and its blocks.
     """
     held: set[int] = set()
     for number, report in enumerate(reports):
@@ -76,13 +76,13 @@ def check_ranks(pruning: Pruning, reports: Sequence[Mapping[str, Any] | None]) -
 
 
 def publish(pruning: Pruning, name: str, reports: list[dict[str, Any]]) -> None:
-    """Set the manifest's metrics; with several API servers each sets the same."""
+    """Set the manifest's metrics; several API servers set the same values."""
     info, removed, loaded, skipped = _gauges()
     info.labels(digest=pruning.digest, tag=pruning.tag, model_name=name).set(1)
     removed.labels(model_name=name).set(len(pruning.removed))
     layers = {layer for report in reports for layer in report["layers"]}
     loaded.labels(model_name=name).set(len(layers))
-    # Every rank passes over the same tensors of the same files.
+    # Every rank skips the same tensors of the same files.
     skipped.labels(model_name=name).set(max(r["weights_skipped_bytes"] or 0 for r in reports))
 
 
@@ -91,7 +91,7 @@ def _gauges() -> tuple[Any, ...]:
     from prometheus_client import Gauge
 
     def gauge(name: str, text: str, *labels: str) -> Any:
-        # vLLM adds up over the files of its API servers: all say the same, the last one stands.
+        # vLLM would sum over its API servers; all report the same, so keep the most recent value.
         return Gauge(
             f"sleb_serve_{name}", text, ["model_name", *labels], multiprocess_mode="mostrecent"
         )

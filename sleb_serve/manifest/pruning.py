@@ -1,4 +1,4 @@
-"""What a server needs to know of a manifest, in a form that travels to every vLLM worker."""
+"""The part of a manifest that a server needs, sent to every vLLM worker."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sleb_serve.protocol import CONFIG_KEY
 from sleb_serve.utils import strict_json
 
 REPAIRS = ("fold", "heal")
-"""How a pruned model is mended: see `sleb_serve.selection.repair` and `sleb_serve.healing`."""
+"""Kinds of repair; see `sleb_serve.selection.repair` and `sleb_serve.healing`."""
 
 _FORMER_REPAIRS = ("map", "scale")
 
 
 @dataclass(frozen=True)
 class RepairFile:
-    """The sidecar with a repair's weights: its kind, digest, and where it lies on this machine."""
+    """The sidecar with a repair's weights: its kind, digest and local path."""
 
     kind: str
     sha256: str
@@ -31,7 +31,7 @@ class RepairFile:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a server needs of a manifest: the blocks to leave out and the model they belong to.
+    """The part of a manifest that a server needs: the blocks to remove and the model's binding.
 
     ``removed`` is ascending; ``removed_sha256``, where known, holds the digests of those blocks'
     weights (see `Checkpoint.block_sha256`). ``full_sha256``, where a server is to compare all bytes
@@ -50,12 +50,12 @@ class Pruning:
 
     @property
     def gaps(self) -> tuple[tuple[int, int], ...]:
-        """Runs of consecutive removed blocks, as (first, last)."""
+        """Return runs of consecutive removed blocks as (first, last)."""
         return gaps(self.removed)
 
     @property
     def known_sha256(self) -> dict[int, str]:
-        """Digests of the removed blocks' weights, so that these need not be read to be checked."""
+        """Return digests of the removed blocks' weights, which need not be read for the check."""
         return dict(zip(self.removed, self.removed_sha256, strict=bool(self.removed_sha256)))
 
     @property
@@ -65,34 +65,34 @@ class Pruning:
 
     @property
     def cut(self) -> Cut:
-        """The layers that go, for the config and the tensors of the model without them."""
+        """Return the cut for the config and the tensors."""
         return Cut(self.num_blocks, self.removed)
 
     @property
     def num_kept(self) -> int:
-        """How many decoder blocks remain."""
+        """Return the number of kept blocks."""
         return self.num_blocks - len(self.removed)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON of the content: equal for equal served models only."""
+        """Return the SHA-256 of the canonical JSON content; equal only for equal served models."""
         content = self.to_dict()
-        # Says nothing that weights_sha256 does not.
+        # Adds nothing to weights_sha256.
         content.pop("removed_sha256", None)
         # How much is compared, not what is served.
         content.pop("full_sha256", None)
         if self.repair is not None:
-            # What the file holds, not where it lies.
+            # The file's content, not its path.
             content["repair"] = {"kind": self.repair.kind, "sha256": self.repair.sha256}
         return hashlib.sha256(strict_json.canonical(content)).hexdigest()
 
     @property
     def tag(self) -> str:
-        """Short name of the pruning, as ``sleb6-1a2b3c4d``: block count and digest."""
+        """Return the pruning's short name, such as ``sleb6-1a2b3c4d``: block count and digest."""
         return f"sleb{len(self.removed)}-{self.digest[:8]}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The content as plain JSON values."""
+        """Return the content as plain JSON values."""
         content: dict[str, Any] = {
             "architecture": self.architecture,
             "num_blocks": self.num_blocks,
@@ -110,24 +110,24 @@ class Pruning:
 
     @classmethod
     def of_config(cls, config: Any) -> Pruning | None:
-        """The pruning in a Hugging Face config, or in overrides of one; None if there is none.
+        """Read the pruning from a Hugging Face config or its overrides; None if there is none.
 
         Raises:
             SlebError: it is malformed.
         """
         get = config.get if isinstance(config, Mapping) else partial(getattr, config)
         content = get(CONFIG_KEY, None)
-        # A list in the overrides: vLLM would take a dict for a nested config's.
+        # A list in the overrides: vLLM would treat a dict as a nested config.
         if isinstance(content, list) and len(content) == 1:
             (content,) = content
         return None if content is None else cls.from_dict(content)
 
     @classmethod
     def from_dict(cls, value: object) -> Pruning:
-        """Parse what `to_dict` made.
+        """Parse the output of `to_dict`.
 
         Raises:
-            SlebError: anything else; nothing is guessed or repaired.
+            SlebError: the input has any other form; nothing is guessed or repaired.
         """
         keys = ("architecture", "num_blocks", "config_sha256", "weights_sha256", "removed")
         fields = strict_json.object_(
@@ -161,9 +161,9 @@ class Pruning:
         config_sha256: str | None = None,
         weights_sha256: str | None = None,
     ) -> None:
-        """Refuse a model that is not the manifest's; what is None was not looked at.
+        """Refuse a model that does not match the manifest; values of None are not compared.
 
-        ``found`` names the model that was found, for the message.
+        ``found`` names the actual model in the message.
 
         Raises:
             SlebError: naming what differs, what was expected and what was found.
@@ -184,7 +184,7 @@ class Pruning:
 
 
 def repair_kind(value: object, where: str) -> str:
-    """The kind of a repair, read strictly."""
+    """Parse the kind of a repair strictly."""
     kind = strict_json.line(value, where)
     if kind in _FORMER_REPAIRS:
         raise SlebError(

@@ -1,4 +1,4 @@
-"""Manifest files, read strictly."""
+"""Strict reading of manifest files."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def read_manifest(source: str | Path, *, repairs: bool = True) -> Manifest:
     """Read and validate a manifest.
 
     Args:
-        source: a file; or ``org/name`` or ``hf://org/name@revision/file.json``, in a repository of
-            the Hugging Face hub, see `sleb_serve.manifest.repository`.
-        repairs: of a repository, bring what repairs the model to this machine, too, and compare it.
+        source: a file, or ``org/name`` or ``hf://org/name@revision/file.json`` for a hub
+            repository; see `sleb_serve.manifest.repository`.
+        repairs: for a repository, also download the repairs and verify them.
 
     Raises:
-        SlebError: it cannot be read or is not a valid manifest, or one of a repository's repairs is
-            missing or another; the message names the file.
+        SlebError: the manifest cannot be read or is invalid, or one of a repository's repairs is
+            missing or differs; the message names the file.
     """
     asked = hub_file(source) if isinstance(source, str) else None
     if asked is None:
@@ -79,7 +79,7 @@ def _read(path: Path, name: str) -> Manifest:
 
 
 def _tell_moved(asked: HubFile, before: Fetched, manifest: Manifest) -> None:
-    """Say that a name means another commit than when it was last read here."""
+    """Warn that a name points to a different commit than when it was last read here."""
     changed = "an invalid manifest became a valid one"
     with contextlib.suppress(SlebError):
         old = _read(before.path, str(before.source))
@@ -101,7 +101,7 @@ def parse_manifest(data: bytes) -> Manifest:
     """Parse and validate the bytes of a manifest file.
 
     Raises:
-        SlebError: for anything that is not exactly the format, naming the offending part.
+        SlebError: the format is violated; the message names the offending part.
     """
     if len(data) > MAX_BYTES:
         raise SlebError(
@@ -206,7 +206,7 @@ def _parse_loss(value: object, where: str, extra: Sequence[str] = ()) -> float |
     if perplexity is not None:
         found = strict_json.number(perplexity, f"{where}.perplexity")
         expected = perplexity_of(strict_json.number(loss, f"{where}.loss"))
-        # People round when they write by hand; two numbers that contradict each other are refused.
+        # Handwritten values may be rounded; contradictory numbers are refused.
         if expected is None or not math.isclose(found, expected, rel_tol=0.01):
             raise SlebError(
                 f"{where}.perplexity is {found:g}, but exp(loss) is {expected or math.inf:g}; "

@@ -1,4 +1,4 @@
-"""What a manifest says of repairs, read strictly."""
+"""Strict parsing of a manifest's repairs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sleb_serve.utils import strict_json
 
 
 def parse_repairs(value: object, num_removed: int) -> tuple[Repair, ...]:
-    """How a manifest's prunings are repaired.
+    """Parse the repairs of a manifest.
 
     Raises:
-        SlebError: for anything that is not exactly the format, naming the offending part.
+        SlebError: the format is violated; the message names the offending part.
     """
     repairs = tuple(
         _parse_repair(entry, f"repairs[{i}]", num_removed)

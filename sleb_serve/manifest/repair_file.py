@@ -1,8 +1,8 @@
-"""The sidecar of a repaired manifest: a safetensors file with what repairs the pruned model.
+"""The sidecar of a repaired manifest: a safetensors file with the repair's weights.
 
-A tensor with the name of one of the checkpoint's takes its place. ``NAME.lora_A`` [r, inputs] and
+A tensor with the name of a checkpoint tensor replaces it. ``NAME.lora_A`` [r, inputs] and
 ``NAME.lora_B`` [outputs, r] are added to the checkpoint's NAME: W + B A, computed in float32 and
-rounded to W's dtype. The manifest names the file and its SHA-256, and lies beside it.
+rounded to W's dtype. The manifest, in the same folder, has the file's name and SHA-256.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from sleb_serve.utils.atomic_io import whole_file
 from sleb_serve.utils.outputs import Kind
 
 LORA_A, LORA_B = ".lora_A", ".lora_B"
-"""What follows a weight's name in those of the two factors of its change."""
+"""Suffixes of a weight's name for the two factors of its update."""
 _ABOUT = "sleb_serve"
 _CHUNK = 1 << 24
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 class WeightChanges:
-    """What a sidecar changes.
+    """The changes in a sidecar.
 
     Args:
-        tensors: the sidecar's.
-        where: its path, for messages.
+        tensors: the sidecar's tensors.
+        where: the sidecar's path, for messages.
 
     Raises:
         SlebError: one of a weight's two factors is missing.
@@ -39,20 +39,20 @@ class WeightChanges:
     def __init__(self, tensors: Mapping[str, Any], where: str = "") -> None:
         self.tensors, self._where = tensors, where
         self.names = frozenset(name.removesuffix(LORA_A).removesuffix(LORA_B) for name in tensors)
-        """Of the weights that change, as in the checkpoint."""
+        """Return the names of the changed weights, as in the checkpoint."""
         for name in self.names - tensors.keys():
             if not {name + LORA_A, name + LORA_B} <= tensors.keys():
                 raise SlebError(f"the repair {where} has one factor of {name} alone; make it again")
 
     def __call__(self, name: str, weight: Any) -> Any:
-        """A weight as the repair has it; itself where the repair does not change it.
+        """Apply the repair to a weight; return an unchanged weight as is.
 
         Args:
             name: as in the checkpoint.
-            weight: a torch tensor, whole: not a rank's share of it.
+            weight: the whole torch tensor, not a rank's shard.
 
         Raises:
-            SlebError: the repair is for a weight of another shape, or the weight is quantised.
+            SlebError: the repair has a different shape, or the weight is quantised.
         """
         if name in self.tensors:
             return self.tensors[name]
@@ -86,31 +86,31 @@ SIDECAR = Kind("a repair's weights", _is_sidecar)
 
 
 def sidecar_path(output: Path, blocks: int | None = None) -> Path:
-    """Where the sidecar of the manifest `output` lies; of its first `blocks` removals, if given."""
+    """Return the path of the sidecar of manifest `output`, or of its first `blocks` removals."""
     part = "" if blocks is None else f"-{blocks}"
     return output.with_name(f"{output.name}.repair{part}.safetensors")
 
 
 def write_sidecar(path: Path, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """Write a sidecar, whole or not at all.
+    """Write a sidecar, completely or not at all.
 
     Args:
-        path: where.
+        path: the file to write.
         tensors: torch tensors by name.
-        about: what they belong to, for people who find the file alone.
+        about: a description, for people who find the file on its own.
 
     Returns:
         The file's SHA-256.
 
     Raises:
-        SlebError: it cannot be written; what was there before still is.
+        SlebError: it cannot be written; an existing file is kept.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole_file(path) as temporary:
         try:
-            # One entry of metadata: several would be written in no fixed order.
+            # A single metadata entry, because the order of several would not be fixed.
             save_file(dict(tensors), temporary, metadata={_ABOUT: json.dumps(about)})
         except SafetensorError as error:
             raise OSError(first_line(error)) from error
@@ -118,10 +118,10 @@ def write_sidecar(path: Path, tensors: Mapping[str, Any], about: Mapping[str, An
 
 
 def check_sidecar(repair: RepairFile) -> None:
-    """Refuse a sidecar that is not the one that the manifest names.
+    """Refuse a sidecar that does not match the manifest.
 
     Raises:
-        SlebError: it is missing, cut short, or another's.
+        SlebError: it is missing, truncated, or belongs to another manifest.
     """
     path = Path(repair.path)
     try:
@@ -139,10 +139,10 @@ def check_sidecar(repair: RepairFile) -> None:
 
 
 def read_sidecar(pruning: Pruning) -> WeightChanges:
-    """What repairs a pruning, on the CPU; no changes if it is not repaired.
+    """Read the repair of a pruning on the CPU; empty if there is none.
 
     Raises:
-        SlebError: as `check_sidecar`.
+        SlebError: as for `check_sidecar`.
     """
     if pruning.repair is None:
         return WeightChanges({})

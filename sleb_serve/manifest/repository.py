@@ -1,8 +1,8 @@
-"""Manifests in repositories of the Hugging Face hub, named as their users name adapters.
+"""Manifests in Hugging Face hub repositories.
 
-``hf://org/name@revision/file.json`` always means the hub. ``org/name`` means it where there is no
-such file or folder on this machine. The hub library's cache, tokens and environment variables
-count: with ``HF_HUB_OFFLINE=1`` a manifest that was read once is read again without a network.
+``hf://org/name@revision/file.json`` always means the hub. ``org/name`` means it if there is no such
+local file or folder. The hub library's cache, tokens and environment variables apply: with
+``HF_HUB_OFFLINE=1`` a cached manifest is read without a network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.utils.strict_json import short
 
 MANIFEST_NAME = "sleb_manifest.json"
-"""The manifest's file in a repository, and in an exported checkpoint's folder."""
+"""Name of the manifest in a repository and in an exported checkpoint."""
 
 _SCHEME = "hf://"
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -40,9 +40,9 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A file of a repository on this machine; ``source`` names it by its commit.
+    """A local copy of a repository's file; ``source`` includes the commit.
 
-    ``before`` is what the same name meant when it was last read here, where that was another.
+    ``before`` is the previous target of the same name, if it has moved.
     """
 
     path: Path
@@ -51,13 +51,13 @@ class Fetched:
 
 
 def hub_file(source: str) -> HubFile | None:
-    """The file of a repository that `source` names; None where it is a path on this machine.
+    """Parse `source` as a repository's file; None if it is a local path.
 
-    The rule is exact: ``hf://`` is the hub; what exists here is a path; then ``org/name`` is the
-    hub, unless it ends in ``.json``; all else is a path.
+    In this order: ``hf://`` is the hub; an existing path is local; ``org/name`` is the hub unless
+    it ends in ``.json``; anything else is a path.
 
     Raises:
-        SlebError: it begins with ``hf://`` and names no file of a model repository.
+        SlebError: it begins with ``hf://`` but does not name a file of a model repository.
     """
     if not source.startswith(_SCHEME):
         named = is_repository(source) and not source.endswith(".json")
@@ -66,7 +66,7 @@ def hub_file(source: str) -> HubFile | None:
     if place is not None and is_repository(place["id"]):
         revision = None if place["revision"] is None else unquote(place["revision"])
         file = place["file"] or MANIFEST_NAME
-        # Both become paths in the cache.
+        # Both become part of cache paths.
         parts = {*file.split("/"), *(revision or "main").split("/")}
         if not parts & {"", ".", ".."}:
             return HubFile(place["id"], revision, file)
@@ -77,7 +77,7 @@ def hub_file(source: str) -> HubFile | None:
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name has the form of a repository's, ``organisation/name``."""
+    """Return whether a name has the form ``organisation/name``."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -89,10 +89,10 @@ def is_repository(name: str) -> bool:
 
 
 def fetch(asked: HubFile) -> Fetched:
-    """Bring a manifest into the local cache.
+    """Download a manifest into the local cache.
 
     Raises:
-        SlebError: it is not there, or the hub gave another commit than the one that was asked for.
+        SlebError: it does not exist, or the hub returned a different commit.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -110,10 +110,10 @@ def fetch(asked: HubFile) -> Fetched:
 
 
 def fetch_beside(manifest: HubFile, name: str) -> Path:
-    """Bring a file that lies beside a manifest into the local cache, of the same commit.
+    """Download a file from the manifest's folder and commit into the local cache.
 
     Raises:
-        SlebError: it is not there.
+        SlebError: it does not exist.
     """
     folder = manifest.file.rpartition("/")
     asked = HubFile(manifest.repository, manifest.revision, "".join((*folder[:2], name)))
@@ -134,6 +134,6 @@ def _downloaded(asked: HubFile, what: str) -> Fetched:
 
 
 def _found(asked: HubFile, path: Path) -> Fetched:
-    # The cache keeps a repository's files in a folder named by their commit.
+    # The cache stores a repository's files in a folder named after their commit.
     commit = path.parents[asked.file.count("/")].name
     return Fetched(path, HubFile(asked.repository, commit, asked.file))

@@ -1,10 +1,10 @@
-"""The removal manifest: which decoder blocks of which model are left out, and why.
+"""The removal manifest: a model's removed decoder blocks and their origin.
 
 A manifest is one JSON object (UTF-8, at most 1 MiB, ``schema_version`` 1). Block indices are those
-of the original model. ``removed`` is in order of removal, so every prefix is a pruning of its own.
-Losses are mean nats per predicted token.
+of the original model. ``removed`` is in order of removal, so every prefix is also a pruning. Losses
+are mean nats per predicted token.
 
-This module knows no torch and no vLLM: a manifest can be read and checked anywhere.
+This module needs neither torch nor vLLM, so manifests can be read and checked anywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from sleb_serve.utils.atomic_io import write_atomically
 
 SCHEMA_VERSION = 1
 OBJECTIVES = ("nll", "kl", "embedding")
-"""What losses are: nats per predicted token of the text, or of divergence from the dense model; or
-one minus the cosine of the last hidden states with the dense model's."""
+"""Objectives. Losses are nats per predicted token of the text, or of divergence from the dense
+model; or one minus the cosine of the last hidden states with the dense model's.
+"""
 MAX_BYTES = 1 << 20
 
 
@@ -55,7 +56,7 @@ class ModelBinding:
 
 @dataclass(frozen=True)
 class Origin:
-    """The model whose losses a manifest holds that was bound to another form of it."""
+    """The original model of a rebound manifest, which has the losses of that model."""
 
     id: str
     revision: str | None
@@ -65,7 +66,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Removal:
-    """One removed block, and the model's calibration loss once it and all before it are gone."""
+    """One removed block, and the calibration loss with it and all before it removed."""
 
     block: int
     loss: float | None = None
@@ -75,9 +76,9 @@ class Removal:
 class Calibration:
     """The text that the losses were measured on.
 
-    There are ``sequences`` of ``sequence_length`` tokens; ``rows`` counts the rows that they were
-    cut from (None for a file). ``tokens_sha256`` is the digest of the token ids as little-endian
-    int64, sequence after sequence.
+    It has ``sequences`` of ``sequence_length`` tokens, cut from ``rows`` rows (None for a file).
+    ``tokens_sha256`` is the digest of the token ids as little-endian int64, sequence after
+    sequence.
     """
 
     source: str
@@ -91,7 +92,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Selection:
-    """How the blocks were searched for: SLEB's greedy search, its barriers, the model's dtype.
+    """The search: SLEB's greedy search, its barriers, the model's dtype.
 
     Losses are those of the ``objective``: ``nll`` on the text, or ``kl`` from the dense model.
     ``samples`` are the blocks that the same search removes on other samples of the text.
@@ -107,12 +108,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Training:
-    """How a model was healed.
+    """The training of a healed model.
 
-    ``texts`` are the sources with their weights, ``tokens`` those that it was trained on. On text
-    that was held out, ``perplexity`` is that of the dense, pruned and healed models, and
-    ``agreement`` the share of positions where the pruned and the healed one find the same next
-    token the likeliest as the dense one does.
+    ``texts`` are the sources with their weights, ``tokens`` the number of training tokens. On
+    held-out text, ``perplexity`` has the values of the dense, pruned and healed models, and
+    ``agreement`` the share of positions where the pruned and the healed one have the dense model's
+    most likely next token.
     """
 
     texts: Mapping[str, float]
@@ -125,10 +126,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Repair:
-    """How the first ``blocks`` removals are repaired: the kind, the sidecar's name and digest.
+    """Repair of the first ``blocks`` removals: its kind, the sidecar's name and digest.
 
-    Fitted on ``sequences`` sequences of text. Of a fold, ``loss`` is the calibration loss on them,
-    repaired.
+    Fitted on ``sequences`` sequences of text. For a fold, ``loss`` is the calibration loss on them
+    after the repair.
     """
 
     kind: str
@@ -142,9 +143,9 @@ class Repair:
 
 @dataclass(frozen=True)
 class Golden:
-    """What the pruned model made of a short prompt when it was selected, to know it by.
+    """The pruned model's log-probabilities for a short prompt, to identify it.
 
-    ``logprobs`` are those of each of the ``tokens`` but the first, in nats.
+    ``logprobs`` are in nats, for each of the ``tokens`` except the first.
     """
 
     tokens: tuple[int, ...]
@@ -155,7 +156,7 @@ class Golden:
 class Manifest:
     """A removal manifest; see the module's docstring.
 
-    Only ``model`` and ``removed`` are needed to serve; the rest records where they came from.
+    Serving needs only ``model`` and ``removed``; the rest records their origin.
     """
 
     model: ModelBinding
@@ -169,34 +170,34 @@ class Manifest:
     golden: Golden | None = None
     rebound_from: Origin | None = None
     folder: Path | None = field(default=None, compare=False)
-    """Where the manifest was read from, and its sidecar lies; not part of the file."""
+    """Folder of the manifest and its sidecar; not part of the file."""
     source: str | None = field(default=None, compare=False)
-    """Of a hub repository, the file it was read from, by its commit; not part of the file."""
+    """The hub file with its commit that the manifest was read from; not part of the file."""
 
     @property
     def made_from(self) -> dict[str, str]:
-        """For ``created_by`` of what is made of this manifest: where it was read from, on a hub."""
+        """Return the hub source for ``created_by`` of derived files."""
         return {} if self.source is None else {"made_from": self.source}
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """The removed blocks, in order of removal."""
+        """Return the removed blocks, in order of removal."""
         return tuple(removal.block for removal in self.removed)
 
     @property
     def repair(self) -> Repair | None:
-        """How the model without all of the removed blocks is repaired; None if it is not."""
+        """Return the repair for all removals; None if there is none."""
         return self._repair(len(self.removed))
 
     def _repair(self, blocks: int) -> Repair | None:
         return next((repair for repair in self.repairs if repair.blocks == blocks), None)
 
     def prefix(self, blocks: int | None) -> Manifest:
-        """The manifest with only its first ``blocks`` removals (all of them for None).
+        """Return the manifest with only its first ``blocks`` removals (all for None).
 
         Raises:
-            SlebError: ``blocks`` is not between 1 and the number of removals, or the manifest is
-                repaired, but not for so many.
+            SlebError: ``blocks`` is not between 1 and the number of removals, or the manifest has
+                repairs, but not for this number.
         """
         if blocks is None:
             return self
@@ -219,7 +220,7 @@ class Manifest:
                 f"blocks={blocks}: this manifest is repaired for {known} blocks, and another "
                 f"number needs another repair; {instead}"
             )
-        # Golden log-probabilities are those of all removals.
+        # The golden log-probabilities are for all removals.
         repairs = () if repair is None else (repair,)
         return replace(self, removed=self.removed[:blocks], repairs=repairs, golden=None)
 
@@ -257,17 +258,17 @@ class Manifest:
         return self.model.full_sha256
 
     def perplexity(self, loss: float | None) -> float | None:
-        """exp(loss); None where there is no such thing, as for a divergence."""
+        """Return exp(loss); None if it is undefined, as for a divergence."""
         is_loss = self.selection is None or self.selection.objective == "nll"
         return perplexity_of(loss) if is_loss else None
 
     def repair_file(self, repair: Repair) -> RepairFile:
-        """Where one of the repairs lies on this machine."""
+        """Return the local path of a repair."""
         path = (self.folder or Path()).resolve() / repair.file
         return RepairFile(repair.kind, repair.sha256, str(path))
 
     def to_json(self) -> bytes:
-        """The manifest as the bytes of its file; equal manifests give equal bytes."""
+        """Serialise the manifest; equal manifests give equal bytes."""
         value: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "model": {
@@ -310,10 +311,10 @@ class Manifest:
         return (text + "\n").encode()
 
     def write(self, path: Path) -> None:
-        """Write the manifest to `path`, whole or not at all.
+        """Write the manifest to `path`, completely or not at all.
 
         Raises:
-            SlebError: the file cannot be written, or would be larger than a reader accepts.
+            SlebError: the file cannot be written or would be too large for the reader.
         """
         data = self.to_json()
         if len(data) > MAX_BYTES:
@@ -325,7 +326,7 @@ class Manifest:
 
 
 def perplexity_of(loss: float | None) -> float | None:
-    """The exponential of a loss in nats per token; None if unknown or beyond a float."""
+    """Return the exponential of a loss in nats per token; None if unknown or too large."""
     if loss is None:
         return None
     try:

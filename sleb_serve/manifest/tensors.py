@@ -1,6 +1,6 @@
-"""A dense checkpoint's tensors on their way into the model with fewer layers.
+"""Mapping of a dense checkpoint's tensors to the model with fewer layers.
 
-Nothing here knows vLLM: tensors come as pairs of name and tensor, from whatever reads the files.
+Independent of vLLM: any reader can supply the (name, tensor) pairs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sleb_serve.manifest.repair_file import read_sidecar
 
 
 class ShorterTensors:
-    """Renames tensors, puts a repair's in their places, and remembers which blocks gave some.
+    """Renames tensors, applies a repair, and records which blocks had tensors.
 
     Args:
         checkpoint: the dense model's files.
-        pruning: what goes; its sidecar is read.
+        pruning: the removed blocks; its sidecar is read.
 
     Raises:
-        SlebError: the sidecar is missing, or not the manifest's.
+        SlebError: the sidecar is missing or does not match the manifest.
     """
 
     def __init__(self, checkpoint: Checkpoint, pruning: Pruning) -> None:
@@ -35,16 +35,17 @@ class ShorterTensors:
         self._seen: set[int] = set()
 
     def __call__(self, tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        """The shorter model's tensors, of the dense model's; those of removed layers are left out.
+        """Map the dense model's tensors to the shorter model's, without those of removed layers.
 
         Raises:
-            SlebError: a repaired weight is not in the checkpoint in that shape and dtype.
+            SlebError: a repaired weight does not match the checkpoint in shape or dtype, or is
+                missing.
         """
         left = set(self._changes.names)
         for name, tensor in tensors:
             new_name = self._cut.name(name, self._checkpoint.layer_prefix)
             if new_name is None:
-                # A reader of whole files cannot pass over it.
+                # A reader of whole files cannot skip it.
                 continue
             block = self._checkpoint.block_of(name)
             if block is not None:
@@ -58,10 +59,10 @@ class ShorterTensors:
             )
 
     def check(self) -> None:
-        """Refuse a checkpoint that had nothing for a layer that stays.
+        """Refuse a checkpoint without tensors for a kept layer.
 
         Raises:
-            SlebError: naming the blocks.
+            SlebError: names the blocks.
         """
         missing = sorted(set(self._cut.kept) - self._seen)
         if missing:
@@ -82,12 +83,12 @@ class ShorterTensors:
 
 
 def kept_parts(name: str, tensor: Any, cut: Cut) -> Any:
-    """A tensor without the removed layers' parts, where it has a part for each; or itself.
+    """Drop the removed layers' parts of a tensor with one part per layer; return others as is.
 
     Args:
         name: as in the dense model.
         tensor: a torch tensor.
-        cut: the layers that go.
+        cut: the removed layers.
     """
     dimension = cut.parts(name, tensor.shape)
     if dimension is None:
@@ -100,15 +101,15 @@ def kept_parts(name: str, tensor: Any, cut: Cut) -> Any:
 
 
 class NeededOnly:
-    """Opens safetensors files so that tensors of removed layers are not seen.
+    """Opens safetensors files and hides tensors of removed layers.
 
-    A file that holds nothing else is not opened. Files that the manifest's digest does not cover (a
-    copy of the weights in a vendor's own format) are not opened either.
+    Files with only removed layers are not opened, nor are files outside the manifest's digest (a
+    copy of the weights in a vendor's own format).
 
     Args:
         checkpoint: the dense model's files.
-        pruning: what goes.
-        safe_open: safetensors' own.
+        pruning: the removed blocks.
+        safe_open: safetensors' own function.
     """
 
     def __init__(
@@ -118,30 +119,30 @@ class NeededOnly:
         self._removed = frozenset(pruning.removed)
 
     def __call__(self, file: Any, *args: Any, **kwargs: Any) -> Any:
-        """Like `safe_open`."""
+        """Open a file like `safe_open`."""
         if Path(file).name not in self._needed:
             return _File(None, self.is_needed)
         return _File(self._open(file, *args, **kwargs), self.is_needed)
 
     @property
     def leaves_files_out(self) -> bool:
-        """Whether some of the files that an index of safetensors names are not needed."""
+        """Return whether some files of a safetensors index are not needed."""
         return any(
             name.endswith(".safetensors") for name in self._checkpoint.unneeded_files(self._removed)
         )
 
     def is_needed(self, name: str) -> bool:
-        """Whether a tensor is of a layer that stays, or of none."""
+        """Return whether a tensor belongs to a kept layer or to no layer."""
         return self._checkpoint.block_of(name) not in self._removed
 
-    # Only when the first file is opened: a model from the hub is on this machine only then.
+    # Only when the first file is opened, because a hub model may not be downloaded earlier.
     @functools.cached_property
     def _needed(self) -> frozenset[str]:
         return frozenset(file.name for file in self._checkpoint.weight_files(self._removed))
 
 
 class _File:
-    """A safetensors file of which some tensors are seen; of no file, none."""
+    """A safetensors file with some tensors visible; empty without a file."""
 
     def __init__(self, file: Any, is_needed: Callable[[str], bool]) -> None:
         self._file, self._is_needed = file, is_needed

@@ -1,1 +1,1 @@
-"""Transformers models run layer by layer, and without some blocks."""
+"""Transformers models, run layer by layer or without some blocks."""

@@ -1,4 +1,4 @@
-"""Log-probabilities that a manifest stores, for servers to be asked for."""
+"""Golden log-probabilities of a manifest, for comparison with servers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ GOLDEN_TOKENS = 64
 def golden(
     model: Any, tokens: Sequence[int], removed: Sequence[int], repair: WeightChanges
 ) -> Golden | None:
-    """What the pruned model makes of the first tokens of a text, to know a server by.
+    """Compute the pruned model's log-probabilities of a text's first tokens.
 
     Args:
-        model: the dense model; it is left as it was.
+        model: the dense model; unchanged afterwards.
         tokens: the text.
-        removed: the blocks to leave out.
+        removed: the blocks to remove.
         repair: see `blocks_deleted`.
 
     Returns:
-        None where it cannot be told: a repaired model whose weights are on disk, or no numbers.
+        None if a repaired model's weights are on disk, or the results are not finite.
     """
     if model.get_output_embeddings() is None:
         return None

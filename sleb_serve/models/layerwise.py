@@ -1,8 +1,8 @@
-"""A Transformers causal LM taken apart: embedding, decoder layers, head.
+"""Layer-by-layer access to a Transformers causal LM: embedding, decoder layers, head.
 
-The model's own forward is run with stand-ins for its decoder layers and its head, so embeddings,
-masks, rotary tables, the final norm and the logits' scaling stay the model's own, whatever its
-family. Layers and head can then be run on any states, one layer at a time.
+The model's own forward runs with stand-ins for its decoder layers and head, so embeddings, masks,
+rotary tables, the final norm and the logits' scaling are the model's own, for any family. Layers
+and head can then run on any states, one layer at a time.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ _PROBE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Call:
-    """How the model called one layer: its arguments other than the states."""
+    """Arguments of the model's call to one layer, except the states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     by_name: bool
 
     def __call__(self, layer: Callable[..., Any], states: Tensor) -> Any:
-        """The layer's answer on `states`."""
+        """Run the layer on `states`."""
         if self.by_name:
             return layer(hidden_states=states, **self.kwargs)
         return layer(states, *self.args, **self.kwargs)
 
 
 Answer = Callable[[int, Callable[..., Any], Tensor, Call], Tensor]
-"""answer(index, layer, states, call): what layer `index` is to return."""
+"""answer(index, layer, states, call): returns the output of layer `index`."""
 
 
 class _StopForward(Exception):  # noqa: N818 - not an error
-    """Leaves the model's forward once it has given what was wanted of it."""
+    """Stops the model's forward once it has given the needed values."""
 
 
 class CausalLM:
-    """A Transformers causal LM in eval mode; it is left as it was after each call.
+    """A Transformers causal LM in eval mode; unchanged after each call.
 
     Args:
-        model: resident, dispatched over devices, or with its decoder layers on disk.
-        tokens: a few token ids to try it on.
+        model: in memory, dispatched over devices, or with its decoder layers on disk.
+        tokens: a few token ids for a test run.
     """
 
     def __init__(self, model: nn.Module, tokens: Sequence[int]) -> None:
@@ -68,12 +68,12 @@ class CausalLM:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the head: one logit each."""
+        """Return the number of rows of the head, one per logit."""
         return int(self.head.weight.shape[0])
 
     @torch.inference_mode()
     def begin(self, tokens: Sequence[int]) -> tuple[Tensor, list[Call]]:
-        """What enters the first layer, shape [1, L, d], and how each layer is called."""
+        """Return the first layer's input, shape [1, L, d], and each layer's call."""
         calls: list[Call] = []
         first: list[Tensor] = []
 
@@ -89,9 +89,9 @@ class CausalLM:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[Callable[..., Any]]:
-        """Layer `index` with its weights in memory: read from disk once, if that is where they are.
+        """Provide layer `index` with its weights in memory, read from disk once if needed.
 
-        accelerate's hooks would read them again at every call.
+        accelerate's hooks would read them at every call.
         """
         layer = self.layers[index]
         offloaded = [
@@ -114,16 +114,16 @@ class CausalLM:
 
     @torch.inference_mode()
     def run(self, layer: Callable[..., Any], states: Sequence[Tensor], call: Call) -> list[Tensor]:
-        """One layer on states of shape [1, L, d], as one batch where it takes one."""
+        """Run one layer on states of shape [1, L, d], in one batch if it supports that."""
         if not self.batches and len(states) > 1:
             return [moved for state in states for moved in self.run(layer, [state], call)]
-        # A copy even of one state: a layer may write into what it is given.
+        # Copy even a single state, because a layer may modify its input.
         answer = _tensor(call(layer, torch.cat(list(states))))
         return list(answer.split(1)) if len(answer) > 1 else [answer]
 
     @torch.inference_mode()
     def normed(self, state: Tensor) -> Tensor:
-        """What enters the head for a state of shape [1, T, d] behind the last layer: [T, h]."""
+        """Return the head's input [T, h] for a state [1, T, d] after the last layer."""
         found: list[Tensor] = []
 
         def capture(inputs: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class CausalLM:
 
     @torch.inference_mode()
     def logits(self, normed: Tensor, rows: tuple[Tensor, Tensor | None] | None) -> Tensor:
-        """Logits [T, R] of states [T, h] before the head, for the rows that `head_rows` gave."""
+        """Return logits [T, R] of head inputs [T, h], for the rows from `head_rows`."""
         if rows is None:
             raw: Tensor = self.head(normed[None])
         else:
@@ -146,12 +146,12 @@ class CausalLM:
         return (raw if self._identity else self._finish(raw))[0]
 
     def head_rows(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
-        """The head's weight and bias for some of the vocabulary."""
+        """Return the head's weight and bias for some rows of the vocabulary."""
         bias: Tensor | None = self.head.bias
         return self.head.weight[rows], None if bias is None else bias[rows]
 
     def _finish(self, raw: Tensor) -> Tensor:
-        """What the model does to the head's output: a cap, a scale, or nothing. Shape [1, T, R]."""
+        """Apply the model's cap or scale, if any, to the head's output [1, T, R]."""
         ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         with self._head_answers(lambda inputs: raw):
             result: Tensor = self._forward(ids, lambda index, layer, states, call: states).logits
@@ -161,7 +161,7 @@ class CausalLM:
         return torch.tensor([tokens], dtype=torch.long, device=self.device)
 
     def _forward(self, ids: Tensor, answer: Answer) -> Any:
-        """The model's own forward, with `answer` in the decoder layers' place; None if stopped."""
+        """Run the model's forward with `answer` replacing the decoder layers; None if stopped."""
         with self._layers_answer(answer):
             try:
                 return self.model(input_ids=ids, use_cache=False)
@@ -170,7 +170,7 @@ class CausalLM:
 
     @contextmanager
     def _layers_answer(self, answer: Answer) -> Iterator[None]:
-        # A forward may be the instance's own already: accelerate's hooks put theirs there.
+        # accelerate's hooks may already have set an instance's forward.
         before = [layer.__dict__.get("forward") for layer in self.layers]
 
         def stand_in(index: int, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -202,9 +202,9 @@ class CausalLM:
 
     @torch.inference_mode()
     def _probe_layers(self, ids: Tensor) -> None:
-        """Learn, of one layer of each class, what it returns and whether it takes a larger batch.
+        """Test the return type and batch support of one layer of each class.
 
-        A layer does if, given two copies of a state with the masks of one, it answers two of one.
+        A layer supports batches if two copies of a state with a single mask give two equal outputs.
         """
 
         def learn(index: int, layer: Any, states: Tensor, call: Call) -> Tensor:
@@ -230,9 +230,9 @@ class CausalLM:
 
     @torch.inference_mode()
     def _probe_separable(self, tokens: Sequence[int]) -> bool:
-        """Whether the layers, run one by one, give what the model gives.
+        """Return whether the layers, run one by one, give the model's result.
 
-        They do not where a layer uses more than the states that come out of the one before.
+        They do not if a layer uses more than the previous layer's output.
         """
         expected: Tensor = self._forward(
             self._ids(tokens), lambda index, layer, states, call: _tensor(call(layer, states))
@@ -248,7 +248,7 @@ class CausalLM:
 
     @torch.inference_mode()
     def _probe_head(self) -> bool:
-        """Whether a logit depends on its own row of the head alone; and if nothing follows it."""
+        """Return whether logits depend only on their own row of the head, and are final."""
         if not isinstance(self.head, nn.Linear) or not self.head.weight.is_floating_point():
             return False
         generator = torch.Generator().manual_seed(0)
@@ -275,7 +275,7 @@ def _tensor(result: Any) -> Tensor:
 
 
 def same(one: object, two: object) -> bool:
-    """Whether two layers' calls, or what is in them, are equal."""
+    """Return whether two layers' calls, or their values, are equal."""
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one is two or (one.shape == two.shape and torch.equal(one, two))
     if isinstance(one, Call) and isinstance(two, Call):

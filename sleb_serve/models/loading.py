@@ -1,4 +1,4 @@
-"""Transformers models, loaded for selection and evaluation."""
+"""Loading of Transformers models for selection and evaluation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ EMULATED = {
     "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
     "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
 }
-"""Without instructions for them, a CPU multiplies in these at a tenth of float32's speed."""
+"""Dtypes in which a CPU without native support reaches a tenth of float32's speed."""
 
 
 def generates(checkpoint: Checkpoint) -> bool:
-    """Whether a model predicts text; a pooling model does not.
+    """Return whether a model predicts text; a pooling model does not.
 
     Raises:
-        SlebError: Transformers does not know it as either, or it has no decoder alone.
+        SlebError: Transformers knows it as neither, or it has no separate decoder.
     """
     import transformers
     from transformers.models.auto import modeling_auto as auto
@@ -46,7 +46,7 @@ def generates(checkpoint: Checkpoint) -> bool:
 
 
 def model_class(checkpoint: Checkpoint) -> Any:
-    """The Transformers class that config.json names; the auto class where there is none."""
+    """Return the Transformers class in config.json, or the auto class."""
     import transformers
 
     return getattr(transformers, checkpoint.architecture, transformers.AutoModelForCausalLM)
@@ -55,26 +55,26 @@ def model_class(checkpoint: Checkpoint) -> Any:
 def load_model(
     checkpoint: Checkpoint, dtype: str, *, streamed: bool = False, device: Any = None
 ) -> nn.Module:
-    """Load a checkpoint's causal LM for scoring, spread over the accelerators where there are any.
+    """Load a checkpoint's causal LM for scoring, spread over available accelerators.
 
     Args:
         checkpoint: a folder with config and weights.
         dtype: a torch dtype by name, or ``auto`` for the checkpoint's own.
-        streamed: leave the decoder layers' weights on disk, or in the host's memory if they fit
-            there and an accelerator does the work; each is brought in when it is run.
+        streamed: keep the decoder layers' weights on disk, or in the host's memory if they fit and
+            an accelerator is used; load each layer when it runs.
         device: one device to use instead of all accelerators.
 
     Raises:
         SlebError: weights are missing or cannot be loaded.
     """
     checkpoint.weight_files()
-    # Transformers would fill in missing layers at random.
+    # Transformers would initialise missing layers randomly.
     checkpoint.check_layers()
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     place: Any = device
     if device is None:
         place = "auto" if torch.accelerator.is_available() else None
-    # accelerate reads safetensors in place; the folder is for weights that it must convert.
+    # accelerate reads safetensors directly; the folder is for weights that need conversion.
     folder = ScratchFolder()
     try:
         if streamed:
@@ -93,7 +93,7 @@ def load_model(
 
 
 def _layers_outside(checkpoint: Checkpoint, device: Any) -> dict[str, Any]:
-    """A device map with the decoder layers on disk or the host, and all else where work is done."""
+    """Map the decoder layers to disk or the host, and the rest to the compute device."""
     import psutil
     from transformers import AutoConfig
 
@@ -124,7 +124,7 @@ def _covered(name: str, place: dict[str, Any]) -> bool:
 
 
 def has_fast(dtype: str) -> bool:
-    """Whether matrices are multiplied faster in bfloat16 or float16 than in float32 here."""
+    """Return whether matrix products are faster in bfloat16 or float16 than in float32."""
     if dtype == "bfloat16" and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.accelerator.is_available() or bool(EMULATED[dtype]())

@@ -1,4 +1,4 @@
-"""A Transformers model without its removed blocks, for a while: what is served, in plain Python."""
+"""Temporarily removes blocks from a Transformers model, to match the served model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ from sleb_serve.manifest.tensors import kept_parts
 def blocks_deleted(
     model: Any, removed: Sequence[int], repair: WeightChanges | None = None
 ) -> Iterator[None]:
-    """While this is open, `model` has only its other blocks, renumbered, and is repaired.
+    """Remove blocks from `model` and apply the repair inside the context.
 
-    Layers keep the attention type and sequence they were built with, a KV cache has one entry for
-    each that is left, and its config is that of the shorter model.
+    Kept layers are renumbered and keep their attention type, the KV cache has one entry for each,
+    and the config is the shorter model's.
 
     Args:
-        model: a Transformers model with a decoder; the dense model again afterwards.
-        removed: the blocks to leave out.
-        repair: what it changes in the weights of blocks that stay.
+        model: a Transformers model with a decoder; restored to the dense model afterwards.
+        removed: the blocks to remove.
+        repair: changes to the kept blocks' weights.
 
     Raises:
-        SlebError: the model cannot lose these blocks, or the repair is for weights that it does
-            not have.
+        SlebError: the model cannot be pruned like this, or the repair does not match its weights.
     """
     layers = decoder_layers(model)
     whole, cut = list(layers), Cut(len(layers), tuple(sorted(removed)))
@@ -59,7 +58,7 @@ def blocks_deleted(
 
 
 def _fill(layers: nn.ModuleList, content: Sequence[nn.Module]) -> None:
-    """Put other layers into the same list, so that whoever holds it sees them."""
+    """Replace the layers in the same list, so that all references see them."""
     layers._modules = {str(index): layer for index, layer in enumerate(content)}
 
 
@@ -70,7 +69,7 @@ def _set(target: Any, name: str, value: Any, stack: ExitStack) -> None:
 
 def _mend(layers: Sequence[nn.Module], repair: WeightChanges, stack: ExitStack) -> None:
     for name in repair.names:
-        # The checkpoint's name, which may begin otherwise than Transformers'.
+        # The checkpoint's name, which may have another prefix than Transformers'.
         parts = name.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
         index = int(parts[at]) if at else len(layers)

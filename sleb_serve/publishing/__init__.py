@@ -1,1 +1,1 @@
-"""A manifest in a repository of the Hugging Face hub: its model card, and how it gets there."""
+"""Upload of manifests and model cards to the Hugging Face hub."""

@@ -1,4 +1,4 @@
-"""A manifest's model card: what is removed, what that costs, and how to serve it."""
+"""A manifest's model card: removed blocks, quality, serving instructions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sleb_serve.evaluation.report import describe, evaluation_table
 from sleb_serve.manifest.schema import Manifest
 
 LIBRARY = "sleb-serve"
-"""What a card's front matter names as its library; by it a card is known as one of ours."""
+"""Library name in a card's front matter, which identifies our cards."""
 _TAGS = ("sleb", "depth-pruning", "vllm")
 _REPAIRS: Mapping[str, str] = {
-    "fold": "The weights before each gap are fitted, in closed form, to the blocks that are gone.",
-    "heal": "Low-rank changes of the weights that stay are trained: the model without the blocks "
-    "learns to predict as the dense one does. The server adds them while it loads the weights.",
+    "fold": "The weights before each gap are fitted in closed form to the removed blocks.",
+    "heal": "Low-rank updates of the kept weights are trained so that the pruned model predicts "
+    "like the dense one. The server adds them to the weights at load time.",
 }
 
 
 def model_card(manifest: Manifest, repository: str) -> str:
-    """The README.md of a repository with a manifest, in Markdown, with YAML front matter.
+    """Return a repository's README.md in Markdown with YAML front matter.
 
     Args:
-        manifest: all of its removals.
+        manifest: the manifest with all removals.
         repository: ``organisation/name``.
     """
     from huggingface_hub import ModelCardData
@@ -39,7 +39,7 @@ def model_card(manifest: Manifest, repository: str) -> str:
 
 
 def is_ours(card: Path) -> bool:
-    """Whether a README.md was made of a `model_card`."""
+    """Return whether a README.md was written by `model_card`."""
     import yaml
     from huggingface_hub import metadata_load
 
@@ -51,7 +51,7 @@ def is_ours(card: Path) -> bool:
 
 
 def _base_model(manifest: Manifest) -> str | None:
-    """The model's hub id; None for a folder, whose name is no id."""
+    """Return the model's hub id; None for a folder."""
     return manifest.model.id if manifest.model.revision is not None else None
 
 
@@ -72,13 +72,13 @@ def _body(manifest: Manifest, repository: str) -> Iterator[str]:
     yield "```"
     yield ""
     yield (
-        f"Name a commit (`-m hf://{repository}@COMMIT`) to stay with what it holds now. A model "
-        f"whose config or weights differ from the manifest's digests is refused."
+        f"Name a commit (`-m hf://{repository}@COMMIT`) to pin the current content. A model is "
+        "refused if its config or weights do not match the manifest's digests."
     )
     yield from ("", "## What is removed", "", "```text", describe(manifest), "```")
     yield from ("", "## Repair", "")
     if manifest.repair is None:
-        yield "None: the weights of the blocks that stay are the model's."
+        yield "None: the kept blocks have the model's own weights."
     else:
         yield f"`{manifest.repair.kind}`. {_REPAIRS[manifest.repair.kind]}"
     yield from ("", "## Quality", "")
@@ -96,7 +96,7 @@ def _quality(manifest: Manifest, served: str, repository: str) -> Iterator[str]:
 
 
 def _tables(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What `sleb-serve eval --write-back` stored; a manifest may hold other results, too."""
+    """Return the results of `sleb-serve eval --write-back`; a manifest may have others."""
     for backend in ("hf", "vllm"):
         if backend in evaluation:
             try:

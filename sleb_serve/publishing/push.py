@@ -1,4 +1,4 @@
-"""A manifest and its repairs into a repository of the Hugging Face hub, in one commit."""
+"""Upload of a manifest and its repairs to a Hugging Face hub repository, in one commit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes into a repository: the content of each file there, or where it lies here."""
+    """Files to upload: the content or the local path of each."""
 
     repository: str
     files: Mapping[str, bytes | Path]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """Return the size of each file in bytes."""
         return {
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in self.files.items()
@@ -35,11 +35,11 @@ class Upload:
 
 
 def prepared(manifest: str | Path, repository: str) -> Upload:
-    """What `push` would upload; nothing is asked of the hub.
+    """Prepare the upload of `push` without contacting the hub.
 
     Raises:
-        SlebError: the manifest is invalid, one of its repairs is missing or another's, or
-            `repository` is no name of one.
+        SlebError: the manifest is invalid, one of its repairs is missing or does not match, or
+            `repository` is not a repository name.
     """
     if not is_repository(repository):
         raise SlebError(f"{repository} is no repository's name; give organisation/name")
@@ -60,22 +60,22 @@ def prepared(manifest: str | Path, repository: str) -> Upload:
 def push(
     manifest: str | Path, repository: str, *, revision: str | None = None, private: bool = False
 ) -> str:
-    """Upload a manifest, what repairs it, and a model card made of it, in one commit.
+    """Upload a manifest, its repairs and a generated model card in one commit.
 
-    A card that is there and was not made by sleb-serve is left as it is.
+    An existing card that was not written by sleb-serve is kept.
 
     Args:
-        manifest: its file.
-        repository: ``organisation/name``; made if it is not there.
-        revision: the branch to commit to, made if it is not there; None for the main branch.
+        manifest: the manifest file.
+        repository: ``organisation/name``; created if it does not exist.
+        revision: the branch to commit to, created if it does not exist; None for the main branch.
         private: make a new repository private.
 
     Returns:
-        What ``-m`` and `read_manifest` take, with the commit: ``hf://org/name@COMMIT/…``.
+        The name with the commit, for ``-m`` and `read_manifest`: ``hf://org/name@COMMIT/…``.
 
     Raises:
-        SlebError: as `prepared`; the hub refuses; or `private` is asked for and the repository is
-            there and public.
+        SlebError: as for `prepared`; or the hub refuses; or `private` is set and the repository is
+            already public.
     """
     upload = prepared(manifest, repository)
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -1,1 +1,1 @@
-"""What pruning gives on GPUs that are not at hand, and how many of them a load needs."""
+"""Predicted gain on GPUs that you do not have, and the number of GPUs that a load needs."""

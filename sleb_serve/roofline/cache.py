@@ -1,4 +1,4 @@
-"""What each decoder block keeps of a sequence, from the config: KV cache, window, latent, state."""
+"""Each decoder block's cache from the config: KV cache, window, latent, state."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _KINDS = ("layer_types", "layers_block_type")
 _ALL_RECURRENT = frozenset(("mamba", "falcon_mamba", "mamba2"))
 _ALL_BOTH = frozenset(("falcon_h1",))
 _MULTI_QUERY = frozenset(("falcon", "gpt_bigcode"))
-"""Model types in which ``multi_query`` stands for one head of keys and values."""
+"""Model types in which ``multi_query`` means a single KV head."""
 _EXPANDED = frozenset(("minicpm3",))
-"""Model types with compressed keys and values whose cache holds them expanded."""
+"""Model types with compressed keys and values that are cached expanded."""
 
 
 def first(values: Values, keys: Sequence[str], default: int | None = None) -> int:
-    """The first of some keys that holds a whole number above 0.
+    """Return the first positive whole number of some keys.
 
     Raises:
-        SlebError: none does, and there is no default.
+        SlebError: there is none, and no default.
     """
     for key in keys:
         value = values.get(key)
@@ -48,24 +48,24 @@ def _type(values: Values) -> str:
 
 
 def hidden_of(values: Values) -> int:
-    """Numbers of a token's hidden state."""
+    """Return the hidden size."""
     return first(values, _HIDDEN)
 
 
 def heads_of(values: Values) -> int:
-    """Attention heads; 0 in a model without attention."""
+    """Return the number of attention heads; 0 in a model without attention."""
     return 0 if _type(values) in _ALL_RECURRENT else first(values, _HEADS, 0)
 
 
 def caches_of(values: Values) -> tuple[Cache, ...]:
-    """The cache of each decoder block.
+    """Return the cache of each decoder block.
 
     Args:
-        values: what a config says of the decoder. Where it leaves layers' kinds to their position,
-            what Transformers derives of it.
+        values: the decoder's config, with Transformers' derived values if layer types depend on
+            position.
 
     Raises:
-        SlebError: it says too little, or names a kind of layer that is not known here.
+        SlebError: it is incomplete, or has an unknown layer type.
     """
     count = count_of(values)
     if count is None:
@@ -117,7 +117,7 @@ def _attention(values: Values, number: int, window: int | None) -> Cache:
         dim = first(values, ("qk_nope_head_dim",)) + first(values, ("qk_rope_head_dim",))
         return Cache(token=2 * heads * dim * BYTES, window=window, width=heads * dim)
     if latent:
-        # Of all heads one compressed latent and one rotary key; attention works on these.
+        # One compressed latent and one rotary key for all heads; attention works on these.
         rotary = first(values, ("qk_rope_head_dim",))
         width = heads * (2 * latent + rotary) // 2
         return Cache(token=(latent + rotary) * BYTES, window=window, width=width)
@@ -141,7 +141,7 @@ def _attention(values: Values, number: int, window: int | None) -> Cache:
 
 
 def _state(values: Values) -> int:
-    """Bytes of a recurrent layer's state: what its convolution looks back on, and its memory."""
+    """Return the bytes of a recurrent layer's state: convolution window and memory."""
     size = 4 if values.get("mamba_ssm_dtype") == "float32" else BYTES
     if "conv_L_cache" in values:
         return hidden_of(values) * (first(values, ("conv_L_cache",)) - 1) * BYTES

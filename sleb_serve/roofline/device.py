@@ -1,4 +1,4 @@
-"""The peaks of the machine at hand, as far as a plain kernel reaches them."""
+"""Measured peaks of this machine, with plain kernels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from sleb_serve.roofline.gpu import HERE, Gpu
 
 _SIZE = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the matrices: on a GPU the product must outlast its launch by far."""
+"""Rows and columns of the matrices: on a GPU the product must take much longer than its launch."""
 _BUFFER_BYTES = 512 << 20
 _REPEATS = 5
 
 
 def device_here() -> Gpu:
-    """Rates of a 16-bit matrix product and of reading memory, measured now; the best of some."""
+    """Measure the rates of a 16-bit matrix product and of reading memory; the best of several."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -40,5 +40,5 @@ def device_here() -> Gpu:
         memory = psutil.virtual_memory().total
     flops = 2 * size**3 / best(lambda: matrix @ matrix)
     bandwidth = _BUFFER_BYTES / best(buffer.sum)
-    # Ranks on one CPU exchange through its memory.
+    # Ranks on one CPU communicate through its memory.
     return Gpu(HERE, flops, bandwidth, memory, bandwidth / 2)

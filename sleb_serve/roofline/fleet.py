@@ -1,7 +1,7 @@
-"""How many replicas serve so many requests a second within a service level, dense and pruned.
+"""Number of replicas for a request rate within a service level, dense and pruned.
 
-A load balancer that picks replicas at random gives each a Poisson stream of its share, so one
-replica is simulated under that share. Requests are the same at every rate, only closer together.
+A load balancer that picks replicas at random gives each a Poisson stream, so one replica is
+simulated under its share of the load. Requests are the same at every rate, only closer together.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from sleb_serve.utils.markdown import table
 
 METRICS = ("ttft", "tpot", "e2el")
 _WARM_UP = 0.1
-"""Of the requests, those that come first and are not counted: they find an empty engine."""
+"""Share of first requests that are not counted, because the engine is still empty."""
 _BLOCK = 16
-"""Tokens of a block of vLLM's KV cache, of which the last is half full on average."""
+"""Tokens per block of vLLM's KV cache; a request's last block is half full on average."""
 _MOST_REPLICAS = 1 << 20
 _CAPACITY_ROUNDS = 8
 _FAR = 1e6
-"""Seconds between requests that never meet."""
+"""Seconds between requests that never overlap."""
 _ALONE = 200
-"""Requests that are simulated alone."""
+"""Number of requests that are simulated alone."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked for.
+    """The load.
 
     Attributes:
-        rate: requests/s on all replicas.
-        input_length: tokens of a prompt on average, and ``output_length``, those of an answer.
-        spread: lengths are uniform within this part of their average, 0 for equal ones.
-        requests: how many are simulated on one replica.
-        seed: of their lengths and arrivals.
+        rate: requests/s over all replicas.
+        input_length: average tokens per prompt, and ``output_length``, per answer.
+        spread: lengths are uniform within this fraction of their average, 0 for equal ones.
+        requests: number of simulated requests on one replica.
+        seed: seed for their lengths and arrivals.
     """
 
     rate: float
@@ -52,10 +52,10 @@ class Load:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse numbers that mean nothing.
+        """Refuse invalid numbers.
 
         Raises:
-            SlebError: naming the option.
+            SlebError: names the option.
         """
         if not (self.rate > 0 and math.isfinite(self.rate)):
             raise SlebError(f"rate={self.rate:g}: give requests per second above 0")
@@ -65,7 +65,7 @@ class Load:
             raise SlebError(f"range_ratio={self.spread:g}: give at least 0 and less than 1")
 
     def stream(self, rate: float) -> list[Request]:
-        """Requests in the order of arrival, Poisson at a rate; the same but for the times."""
+        """Return Poisson arrivals at a rate; rates change only the times."""
         source, now, found = random.Random(self.seed), 0.0, []
 
         def length(mean: int, least: int) -> int:
@@ -81,7 +81,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Slo:
-    """Seconds that a request may take by metric of `METRICS`, and what part of them must."""
+    """Limits in seconds by metric of `METRICS`, and the share of requests that must meet them."""
 
     limits: Mapping[str, float]
     attainment: float = 0.99
@@ -89,7 +89,7 @@ class Slo:
 
 @dataclass(frozen=True)
 class Replica:
-    """One engine: the blocks that it lacks, its GPUs, its limits, the time of its steps."""
+    """One engine: its removed blocks, GPUs, limits and step times."""
 
     removed: int
     gpus: int
@@ -99,7 +99,7 @@ class Replica:
 
 @dataclass(frozen=True)
 class Served:
-    """The part of the requests within the service level; 99th percentiles in seconds."""
+    """The share of requests within the service level; 99th percentiles in seconds."""
 
     attainment: float
     ttft: float
@@ -109,11 +109,11 @@ class Served:
 
 @dataclass(frozen=True)
 class Need:
-    """What a model without ``removed`` blocks needs; ``replicas`` None where no number does.
+    """The need of a model without ``removed`` blocks; ``replicas`` is None if no number suffices.
 
-    ``capacity`` is the most requests/s that one replica takes within the service level; ``served``
-    is at the number of replicas, or of a request alone where none does, or None where the weights
-    do not fit.
+    ``capacity`` is the maximum requests/s of one replica within the service level; ``served`` is at
+    the number of replicas, or for a request alone if no number suffices, or None if the weights do
+    not fit.
     """
 
     removed: int
@@ -124,7 +124,7 @@ class Need:
 
 
 def serve(replica: Replica, load: Load, rate: float, slo: Slo) -> Served:
-    """One replica under its share of the load."""
+    """Simulate one replica under its share of the load."""
     requests = load.stream(rate)
     run = simulate(requests, replica.limits, replica.step)
     begin = int(len(requests) * _WARM_UP)
@@ -148,7 +148,7 @@ def _percentile(values: Sequence[float], part: float) -> float:
 
 
 def fewest(enough: Callable[[int], bool]) -> int | None:
-    """The least number that is enough, where every greater one is, too; None if none is."""
+    """Return the smallest number for which it and all greater ones suffice; None without one."""
     low, high = 0, 1
     while not enough(high):
         low, high = high, 2 * high
@@ -161,10 +161,10 @@ def fewest(enough: Callable[[int], bool]) -> int | None:
 
 
 def need(replica: Replica, load: Load, slo: Slo) -> Need:
-    """How many replicas the load needs, and how much one of them takes.
+    """Compute the number of replicas for the load, and the capacity of one.
 
     Raises:
-        SlebError: a request does not fit into the KV cache, or limits that cannot be.
+        SlebError: a request does not fit in the KV cache, or limits are invalid.
     """
 
     def enough(rate: float) -> bool:
@@ -198,7 +198,7 @@ def roofline_replica(
     max_sequences: int,
     split: str = "tensor",
 ) -> Replica | None:
-    """A replica whose steps take what the roofline says; None where the weights do not fit."""
+    """Return a replica with roofline step times; None if the weights do not fit."""
     free = free_memory(model, gpu, gpus, removed)
     if free <= 0:
         return None
@@ -210,7 +210,7 @@ def roofline_replica(
 
 
 def describe_fleet(needs: Sequence[Need], load: Load, slo: Slo, heading: str) -> str:
-    """What is needed as a table for people."""
+    """Format the needs as a table."""
     levels = " and ".join(f"{name.upper()} {1e3 * s:g} ms" for name, s in slo.limits.items())
     lengths = f"{load.input_length} + {load.output_length} tokens"
     rows: list[tuple[str, ...]] = [

@@ -1,4 +1,4 @@
-"""GPUs by their data sheets."""
+"""GPUs with their data sheet values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sleb_serve.errors import SlebError
 
 HERE = "here"
 MEMORY_USED = 0.9
-"""Of a GPU's memory, as vLLM's gpu_memory_utilization."""
+"""Usable share of a GPU's memory, as vLLM's gpu_memory_utilization."""
 
 
 @dataclass(frozen=True)
 class Gpu:
     """Peak rates of one device: 16-bit flop/s (dense), memory and link bytes/s, memory bytes.
 
-    ``latency`` is that of one all-reduce in seconds.
+    ``latency`` is the seconds of one all-reduce.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Gpu:
     latency: float = 10e-6
 
     def slowed(self, compute: float, memory: float) -> Gpu:
-        """With the parts of the peaks that kernels reach."""
+        """Scale the peaks by the shares that kernels reach."""
         return replace(self, flops=self.flops * compute, bandwidth=self.bandwidth * memory)
 
 
@@ -49,10 +49,10 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
 
 
 def gpu_named(name: str) -> Gpu:
-    """A GPU of `GPUS`.
+    """Return a GPU from `GPUS`.
 
     Raises:
-        SlebError: there is none of that name.
+        SlebError: the name is unknown.
     """
     if name not in GPUS:
         raise SlebError(f"gpu={name} is not one of {', '.join(GPUS)}")

@@ -1,4 +1,4 @@
-"""What removing blocks can gain at most, from the sizes of a model's parts."""
+"""Ideal gain from removing blocks, from the sizes of a model's parts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from sleb_serve.checkpoint.checkpoint import Checkpoint
 
 
 def head_share(checkpoint: Checkpoint) -> float | None:
-    """The head's share of the parameters that a generated token has to read, embeddings apart.
+    """Return the head's share of the parameters that a generated token reads, without embeddings.
 
-    None where the checkpoint does not say: PyTorch's own format, or sizes of other names.
+    None if unknown: a checkpoint in PyTorch's own format, or sizes with other names.
     """
     counts = checkpoint.parameter_counts()
     config = checkpoint.decoder_config
@@ -20,12 +20,12 @@ def head_share(checkpoint: Checkpoint) -> float | None:
 
 
 def ideal_ratio(num_blocks: int, removed: int, share: float) -> float:
-    """Dense over pruned time if it goes to blocks and head alone: 1 / (1 - (1 - h) k / L).
+    """Return the ratio if only blocks and head took time: 1 / (1 - (1 - h) k / L).
 
     Args:
-        num_blocks: L, of the dense model.
-        removed: k.
-        share: h, what is not in the blocks; 0 for prompts, of which only the last token meets the
-            head.
+        num_blocks: L, the dense model's blocks.
+        removed: k, the removed blocks.
+        share: h, the share outside the blocks; 0 for prompts, where only the last token goes
+            through the head.
     """
     return 1 / (1 - (1 - share) * removed / num_blocks)

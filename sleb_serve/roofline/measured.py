@@ -1,11 +1,10 @@
-"""The time of a step from what `sleb-serve bench` measured, in place of the roofline.
+"""Step times from measurements of `sleb-serve bench`, instead of the roofline.
 
-Each kind of load in the records is put through the simulation, which says what steps it took: their
-new tokens, their sequences, the tokens attended to and read. The time of a step is taken as a sum:
-a broken line over the new tokens, whose corners are the steps that were measured, and where the
-records hold enough loads to tell them apart, parts that grow with the tokens read, with those
-attended to, and with the sequences. No part is below zero. What fits the measured times best, each
-relative to itself, is taken.
+The simulation computes the steps of each load in the records: new tokens, sequences, tokens
+attended to and read. A step's time is modelled as a sum: a piecewise linear function of the new
+tokens, with corners at the measured steps, and, if the records have enough different loads, terms
+proportional to the tokens read, the tokens attended to, and the sequences. No term is negative. The
+fit minimises the relative errors of the measured times.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from sleb_serve.utils import strict_json
 from sleb_serve.utils.least_squares import non_negative
 
 Features = tuple[int, int, float, float]
-"""Of a step: new tokens, sequences, tokens attended to, tokens of KV cache read."""
+"""A step's new tokens, sequences, tokens attended to, tokens of KV cache read."""
 RECORDS = "records.jsonl"
 _EXTRAS = ("read", "attended", "sequence")
-"""Parts of a step's time beside the line over its new tokens."""
+"""Optional terms of a step's time, besides that of its new tokens."""
 _DEFAULT_TOKENS, _DEFAULT_SEQUENCES = 2048, 256
-"""vLLM's own, where an engine was started without."""
+"""vLLM's defaults, for engines started without explicit values."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class StepTimes:
     """Seconds of a step, fitted to measured runs.
 
     Attributes:
-        corners: new tokens at which the line over them bends, in order.
+        corners: numbers of new tokens at the breakpoints, in order.
         heights: seconds at each corner.
-        slope: seconds a new token beyond the last corner.
-        read: seconds a token of KV cache read, ``attended``, a token attended to, ``sequence``, a
-            sequence.
+        slope: seconds per new token beyond the last corner.
+        read: seconds per token of KV cache read; ``attended``, per token attended to; ``sequence``,
+            per sequence.
     """
 
     corners: tuple[int, ...]
@@ -53,7 +52,7 @@ class StepTimes:
     sequence: float = 0.0
 
     def __call__(self, new: int, sequences: int, attended: float, cached: float) -> float:
-        """Seconds of one step; see `sleb_serve.roofline.step.Roofline`."""
+        """Return the seconds of one step; see `sleb_serve.roofline.step.Roofline`."""
         rest = self.read * cached + self.attended * attended + self.sequence * sequences
         corners, heights = self.corners, self.heights
         if new <= corners[0]:
@@ -68,16 +67,15 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Measured:
-    """A variant in the records.
+    """A variant from the records.
 
     Attributes:
-        name: what the records call it.
-        removed: blocks that it lacks.
-        kv_tokens: tokens that its KV cache holds, in blocks of ``block``.
-        max_tokens: new tokens in a step at most, and ``max_sequences``, requests.
-        step: the time of its steps.
-        loads: how many kinds of load the time was fitted to, and ``error``, by how much it misses
-            the worst of them, relative to what was measured.
+        name: its name in the records.
+        removed: number of removed blocks.
+        kv_tokens: tokens in its KV cache, in blocks of ``block``.
+        max_tokens: maximum new tokens per step, and ``max_sequences``, requests.
+        step: its step times.
+        loads: number of fitted loads, and ``error``, the largest relative error over them.
     """
 
     name: str
@@ -93,22 +91,22 @@ class Measured:
 
 @dataclass(frozen=True)
 class Timed:
-    """One kind of load: its steps, and the seconds that they took together."""
+    """One kind of load: its steps and their total seconds."""
 
     steps: tuple[Features, ...]
     seconds: float
 
 
 def steps_of(workload: Workload, tokens: int, sequences: int, memory: int) -> tuple[Features, ...]:
-    """The steps that count of one run of a workload, all of whose requests come at once."""
+    """Return the timed steps of a workload with all requests sent at once."""
     request = Request(0.0, workload.prompt_length, workload.output_length)
     found = steps_taken([request] * workload.num_requests, Limits(tokens, sequences, memory, 0, 1))
-    # Generation is timed from the moment when all prompts are through.
+    # Generation is timed from the end of all prompts.
     return found[1:] if workload.measure == "decode" else found
 
 
 def steps_taken(requests: Sequence[Request], limits: Limits) -> tuple[Features, ...]:
-    """The steps that an engine takes for requests that all come at once."""
+    """Return an engine's steps for requests sent at once."""
     found: list[Features] = []
 
     def record(new: int, sequences: int, attended: float, cached: float) -> float:
@@ -120,10 +118,10 @@ def steps_taken(requests: Sequence[Request], limits: Limits) -> tuple[Features, 
 
 
 def fit(runs: Sequence[Timed]) -> tuple[StepTimes, float]:
-    """The time of a step from measured runs, and by how much it misses the worst of them.
+    """Fit the step time to measured runs, and return the largest relative error.
 
     Raises:
-        SlebError: the runs are of steps of one size alone.
+        SlebError: the runs have only one step size.
     """
     corners = sorted({_usual(run.steps) for run in runs})
     if len(corners) < 2:
@@ -131,7 +129,7 @@ def fit(runs: Sequence[Timed]) -> tuple[StepTimes, float]:
             "the records hold steps of one size alone, which does not tell how a step's time grows "
             "with its tokens; run sleb-serve bench with --workloads prefill,decode"
         )
-    # Only as many more as there are loads to tell them apart; of these, those that fit best.
+    # Only as many terms as the loads can separate; of these, the best fit.
     extras = max(0, min(len(_EXTRAS), len(runs) - len(corners)))
     fits = [_fitted(runs, corners, chosen) for chosen in combinations(_EXTRAS, extras)]
     return min(fits, key=lambda found: found[1])
@@ -140,7 +138,7 @@ def fit(runs: Sequence[Timed]) -> tuple[StepTimes, float]:
 def _fitted(
     runs: Sequence[Timed], corners: Sequence[int], chosen: Sequence[str]
 ) -> tuple[StepTimes, float]:
-    """With some of `_EXTRAS`."""
+    """Fit with some of `_EXTRAS`."""
     rows = []
     for run in runs:
         total = [0.0] * (len(corners) + len(chosen))
@@ -160,26 +158,26 @@ def _fitted(
 
 
 def _usual(steps: Sequence[Features]) -> int:
-    """The new tokens that most steps have; of a tie, the most."""
+    """Return the most common number of new tokens; the largest on a tie."""
     counts = Counter(step[0] for step in steps)
     return max(counts, key=lambda new: (counts[new], new))
 
 
 def _line(corners: Sequence[int], new: int) -> list[float]:
-    """The constant, and how far ``new`` goes into each piece between corners; the last is open."""
+    """Return the constant, and the part of ``new`` in each piece; the last piece is open."""
     pieces = [max(0.0, min(new, high) - low) for low, high in pairwise(corners)]
     pieces[-1] += max(0, new - corners[-1])
     return [1.0, *pieces]
 
 
 def read_measured(folders: Sequence[Path]) -> list[Measured]:
-    """The variants that run in vLLM by the records of one model, dense first.
+    """Read the vLLM variants from the records of one model, dense first.
 
     Args:
-        folders: what `sleb-serve bench` wrote, of one model on one machine.
+        folders: output folders of `sleb-serve bench` for one model on one machine.
 
     Raises:
-        SlebError: there are no such records, or they do not hold enough.
+        SlebError: there are no such records, or they are insufficient.
     """
     entries = [list(_entries(folder)) for folder in folders]
     try:
@@ -201,7 +199,7 @@ def _variants(entries: Sequence[Sequence[Mapping[str, Any]]]) -> list[Measured]:
             names.setdefault(entry["variant"], int(entry["blocks"]))
     if 0 not in names.values():
         raise SlebError("the records hold no dense model; run sleb-serve bench again")
-    # One of each size: what stands beside for comparison has another name and the same blocks.
+    # One per size: comparison variants have other names but the same blocks.
     first = {blocks: name for name, blocks in reversed(names.items())}
     return [_measured(first[blocks], blocks, entries) for blocks in sorted(first)]
 

@@ -1,4 +1,4 @@
-"""A model as sizes: the parameters, bytes and caches of each decoder block."""
+"""A model's sizes: parameters, bytes and caches of each decoder block."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from functools import cached_property
 from types import MappingProxyType
 
 BYTES = 2
-"""Of a number in the KV cache, and of a weight that vLLM computes with: float16 or bfloat16."""
+"""Bytes of a KV cache value or a weight in vLLM: float16 or bfloat16."""
 _USUAL_LENGTH = 2048
-"""Tokens of the sequences for which the tokens of a KV cache are counted."""
+"""Sequence length for counting the tokens of a KV cache."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What a block keeps of one sequence.
+    """A block's cache for one sequence.
 
     Attributes:
-        token: bytes of KV cache a token.
-        window: how many of the last tokens are kept; None for all.
-        state: bytes that do not grow with the sequence, as Mamba's.
-        width: numbers of a query over all heads, by which attention's arithmetic grows.
+        token: bytes of KV cache per token.
+        window: number of last tokens kept; None for all.
+        state: bytes independent of the length, such as Mamba's state.
+        width: query size over all heads, which determines attention's arithmetic.
     """
 
     token: int = 0
@@ -32,11 +32,11 @@ class Cache:
     width: int = 0
 
     def size(self, tokens: float) -> float:
-        """Bytes for a sequence of so many tokens."""
+        """Return the bytes for a sequence of this length."""
         return self.state + self.token * self.seen(tokens)
 
     def seen(self, tokens: float) -> float:
-        """How many of the last tokens attention reads."""
+        """Return how many last tokens attention reads."""
         return tokens if self.window is None else min(tokens, self.window)
 
 
@@ -45,10 +45,10 @@ class Block:
     """One decoder block.
 
     Attributes:
-        parameters: those that every token goes through, and ``stored``, their bytes.
-        cache: what it keeps of a sequence.
-        experts: how many experts it has, of which each token goes through ``active``.
-        expert_parameters: of one expert, and ``expert_stored``, their bytes.
+        parameters: parameters used by every token, and ``stored``, their bytes.
+        cache: its cache for a sequence.
+        experts: number of experts; each token uses ``active`` of them.
+        expert_parameters: parameters of one expert, and ``expert_stored``, their bytes.
     """
 
     parameters: float
@@ -61,19 +61,19 @@ class Block:
 
     @property
     def all_parameters(self) -> float:
-        """With all experts."""
+        """Return the parameters with all experts."""
         return self.parameters + self.experts * self.expert_parameters
 
     @property
     def all_stored(self) -> float:
-        """Bytes with all experts."""
+        """Return the bytes with all experts."""
         return self.stored + self.experts * self.expert_stored
 
     def read(self, tokens: float) -> float:
-        """Bytes of weights that a step of so many tokens reads.
+        """Return the bytes of weights read by a step with this many tokens.
 
-        Of the experts, those that a token is expected to choose: each token chooses ``active`` of
-        them, all equally likely.
+        This includes the expected number of chosen experts: each token chooses ``active`` of them,
+        all equally likely.
         """
         if not self.experts:
             return self.stored
@@ -87,11 +87,11 @@ class Model:
     """The sizes of a model.
 
     Attributes:
-        name: what it is called.
+        name: its name.
         blocks: its decoder blocks.
-        hidden: numbers of a token's hidden state.
-        heads: attention heads, which tensor parallelism divides; 0 where there are none.
-        vocabulary: rows of the head.
+        hidden: hidden size.
+        heads: attention heads, which tensor parallelism divides; 0 without attention.
+        vocabulary: number of rows of the head.
         outside: parameters outside the decoder blocks, and ``outside_stored``, their bytes.
     """
 
@@ -105,40 +105,40 @@ class Model:
 
     @property
     def num_blocks(self) -> int:
-        """How many decoder blocks it has."""
+        """Return the number of decoder blocks."""
         return len(self.blocks)
 
     @property
     def parameters(self) -> float:
-        """Of all of it."""
+        """Return all parameters."""
         return self.outside + sum(block.all_parameters for block in self.blocks)
 
     @property
     def stored(self) -> float:
-        """Bytes of all weights."""
+        """Return the bytes of all weights."""
         return self.outside_stored + sum(block.all_stored for block in self.blocks)
 
     @cached_property
     def kinds(self) -> Mapping[Block, int]:
-        """The blocks that differ, and how many there are of each."""
+        """Return the distinct blocks and the number of each."""
         return MappingProxyType(Counter(self.blocks))
 
     def share(self, removed: int) -> float:
-        """What is left of the blocks: every removed one counts as their average."""
+        """Return the kept share of the blocks; a removed block counts as the average."""
         return 1 - removed / len(self.blocks)
 
     def weights(self, removed: int) -> float:
-        """Bytes of the weights without so many blocks."""
+        """Return the bytes of the weights with this many blocks removed."""
         return self.outside_stored + self.share(removed) * (self.stored - self.outside_stored)
 
     def cache_size(self, removed: int, tokens: float) -> float:
-        """Bytes that a sequence of so many tokens takes, without so many blocks."""
+        """Return the cache bytes of a sequence with this many blocks removed."""
         return self.share(removed) * sum(
             number * block.cache.size(tokens) for block, number in self.kinds.items()
         )
 
     def in_16_bit(self) -> Model:
-        """A model stored in float32, as vLLM holds it."""
+        """Return a float32 model's sizes in vLLM."""
 
         def halved(block: Block) -> Block:
             return replace(block, stored=block.stored / 2, expert_stored=block.expert_stored / 2)
@@ -151,12 +151,12 @@ class Model:
 
 
 def kv_tokens(free: float, caches: Sequence[Cache], length: int = _USUAL_LENGTH) -> int:
-    """Tokens of KV cache in ``free`` bytes; 0 where there are none.
+    """Return the tokens of KV cache in ``free`` bytes, at least 0.
 
     Args:
-        free: what weights leave of the memory.
-        caches: of the blocks that stay.
-        length: of the sequences in it. It counts only with sliding windows and states.
+        free: memory left by the weights.
+        caches: caches of the kept blocks.
+        length: sequence length, which matters only for sliding windows and states.
     """
     size = sum(cache.size(length) for cache in caches)
     return max(0, math.floor(free * length / size)) if size else 0
@@ -171,7 +171,7 @@ def llama(
     intermediate: int,
     vocabulary: int,
 ) -> Model:
-    """A Llama with 16-bit weights and heads of 128, norms apart."""
+    """Return a Llama with 16-bit weights and heads of 128, without norms."""
     parameters = hidden * 128 * 2 * (heads + kv_heads) + 3 * hidden * intermediate
     cache = Cache(token=2 * kv_heads * 128 * BYTES, width=heads * 128)
     outside = 2 * hidden * vocabulary
@@ -179,7 +179,7 @@ def llama(
     return Model(name, blocks, hidden, heads, vocabulary, outside, outside * BYTES)
 
 
-# As in the models' published configs.
+# From the models' published configs.
 MODELS: Mapping[str, Model] = MappingProxyType(
     {
         model.name: model

@@ -1,4 +1,4 @@
-"""Roofline plan: what pruning will give on a GPU that is not at hand, from a model's sizes."""
+"""Roofline plan: the predicted gain from pruning on any GPU, from a model's sizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PAPER_TOKENS_S = (299.0, 381.0)
 class Prediction:
     """One pruning: ``removed`` blocks; seconds for the prompt, tokens/s of generation.
 
-    ``weights`` in bytes on all GPUs, ``kv_tokens`` what is left for KV cache holds.
+    ``weights`` is in bytes on all GPUs; ``kv_tokens`` is the capacity of the KV cache.
     """
 
     removed: int
@@ -34,7 +34,7 @@ class Prediction:
 
 
 def default_removed(model: Model) -> tuple[int, ...]:
-    """The numbers of blocks that are planned for: 10, 20 and 30 %, rounded up."""
+    """Return the default numbers of removed blocks: 10, 20 and 30 %, rounded up."""
     return tuple(math.ceil(model.num_blocks * tenths / 10) for tenths in (1, 2, 3))
 
 
@@ -47,7 +47,7 @@ def predict(model: Model, gpu: Gpu, gpus: int, removed: int, split: str = "tenso
     def time(new: int, context: int, sequences: int) -> float:
         return step(new, sequences, new * context, sequences * context)
 
-    # Causal: a token attends to half of the prompt on average.
+    # Causal: a token attends to half the prompt on average.
     total = time(batch * load.prompt_length, load.prompt_length // 2, batch)
     for number in range(1, load.output_length):
         total += time(batch, load.prompt_length + number, batch)
@@ -62,21 +62,21 @@ def predict(model: Model, gpu: Gpu, gpus: int, removed: int, split: str = "tenso
 
 
 def free_memory(model: Model, gpu: Gpu, gpus: int, removed: int) -> float:
-    """Bytes beside the weights on all GPUs, for KV cache; below 0 where the weights do not fit."""
+    """Return the bytes for KV cache on all GPUs; negative if the weights do not fit."""
     return gpu.memory * MEMORY_USED * gpus - model.weights(removed)
 
 
 def tokens_beside(model: Model, gpu: Gpu, gpus: int, removed: int) -> int:
-    """Tokens of KV cache on all GPUs; 0 where the weights do not fit. Activations are left out."""
+    """Return the KV cache tokens on all GPUs, ignoring activations; 0 if weights do not fit."""
     free = free_memory(model, gpu, gpus, removed) / model.share(removed)
     return kv_tokens(free, [block.cache for block in model.blocks])
 
 
 def check_plan(model: Model, tp: int, removed: Sequence[int]) -> None:
-    """Refuse what cannot be run.
+    """Refuse impossible configurations.
 
     Raises:
-        SlebError: heads that cannot be divided, or more blocks to remove than there are.
+        SlebError: the heads cannot be divided, or too many blocks are to be removed.
     """
     if tp < 1 or model.heads % tp:
         raise SlebError(f"tp={tp}: {model.name} has {model.heads} heads, which it must divide")
@@ -88,10 +88,10 @@ def check_plan(model: Model, tp: int, removed: Sequence[int]) -> None:
 def plan(
     model: Model, gpu: Gpu, tp: int, removed: Sequence[int], split: str = "tensor"
 ) -> tuple[list[Prediction], dict[str, Any] | None]:
-    """Predictions, dense first, and how far off they are from the paper's four numbers.
+    """Return predictions, dense first, and their errors against the paper's four numbers.
 
     Raises:
-        SlebError: see `check_plan`.
+        SlebError: as for `check_plan`.
     """
     check_plan(model, tp, removed)
     counts = dict.fromkeys((0, *removed))
@@ -107,7 +107,7 @@ def plan(
 
 
 def _against(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, Any]:
-    """Predicted and measured, dense and pruned, with relative errors."""
+    """Compare predicted and measured numbers, dense and pruned, with relative errors."""
     ratios = [values[1] / values[0] for values in (predicted, measured)]
     return {
         "predicted": list(predicted),
@@ -120,7 +120,7 @@ def _against(predicted: Sequence[float], measured: Sequence[float]) -> dict[str,
 
 
 def about_model(model: Model) -> dict[str, Any]:
-    """The sizes of a model as JSON for machines: totals, and each kind of block."""
+    """Return the sizes of a model as JSON values: totals, and each type of block."""
     return {
         "name": model.name,
         "num_blocks": model.num_blocks,
@@ -153,7 +153,7 @@ def describe_plan(
     paper: Mapping[str, Any] | None,
     split: str = "tensor",
 ) -> str:
-    """The plan as a table for people."""
+    """Format the plan as a table."""
     dense = found[0]
     head = ("removed", "prompt 2,048, ms", "ratio", "64 x (64 + 128), tokens/s", "ratio")
     rows: list[tuple[str, ...]] = [(*head, "weights, GB", "KV cache, tokens")]
@@ -185,7 +185,7 @@ def describe_plan(
 
 
 def bounds(model: Model, gpu: Gpu, tp: int, split: str) -> str:
-    """What is planned for, in a line."""
+    """Describe the planned configuration in one line."""
     return (
         f"{model.name} on {tp} x {gpu.name} ({gpu.flops / 1e12:.4g} Tflop/s, "
         f"{gpu.bandwidth / 1e9:.4g} GB/s each), {model.parameters / 1e9:.2f} billion parameters "

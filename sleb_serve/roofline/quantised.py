@@ -1,4 +1,4 @@
-"""Bytes of a quantised matrix as its checkpoint stores it, from the config alone."""
+"""Stored bytes of a quantised matrix, from the config alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sleb_serve.errors import SlebError, first_line
 
 Config = Mapping[str, Any]
 IGNORED = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
-"""Keys that list the modules which are stored as they are."""
+"""Keys that list unquantised modules."""
 
 
 _BESIDE = frozenset(
@@ -21,20 +21,20 @@ _BESIDE = frozenset(
     + ("input_scale", "weight_scale_2", "input_global_scale", "weight_global_scale", "quant_map")
 )
 _SCALES = ("weight_scale", "weight_scale_inv", "_scales")
-"""Tensors beside quantised weights that are no parameters, by name and by end of name."""
+"""Auxiliary tensors of quantised weights, by name and by suffix."""
 
 
 def bytes_of(config: Config, rows: int, columns: int, scale: int) -> float:
-    """Of a matrix with so many outputs (``rows``) and inputs, scales and zero points counted.
+    """Return the bytes of a matrix, including scales and zero points.
 
     Args:
         config: what config.json says of the quantisation.
         rows: outputs.
         columns: inputs.
-        scale: bytes of a scale where its dtype is the model's.
+        scale: bytes of a scale with the model's dtype.
 
     Raises:
-        SlebError: a method whose format is not known here.
+        SlebError: the method's format is unknown.
     """
     method = config.get("quant_method")
     found = _METHODS.get(method) if isinstance(method, str) else None
@@ -54,17 +54,17 @@ def bytes_of(config: Config, rows: int, columns: int, scale: int) -> float:
 
 
 def parameters_in(config: Config, name: str, dtype: str, numbers: int, stored: int) -> float:
-    """Parameters that a stored tensor stands for: more than its numbers where these are packed.
+    """Return the parameters in a stored tensor, which may be packed.
 
     Args:
         config: what config.json says of the quantisation.
-        name: the tensor's.
-        dtype: as safetensors names it.
-        numbers: how many it holds.
+        name: the tensor's name.
+        dtype: its safetensors dtype.
+        numbers: its number of elements.
         stored: its bytes.
 
     Raises:
-        SlebError: packed in words, and the config does not say in how many bits.
+        SlebError: it is packed in words, and the config does not give the number of bits.
     """
     leaf = name.rpartition(".")[2]
     if leaf in _BESIDE or leaf.endswith(_SCALES):
@@ -85,7 +85,7 @@ def _bits(config: Config) -> int:
 
 
 def is_left(name: str, config: Config) -> bool:
-    """Whether a module is stored as it is: named, inside a named one, or matched by ``re:…``."""
+    """Return whether a module is unquantised: listed, in a listed one, or matched by ``re:…``."""
     for key in IGNORED:
         listed = config.get(key)
         for entry in map(str, listed if isinstance(listed, list) else ()):
@@ -130,7 +130,7 @@ def _compressed(config: Config, rows: int, columns: int, scale: int) -> float:
     weights, form = groups[0]["weights"], groups[0].get("format") or config.get("format")
     scales = _scales(weights, rows, columns)
     if form == "pack-quantized":
-        # 32-bit words, and the shape that they stand for.
+        # 32-bit words, and the original shape.
         bits = int(weights["num_bits"])
         packed = 4 * rows * math.ceil(columns * bits / 32) + 16
         points = 0 if weights.get("symmetric", True) else scales * bits / 8
@@ -144,7 +144,7 @@ def _compressed(config: Config, rows: int, columns: int, scale: int) -> float:
 
 
 def _scales(weights: Config, rows: int, columns: int) -> int:
-    """How many scales compressed-tensors keeps of a matrix."""
+    """Return the number of scales of a matrix in compressed-tensors."""
     strategy = weights.get("strategy")
     if strategy == "block":
         block: Sequence[int] = weights["block_structure"]
@@ -155,7 +155,7 @@ def _scales(weights: Config, rows: int, columns: int) -> int:
 
 
 def _mxfp4(config: Config, rows: int, columns: int, scale: int) -> float:
-    del config, scale  # one byte of exponent for 32 numbers of four bits
+    del config, scale  # one exponent byte per 32 four-bit numbers
     return rows * columns / 2 + rows * columns / 32
 
 
@@ -170,4 +170,4 @@ _METHODS: Mapping[str, Callable[[Config, int, int, int], float]] = MappingProxyT
 )
 
 EXPERTS_ONLY = frozenset(("mxfp4",))
-"""Methods that quantise nothing but experts."""
+"""Methods that quantise only experts."""

@@ -1,11 +1,11 @@
-"""One engine under load: continuous batching as vLLM schedules it, step by step.
+"""Simulates vLLM's continuous batching on one engine, step by step.
 
-Each step serves first the requests that run, then admits those that wait, first come, first
-served: a token for each request that generates, and of prompts as much as the budget of tokens
-leaves (chunked prefill). A request is admitted if its whole prompt fits into the KV cache. Where
-the cache runs full, the request that was admitted last gives up what it has and starts again from
-its tokens (preemption by recomputation). All requests that generate advance together, so a step
-costs the simulation the same whatever their number.
+Each step first serves running requests, then admits waiting ones, first come, first served: one
+token for each generating request, and prompts within the remaining token budget (chunked prefill).
+A request is admitted if its whole prompt fits in the KV cache. If the cache is full, the most
+recently admitted request is evicted and restarts from its tokens (preemption by recomputation). All
+generating requests advance together, so the simulation's cost per step does not depend on their
+number.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from sleb_serve.errors import SlebError
 
 Step = Callable[[int, int, float, float], float]
-"""Seconds of a step, from the new tokens, the sequences, the tokens attended to and those read."""
+"""Seconds of a step, from new tokens, sequences, tokens attended to and tokens read."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """When it comes, in seconds; its prompt and its answer, in tokens."""
+    """A request's arrival in seconds, and its prompt and answer in tokens."""
 
     arrival: float
     prompt: int
@@ -31,14 +31,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds a step and the cache.
+    """Limits of a step and the cache.
 
     Attributes:
-        tokens: new tokens in a step, vLLM's ``max_num_batched_tokens``.
-        sequences: requests that run at once, vLLM's ``max_num_seqs``.
+        tokens: new tokens per step, vLLM's ``max_num_batched_tokens``.
+        sequences: concurrent requests, vLLM's ``max_num_seqs``.
         memory: size of the cache, in any unit.
-        per_sequence: of it, what a request takes whatever its length.
-        per_token: of it, what a request takes a token.
+        per_sequence: cache per request, independent of its length.
+        per_token: cache per token.
     """
 
     tokens: int
@@ -48,16 +48,16 @@ class Limits:
     per_token: float
 
     def size(self, tokens: int) -> float:
-        """What a request of so many tokens takes."""
+        """Return the cache needed by a request of this length."""
         return self.per_sequence + self.per_token * tokens
 
 
 @dataclass(frozen=True)
 class Run:
-    """What came of the requests, in their order.
+    """Results of the requests, in order.
 
-    ``first`` and ``last`` are the times of each one's first and last token, in seconds; ``steps``
-    counts the engine's steps, ``preemptions`` the requests that had to start again.
+    ``first`` and ``last`` are the times of each request's first and last token, in seconds;
+    ``steps`` counts the engine's steps, ``preemptions`` the restarted requests.
     """
 
     first: Sequence[float]
@@ -67,10 +67,10 @@ class Run:
 
 
 def simulate(requests: Sequence[Request], limits: Limits, step: Step) -> Run:
-    """Put requests, in the order in which they come, through one engine.
+    """Run requests, in order of arrival, through one engine.
 
     Raises:
-        SlebError: limits that cannot be, or a request that does not fit into the cache alone.
+        SlebError: limits are invalid, or a single request does not fit in the cache.
     """
     if not 1 <= limits.sequences <= limits.tokens:
         raise SlebError(
@@ -89,7 +89,7 @@ def simulate(requests: Sequence[Request], limits: Limits, step: Step) -> Run:
 
 
 class _Engine:
-    """The scheduler's state. Requests go by their place in the list."""
+    """The scheduler's state. Requests are identified by their list index."""
 
     def __init__(self, requests: Sequence[Request], limits: Limits, step: Step) -> None:
         self.requests, self.limits, self.step = requests, limits, step
@@ -97,20 +97,20 @@ class _Engine:
         self.last = [0.0] * len(requests)
         self.steps = self.preemptions = 0
         self.waiting: deque[int] = deque()
-        self.running: list[int] = []  # in the order of admission; those that ended stay in it
+        self.running: list[int] = []  # in order of admission, including finished requests
         self.alive = [False] * len(requests)
         self.generated = [0] * len(requests)
-        self.ends = [0] * len(requests)  # the step that yields the last token; 0 before the first
+        self.ends = [0] * len(requests)  # step of the last token; 0 before the first
         self.ending: dict[int, list[int]] = {}
-        self.sequences = 0  # that run
-        self.held = 0  # tokens of theirs in the cache
-        self.decoding = 0  # of the sequences, those that generate
-        self.context = 0  # tokens of these in the cache
-        self.partial: int | None = None  # the one whose prompt is in the midst
-        self.done = 0  # tokens of its prompt
+        self.sequences = 0  # running requests
+        self.held = 0  # their tokens in the cache
+        self.decoding = 0  # generating sequences
+        self.context = 0  # their tokens in the cache
+        self.partial: int | None = None  # the request with a partial prompt
+        self.done = 0  # processed tokens of its prompt
 
     def run(self) -> None:
-        """Until the last request has its last token."""
+        """Run until the last request has its last token."""
         requests, limits, step = self.requests, self.limits, self.step
         waiting, ending = self.waiting, self.ending
         now, come, left, total = 0.0, 0, len(requests), len(requests)
@@ -145,7 +145,7 @@ class _Engine:
                     left -= 1
 
     def _make_room(self) -> bool:
-        """Room for a token of each that generates; whether one had to go for it."""
+        """Make room for a token of each generating request; return whether one was preempted."""
         limits, before = self.limits, self.preemptions
         while (
             self.decoding
@@ -178,9 +178,10 @@ class _Engine:
     def _prefill(
         self, preempted: bool, new: int, attended: float, cached: float, filled: list[int]
     ) -> tuple[int, float, float]:
-        """Prompts, as many as the budget and the cache leave; those that are through go to
-        ``filled``. Returns the step's new tokens, those attended to, and those read.
-        """  # noqa: D205
+        """Run prompts within the budget and the cache, and add complete ones to ``filled``.
+
+        Returns the step's new tokens, those attended to, and those read.
+        """
         limits = self.limits
         while new < limits.tokens:
             if self.partial is None and (preempted or not self._admit()):
@@ -219,11 +220,11 @@ class _Engine:
         return True
 
     def _to_fill(self, number: int) -> int:
-        """Tokens that are known before it generates more."""
+        """Return the number of known tokens of a request."""
         return self.requests[number].prompt + self.generated[number]
 
     def _start(self, number: int) -> None:
-        """Its prompt is through, and has given a token."""
+        """Finish a prompt, which yields a token."""
         size = self._to_fill(number)
         self.generated[number] += 1
         end = self.steps + self.requests[number].output - self.generated[number]

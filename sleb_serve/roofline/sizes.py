@@ -1,8 +1,8 @@
-"""The sizes of a model, from its safetensors files' headers, or from its config alone.
+"""A model's sizes, from its safetensors headers or from its config alone.
 
-The headers say what is stored, whatever the model: those of a folder, or of a hub model, of which
-they are read without its weights. Without any, Transformers builds the model of the config on the
-meta device.
+Headers describe the stored tensors of any model, in a folder or on the hub, where they are read
+without the weights. Without headers, Transformers builds the model on the meta device from its
+config.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from sleb_serve.utils.extras import COMPARES, require
 
 _EXPERTS = frozenset(("experts",))
 _FUSED_EXPERTS = frozenset(("input_linear", "output_linear"))
-"""Names of matrices that hold all experts' in three dimensions, as Granite's."""
+"""Names of three-dimensional matrices of all experts, such as Granite's."""
 _ROUTERS = frozenset(("e_score_correction_bias",))
-"""Names of what belongs to the router, wherever it stands."""
+"""Name components of the router."""
 _NUM_EXPERTS = (
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     *("num_routed_experts",),
@@ -43,7 +43,7 @@ _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A stored tensor: its name, the parameters it stands for, its bytes and dimensions."""
+    """A stored tensor: its name, parameters, bytes and dimensions."""
 
     name: str
     parameters: float
@@ -52,10 +52,10 @@ class Tensor:
 
 
 def read_model(model: str) -> Model:
-    """A model by its name in `MODELS`, or of a checkpoint folder, a config.json or a hub id.
+    """Read a model by name in `MODELS`, checkpoint folder, config.json or hub id.
 
     Raises:
-        SlebError: there is none, or what it says is not enough.
+        SlebError: it does not exist, or its sizes are incomplete.
     """
     if model in MODELS:
         return MODELS[model]
@@ -73,9 +73,9 @@ def read_model(model: str) -> Model:
 
 
 def derived(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What config.json says of the decoder, with what Transformers, if it is here, derives of it.
+    """Return the decoder's config, with Transformers' derived values if it is installed.
 
-    That is the kind of each layer, where config.json leaves it to the layer's position.
+    These are the layer types, if config.json defines them by position.
     """
     config: Mapping[str, Any] = checkpoint.config
     found = transformers_config(checkpoint.path)
@@ -88,11 +88,11 @@ def derived(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def from_config(checkpoint: Checkpoint, name: str) -> Model:
-    """The sizes of the model that Transformers makes of a config.json alone.
+    """Return the sizes of the model that Transformers builds from a config.json.
 
     Raises:
-        SlebError: Transformers does not know it or is not installed, or its weights are quantised
-            in a way whose size is not known here.
+        SlebError: Transformers does not know it or is not installed, or the size of its
+            quantisation is unknown.
     """
     require("the size of a model from config.json alone", *COMPARES)
     config = transformers_config(checkpoint.path)
@@ -120,7 +120,7 @@ def _class(checkpoint: Checkpoint, config: Any) -> Any:
 
 
 def _stored(checkpoint: Checkpoint) -> list[Tensor] | None:
-    """Of the safetensors files of a folder; None where they are not all there."""
+    """Read a folder's safetensors headers; None if files are missing."""
     try:
         files = checkpoint.weight_files()
     except SlebError:
@@ -145,13 +145,13 @@ def _tensor(
 
 
 def _on_hub(model: str, checkpoint: Checkpoint) -> list[Tensor] | None:
-    """Of the headers of a hub model's files; None where the hub gives none."""
+    """Read a hub model's safetensors headers; None if there are none."""
     from huggingface_hub import get_safetensors_metadata
 
     try:
         found = get_safetensors_metadata(model, revision=checkpoint.path.name)
     except Exception:
-        # Not reachable, or a model in another format: its config says what it can.
+        # Not reachable, or another format: use the config.
         return None
     quantisation = _quantisation(checkpoint)
     return [
@@ -168,7 +168,7 @@ def _on_hub(model: str, checkpoint: Checkpoint) -> list[Tensor] | None:
 
 
 def _on_meta(checkpoint: Checkpoint, model: Any, prefix: str) -> Iterator[Tensor]:
-    """Of a model on the meta device, as its checkpoint would store them."""
+    """Return a meta-device model's tensors as its checkpoint would store them."""
     size = _SIZES.get(checkpoint.dtype, 2)
     quantisation = _quantisation(checkpoint)
     kept = model.state_dict()
@@ -186,7 +186,7 @@ def _on_meta(checkpoint: Checkpoint, model: Any, prefix: str) -> Iterator[Tensor
 def _quantised(
     model: Any, name: str, tensor: Any, quantisation: Mapping[str, Any], size: int
 ) -> float | None:
-    """Bytes of a quantised matrix, or of all experts'; None of what is stored as it is."""
+    """Return the bytes of quantised matrices, also of all experts; None if unquantised."""
     owner, _, _ = name.rpartition(".")
     if is_left(owner, quantisation):
         return None
@@ -202,7 +202,7 @@ def _quantised(
 
 
 def _quantisation(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """How the checkpoint is quantised; None if it is not."""
+    """Return the quantisation config; None if unquantised."""
     for config in (checkpoint.config, checkpoint.decoder_config):
         for key in QUANTISATION_KEYS:
             if isinstance(found := config.get(key), Mapping):
@@ -211,13 +211,13 @@ def _quantisation(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 
 def _served(checkpoint: Checkpoint, model: Model) -> Model:
-    """As vLLM holds it: it computes with a float32 checkpoint in 16 bit."""
+    """Return the sizes in vLLM, which runs a float32 checkpoint in 16 bits."""
     wide = model.stored > 3 * model.parameters and not checkpoint.is_quantised()
     return model.in_16_bit() if wide else model
 
 
 def is_expert(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to experts that a router chooses among."""
+    """Return whether a tensor belongs to routed experts."""
     parts = tensor.name.split(".")
     if parts[-1] in _ROUTERS:
         return False
@@ -228,7 +228,7 @@ def is_expert(tensor: Tensor) -> bool:
 def _assembled(
     tensors: Iterable[Tensor], prefix: str, values: Mapping[str, Any], name: str
 ) -> Model:
-    """The model that stored tensors make up; ``values`` are its decoder's config."""
+    """Build the model from stored tensors; ``values`` is its decoder's config."""
     caches = caches_of(values)
     own = [[0.0, 0.0] for _ in caches]
     routed = [[0.0, 0.0] for _ in caches]

@@ -1,9 +1,8 @@
-"""How long one forward pass takes: the roofline, from a model's sizes and a device's peaks.
+"""Roofline time of one forward pass, from a model's sizes and a device's peaks.
 
-A step takes, in each block, as long as its arithmetic or its memory traffic needs, whichever is
-more, plus two all-reduces with tensor parallelism. These are lower bounds of times: kernels reach a
-part of the peak, which efficiencies below 1 stand for. Ratios of pruned over dense hardly depend on
-them.
+In each block, a step takes as long as its arithmetic or its memory traffic, whichever is longer,
+plus two all-reduces with tensor parallelism. These are lower bounds: kernels reach only part of the
+peak, modelled by efficiencies below 1. Ratios of pruned over dense hardly depend on them.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ SPLITS = ("tensor", "layers")
 
 @dataclass(frozen=True)
 class Roofline:
-    """The time of a step of a model without some of its blocks.
+    """Step time of a pruned model.
 
     Args:
-        model: dense.
+        model: the dense model.
         gpu: each of the devices.
         gpus: how many share the model.
-        removed: how many blocks are left out; see `Model.share`.
-        split: ``tensor`` if the devices share every matrix; ``layers`` if each holds some of the
-            layers and they work one after another, as Transformers spreads a model by itself.
+        removed: number of removed blocks; see `Model.share`.
+        split: ``tensor`` if the devices share every matrix; ``layers`` if each holds some layers
+            and they work one after another, as in Transformers by default.
     """
 
     model: Model
@@ -36,13 +35,13 @@ class Roofline:
     split: str = "tensor"
 
     def __call__(self, new: int, sequences: int, attended: float, cached: float) -> float:
-        """Seconds of one step.
+        """Return the seconds of one step.
 
         Args:
-            new: tokens that go through, of all sequences.
-            sequences: how many; each one's last token goes through the head.
-            attended: tokens that the new ones attend to, summed over the new ones.
-            cached: tokens of KV cache that are read, summed over the sequences.
+            new: new tokens of all sequences.
+            sequences: number of sequences; only the last token of each goes through the head.
+            attended: tokens attended to, summed over the new tokens.
+            cached: tokens of KV cache read, summed over the sequences.
         """
         model, gpu = self.model, self.gpu
         tp = self.gpus if self.split == "tensor" else 1
@@ -62,10 +61,10 @@ class Roofline:
 def _work(
     block: Block, new: int, sequences: int, attended: float, cached: float
 ) -> tuple[float, float]:
-    """A block's floating-point operations, and the bytes that it reads or writes."""
+    """Return a block's floating-point operations and its bytes read or written."""
     cache = block.cache
     attended = new * cache.seen(attended / new)
-    # The keys and values that are there are read once for a sequence, whatever its new tokens.
+    # Cached keys and values are read once per sequence, regardless of its new tokens.
     read = sequences * cache.seen(cached / sequences)
     through = block.parameters + block.active * block.expert_parameters
     arithmetic = 2 * new * through + 4 * attended * cache.width

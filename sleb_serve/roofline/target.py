@@ -1,4 +1,4 @@
-"""How many blocks must go for a wanted speed-up, by the roofline."""
+"""Number of blocks to remove for a target speed-up, according to the roofline."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LOADS = ("generation", "prompt")
 
 @dataclass(frozen=True)
 class SpeedTarget:
-    """A wanted speed-up of pruned over dense.
+    """A target speed-up of pruned over dense.
 
     Attributes:
         speedup: dense over pruned time, above 1.
         gpu: one of `sleb_serve.roofline.gpu.GPUS`.
-        gpus: how many share the model, by tensor parallelism.
+        gpus: number of GPUs that share the model by tensor parallelism.
         load: the paper's ``generation`` (64 sequences of 64 + 128 tokens) or ``prompt`` (2,048
             tokens).
     """
@@ -32,10 +32,10 @@ class SpeedTarget:
 
 
 def blocks_for(model: Model, target: SpeedTarget) -> int:
-    """The fewest blocks without which a model is as fast as wanted, by the roofline.
+    """Return the smallest number of removed blocks that reaches the target, by the roofline.
 
     Raises:
-        SlebError: no number of blocks gives that much, or the model does not fit the GPUs.
+        SlebError: no number of blocks suffices, or the model does not fit the GPUs.
     """
     if not 1 < target.speedup < 1e6:
         raise SlebError(f"target_speedup={target.speedup}: give a number above 1, as 1.25")

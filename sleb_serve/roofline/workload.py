@@ -1,4 +1,4 @@
-"""Kinds of load, as the paper's."""
+"""Workloads, including the paper's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Workload:
-    """One kind of load.
+    """A workload.
 
-    ``measure`` says what counts: ``prefill``, prompt tokens over the wall time of the call;
-    ``decode``, generated tokens but each sequence's first, from the moment when all have their
-    first to the last token; ``generate``, all generated tokens over the wall time, prefill and all.
+    ``measure`` defines its throughput: ``prefill``, prompt tokens over the wall time of the call;
+    ``decode``, generated tokens except each sequence's first, from the moment all have their first
+    to the last token; ``generate``, all generated tokens over the wall time including prefill.
     Lengths are in tokens.
     """
 
@@ -28,23 +28,23 @@ class Workload:
 
     @property
     def unit(self) -> str:
-        """What its throughput is counted in."""
+        """Return the unit of its throughput."""
         return "prompt tokens/s" if self.measure == "prefill" else "generated tokens/s"
 
     @property
     def longest(self) -> int:
-        """Tokens of a whole sequence."""
+        """Return the tokens of a whole sequence."""
         return self.prompt_length + self.output_length
 
     def describe(self) -> str:
-        """Its size in words."""
+        """Describe its size in words."""
         return (
             f"{self.num_requests} x {self.prompt_length} tokens in, {self.output_length} out"
             f"{', all requests at once' if self.name == 'saturated' else ''}"
         )
 
     def prompts(self, vocabulary: int, seed: str) -> Prompts:
-        """Random token ids, the same for the same seed: no prompt shares a prefix with another."""
+        """Return seeded random token ids without shared prefixes."""
         source = random.Random(f"{self.name} {seed}")
         return [
             [source.randrange(vocabulary) for _ in range(self.prompt_length)]
@@ -56,4 +56,4 @@ OFFICIAL = (
     Workload("official-prompt", "prefill", 1, 2048, 1),
     Workload("official-generation", "generate", 64, 64, 128),
 )
-"""The SLEB paper's protocol: prompt latency and generation throughput (section 4.3)."""
+"""Return the SLEB paper's protocol: prompt latency and generation throughput (section 4.3)."""

@@ -1,1 +1,1 @@
-"""Which blocks to remove."""
+"""The search for the blocks to remove."""

@@ -1,4 +1,4 @@
-"""What a selection is asked for."""
+"""Options and progress events of a selection."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from sleb_serve.selection.search import Step
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""What a model can be scored in; ``auto`` is the checkpoint's own."""
+"""Compute dtypes; ``auto`` is the checkpoint's own."""
 
 SEARCHES = ("greedy", "fast")
-"""The official algorithm's result, exactly; or the same with a probability of 95 %."""
+"""Exactly the official algorithm's result; or the same with a probability of 95 %."""
 
 
 _MOST_SEEDS = 1000
@@ -29,32 +29,33 @@ _MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """How `sleb_serve.select` chooses the blocks to remove.
+    """Options of `sleb_serve.select`.
 
     Attributes:
-        remove: how many blocks (an int), or what share of them (a float below 1, rounded up); at
-            most so many, with `until`. None for as many as `until` or `target` ask for.
-        target: remove as many blocks as a speed-up needs, by the roofline.
-        until: remove blocks while the perplexity on the calibration text is less than so many times
-            that of the dense model.
+        remove: number of blocks (an int) or share of them (a float below 1, rounded up); an upper
+            limit with `until`. None if `until` or `target` determine it.
+        target: remove as many blocks as a speed-up needs according to the roofline.
+        until: remove blocks while the perplexity on the calibration text is below this multiple of
+            the dense model's.
         calibration: ``wikitext2``, ``c4``, ``python-docs``, or a file of texts or chats (.txt,
             .jsonl, .jsonl.gz, .parquet).
-        sequences: how many sequences of text; None for all that the rows give, and 8 of a file.
-        sequence_length: tokens a sequence; None for 2,048, or the model's context if shorter.
+        sequences: number of text sequences; None for all from the rows, or 8 for a file.
+        sequence_length: tokens per sequence; None for 2,048, or the model's context if shorter.
         rows: rows of ``wikitext2`` or ``c4``; None for 128, or as many as `sequences` needs.
         seed: shuffles the rows.
-        early_barrier: blocks at the start that stay (section 3.2 of the paper).
-        late_barrier: blocks at the end that stay.
-        dtype: one of `DTYPES`; ``auto`` computes a 16-bit model in float32 on a CPU without
-            instructions for its dtype.
+        early_barrier: number of first blocks to keep (section 3.2 of the paper).
+        late_barrier: number of last blocks to keep.
+        dtype: one of `DTYPES`; ``auto`` runs a 16-bit model in float32 on a CPU without native
+            support for its dtype.
         search: one of `SEARCHES`.
-        objective: ``nll``, the loss on the text; ``kl``, the divergence from the dense model's
+        objective:
+            ``nll``, the loss on the text; ``kl``, the divergence from the dense model's
             predictions; ``embedding``, the distance of a pooling model's embeddings. None for
-            ``nll``, and ``embedding`` where the model predicts no tokens.
-        seeds: repeats the search on so many samples of the text and records the other results.
-        repair: ``none``, or ``fold``: fit the block before each gap to what is missing.
+            ``nll``, or ``embedding`` if the model predicts no tokens.
+        seeds: repeat the search on this many samples of the text and record the other results.
+        repair: ``none``, or ``fold``: fit the block before each gap to the removed blocks.
         repair_sequences: sequences to fit on; None for `sequences`.
-        memory_budget: bytes; None for four fifths of what is free. Weights that do not fit are
+        memory_budget: bytes; None for four fifths of the free memory. Weights that do not fit are
             read from disk layer by layer.
         revision: branch, tag or commit of a hub model.
     """
@@ -79,10 +80,10 @@ class SelectConfig:
     revision: str | None = None
 
     def check(self) -> None:
-        """Refuse values that no selection has.
+        """Refuse invalid values.
 
         Raises:
-            SlebError: naming the value and what there is.
+            SlebError: names the value and the alternatives.
         """
         for name, known in (
             ("dtype", DTYPES),
@@ -107,30 +108,30 @@ class SelectConfig:
 
     @property
     def method(self) -> str:
-        """What the manifest calls the search."""
+        """Return the name of the search in the manifest."""
         return "sleb" if self.search == "greedy" else f"sleb-{self.search}"
 
 
 class Progress:
-    """Told how a selection goes; this one does nothing with it."""
+    """Receives progress events of a selection; does nothing by default."""
 
     def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
-        """The model and the text are there; these steps need not be computed again."""
+        """The model and the text are loaded; these steps are resumed."""
 
     def reading(self, done: int, total: int) -> None:
         """So many bytes of the weights are read for their full digest."""
 
     def aimed(self, target: SpeedTarget, blocks: int) -> None:
-        """So many blocks must go for a speed-up."""
+        """The number of blocks for a speed-up is known."""
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
-        """A step begins: so many candidates, in so many runs of a layer on a sequence's states."""
+        """A step begins: its candidates and its runs of a layer on a sequence's states."""
 
     def advance(self) -> None:
-        """A layer has been run on the states of one sequence."""
+        """A layer ran on the states of one sequence."""
 
     def step_ended(self, number: int, step: Step) -> None:
-        """A step is finished and logged."""
+        """A step ended and was logged."""
 
     def repaired(self, gaps: Sequence[Gap], loss: float) -> None:
-        """The gaps were repaired, and this is the calibration loss with that."""
+        """The gaps were repaired, with this calibration loss."""

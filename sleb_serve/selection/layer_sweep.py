@@ -1,14 +1,14 @@
 """The loss of a causal LM with blocks skipped: the layer sweep.
 
 All candidates of a greedy step share the layers before their block. The sweep runs each layer once
-on a growing list of states: the base's, and for each candidate met so far the one that skipped it.
-That is half the block work of one pass per candidate. Two things save more, and change no result:
+on a growing list of states: the base's, and one for each candidate skipped so far. This halves the
+block work of one pass per candidate. Two techniques save more without changing any result:
 
-- *Snapshots.* A block that is removed leaves what went on before it as it was. States that entered
-  the blocks that may go next are kept, and the next step begins where the removed block was.
-- *Bounds.* The loss over part of the vocabulary is at most the loss over all of it. Every candidate
-  is scored on a twelfth of the head's rows, those that the model thinks likely, and only the
-  candidate of least bound is scored further, until the least is exact.
+- *Snapshots.* Removing a block does not change the layers before it. The input states of likely
+next blocks are kept, and the next step begins at the removed block. - *Bounds.* The loss over part
+of the vocabulary is at most the loss over all of it. Every candidate is scored on the most likely
+twelfth of the head's rows, and only the candidate with the lowest bound is scored further, until
+the lowest loss is exact.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ from sleb_serve.selection.states import (
 )
 
 _ROUNDING = 1e-6
-"""Of a bound, for the order in which logits are summed."""
+"""Tolerance of a bound for the summation order of logits."""
 
 
 class LayerSweep:
     """Losses of a causal LM with blocks skipped, over sequences of tokens.
 
     Args:
-        model: the model, in pieces.
-        sequences: token ids, all sequences of the same length; this process's share of them.
-        budget: bytes; see `sleb_serve.selection.memory`. None for no limit but one state a chunk.
-        weights: bytes of the weights that are held, out of the budget.
-        streamed: whether the layers' weights come from disk.
-        gather: what each sequence of this process gave -> what each sequence of all processes gave.
+        model: the layer-by-layer model.
+        sequences: this process's sequences of token ids, all of the same length.
+        budget: bytes; see `sleb_serve.selection.memory`. None for no limit, with one state per
+            chunk.
+        weights: bytes of the resident weights, part of the budget.
+        streamed: whether the layers' weights are read from disk.
+        gather: collects the per-sequence values of all processes from those of this one.
         objective: ``nll``, the loss on the text; or ``kl``, the Kullback-Leibler divergence of the
             dense model's predictions from the pruned one's, in nats per predicted token.
     """
@@ -84,7 +85,7 @@ class LayerSweep:
         self.plan = self._make_plan(state, budget, weights, streamed)
         self._losses: dict[int, float] = {}
         self._keeps_bases = False
-        # Processes may have one sequence more or less each; all take part in all rounds.
+        # Processes may differ by one sequence; all take part in all rounds.
         most = max(self._gather([len(self._sequences)]))
         self._rounds = -(-most // self.plan.sequences)
 
@@ -101,15 +102,15 @@ class LayerSweep:
         """Mean nats per predicted token with `removed` and each of `candidates` in turn skipped.
 
         The official score is the sum over sequences of the mean cross-entropy of the L-1 predicted
-        tokens, times L (sleb.py of the official code); this is that sum over all sequences' tokens.
+        tokens, times L (sleb.py of the official code); this is that sum over the number of tokens.
 
         Args:
-            removed: blocks that are gone.
-            candidates: blocks to try, ascending, none of them in `removed`.
-            on_layer: called for each sequence and alive block, `layer_count` times.
-            drop: which candidates to give up, asked after each group of sequences.
-            slack: losses that are higher than the least by no more than this are exact, too.
-            least: how many of the least are exact at any rate.
+            removed: blocks that are already removed.
+            candidates: blocks to try, ascending, none in `removed`.
+            on_layer: called for each sequence and remaining block, `layer_count` times.
+            drop: returns the candidates to drop after each group of sequences.
+            slack: losses within this of the lowest are also exact.
+            least: how many of the lowest losses are always exact.
 
         Returns:
             One loss per candidate. The `least` smallest are exact. Others are lower bounds; dropped
@@ -161,7 +162,8 @@ class LayerSweep:
         exact = dict.fromkeys(active, self._parts == 1)
         limit = math.inf
         while open_ := [c for c in active if not exact[c] and bounds[c] <= limit + slack]:
-            # Always the lowest bound: what is above the least in the end is never scored whole.
+            # Always extend the lowest bound: candidates above the final lowest are never fully
+            # scored.
             block = min(open_, key=lambda c: bounds[c])
             exact[block] = self._refine(removed, block)
             bounds[block] = self._mean(block)
@@ -181,11 +183,11 @@ class LayerSweep:
         return result
 
     def layer_count(self, removed: Sequence[int]) -> int:
-        """How often `score` calls `on_layer`."""
+        """Return how often `score` calls `on_layer`."""
         return len(self._sequences) * (len(self.model.layers) - len(removed))
 
     def _meet_dense(self, removed: Sequence[int]) -> None:
-        """Where losses are taken against the dense model, it comes first."""
+        """Run the dense model first if losses are relative to it."""
         if self._against_dense and removed and self._sequences[0].dense is None:
             self.loss(())
 
@@ -194,7 +196,7 @@ class LayerSweep:
         return len(self._sequences[0].parts)
 
     def _mean(self, fork: int) -> float:
-        """The mean over all sequences of all processes; a little less while it is a bound."""
+        """Return the mean over all sequences of all processes, slightly reduced for bounds."""
         own = [sequence.tallies[fork] for sequence in self._sequences]
         values = self._gather([tally.mean for tally in own])
         mean = math.fsum(values) / len(values)
@@ -209,7 +211,7 @@ class LayerSweep:
         keep: frozenset[int],
         on_layer: Callable[[], None],
     ) -> None:
-        """Bring each candidate's state, and the base's if wanted, behind the last layer."""
+        """Run each candidate's state, and the base's if wanted, through the last layer."""
         gone, forks = frozenset(removed), frozenset(candidates)
         last = max(candidates, default=BASE)
         works = [self._start(sequence, gone, forks) for sequence in group]
@@ -219,7 +221,7 @@ class LayerSweep:
             for sequence, work in zip(group, works, strict=True):
                 self._enter(sequence, work, index, gone, forks, keep)
                 if index >= last and not base:
-                    work.states.pop(BASE, None)  # it was carried for the forks alone
+                    work.states.pop(BASE, None)  # it was only needed for forks
             if any(work.states.keys() - {index} for work in works):
                 with self.model.loaded(index) as layer:
                     for sequence, work in zip(group, works, strict=True):
@@ -232,7 +234,7 @@ class LayerSweep:
             for _ in group:
                 on_layer()
         for sequence, work in zip(group, works, strict=True):
-            # Where nothing is left behind a removed block, what entered it is the end.
+            # If no layer follows a removed block, its input is the final state.
             self._finish(sequence, work.states or work.there)
 
     def _enter(
@@ -244,7 +246,7 @@ class LayerSweep:
         forks: frozenset[int],
         keep: frozenset[int],
     ) -> None:
-        """On entering a layer: take up and take snapshots, and fork off its candidate."""
+        """Before a layer: restore and take snapshots, and fork its candidate."""
         if index == work.first:
             work.states |= work.there
         key = key_of(index, gone)
@@ -261,13 +263,13 @@ class LayerSweep:
                 work.states[index] = work.states[BASE]
 
     def _finish(self, sequence: SequenceStates, states: dict[int, Tensor]) -> None:
-        """Take states from behind the last layer to the first part of the vocabulary."""
+        """Score final states on the first part of the vocabulary."""
         while states:
-            # The base comes first: it tells which rows of the head are likely.
+            # The base comes first, because it determines the likely rows of the head.
             fork = min(states)
             normed = self.model.normed(states.pop(fork))[:-1]
             if fork == BASE and not sequence.parts:
-                # A bound of the divergence would take the whole vocabulary, too.
+                # A bound of the divergence would also need the whole vocabulary.
                 everything = [torch.arange(self.model.vocabulary, device=normed.device)]
                 sequence.parts = (
                     everything
@@ -289,7 +291,7 @@ class LayerSweep:
         return found or Work(0, {BASE: self.model.begin(sequence.tokens.tolist())[0]}, frozenset())
 
     def _drop_finals(self, candidates: Sequence[int]) -> dict[int, float]:
-        """Keep what is needed to score on for the best candidates only; the bounds so far."""
+        """Keep the states of only the best candidates; return the bounds so far."""
         done = [sequence for sequence in self._sequences if sequence.tallies]
         sums = {c: math.fsum(sequence.tallies[c].mean for sequence in done) for c in candidates}
         for block in sorted(candidates, key=lambda c: sums[c])[self.plan.finals :]:
@@ -301,7 +303,7 @@ class LayerSweep:
         return sums
 
     def _refine(self, removed: Sequence[int], block: int) -> bool:
-        """Score a candidate on the next part of the vocabulary; tell whether that was the last."""
+        """Score a candidate on the next part of the vocabulary; return whether it was the last."""
         for sequence in self._sequences:
             tally = sequence.tallies[block]
             if tally.normed is None:
@@ -314,7 +316,7 @@ class LayerSweep:
         return self._sequences[0].tallies[block].parts == self._parts
 
     def _make_plan(self, state: Tensor, budget: int | None, weights: int, streamed: bool) -> Plan:
-        """Measure the work on the first sequence's state, and divide the budget."""
+        """Measure the work on the first sequence's state, and plan the budget."""
         sequence = self._sequences[0]
         layers = len(self.model.layers)
         self._head = Vocabulary(self.model)

@@ -1,4 +1,4 @@
-"""A state's loss over the vocabulary, part by part, and float32 logits of a few rows at a time."""
+"""A state's loss over the vocabulary in parts, with float32 logits of a few rows at a time."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.selection.racing import SEGMENT_TOKENS
 
 LOGITS_BYTES = 64 << 20
-"""float32 logits held at a time, at most, unless a `Vocabulary` is told otherwise."""
+"""Default maximum of float32 logits held at a time."""
 _FIRST_SHARE = 12
-"""The first part of the vocabulary is one in so many rows; each further part is as large as all
-before it."""
+"""The first part of the vocabulary is one in this many rows; each further part is as large as all
+before it.
+"""
 
 
 @dataclass(frozen=True)
 class Dense:
-    """What the dense model predicts on one sequence.
+    """The dense model's predictions on one sequence.
 
     Attributes:
-        normed: what enters its head, [T, h].
-        sums: log of the sum of the exponentials of its logits, [T].
+        normed: input of its head, [T, h].
+        sums: log-sum-exp of its logits, [T].
     """
 
     normed: Tensor
@@ -33,14 +34,14 @@ class Dense:
 
 @dataclass
 class Tally:
-    """The loss of one state on one sequence, over the rows seen so far: at most the loss.
+    """Partial loss of one state on one sequence over the rows so far, a lower bound.
 
     Attributes:
-        normed: what enters the head, [T, h]; None once memory was short.
-        sums: log of the sum of the exponentials of the logits seen so far, [T].
-        target: the logit of the token to predict, [T]; against a dense model, the mean logit where
-            its predictions are the weights, and their entropy.
-        parts: how many parts of the rows were seen.
+        normed: input of the head, [T, h]; None if dropped to save memory.
+        sums: log-sum-exp of the logits so far, [T].
+        target: logit of the predicted token, [T]; against a dense model, the mean logit weighted by
+            its predictions, plus their entropy.
+        parts: number of parts so far.
     """
 
     normed: Tensor | None
@@ -50,26 +51,26 @@ class Tally:
 
     @property
     def nats(self) -> Tensor:
-        """Nats per predicted token, [T], or less while rows are missing."""
+        """Return nats per predicted token, [T], or a lower bound while rows are missing."""
         assert self.sums is not None
         return self.sums - self.target
 
     @property
     def mean(self) -> float:
-        """The mean of `nats`."""
+        """Return the mean of `nats`."""
         return float(self.nats.double().mean())
 
     def segments(self) -> list[float]:
-        """The mean nats of each stretch of text."""
+        """Return the mean nats of each text segment."""
         return [float(part.double().mean()) for part in self.nats.split(SEGMENT_TOKENS)]
 
 
 class Vocabulary:
-    """The head's rows of a model, in pieces that fit.
+    """The head's rows of a model, in pieces that fit in memory.
 
     Args:
         model: the model.
-        logits_bytes: float32 logits held at a time.
+        logits_bytes: bytes of float32 logits held at a time.
     """
 
     def __init__(self, model: CausalLM, logits_bytes: int = LOGITS_BYTES) -> None:
@@ -77,17 +78,17 @@ class Vocabulary:
         self._bytes = logits_bytes
 
     def rows_at_once(self, tokens: int) -> int:
-        """How many rows go through the head at once for so many tokens."""
+        """Return how many rows to compute at once for a number of tokens."""
         if not self.model.row_wise:
             return self.model.vocabulary
         return max(64, min(self._bytes // (4 * tokens), self.model.vocabulary))
 
     def parts(self, normed: Tensor, targets: Tensor) -> list[Tensor]:
-        """All rows in parts, the likely ones first, by what the dense model makes of a sequence.
+        """Split the rows into parts, with the dense model's likely rows first.
 
         Args:
-            normed: what enters the dense model's head, [T, h].
-            targets: the tokens to predict, [T]; all of them are in the first part.
+            normed: input of the dense model's head, [T, h].
+            targets: the tokens to predict, [T]; the first part contains all of them.
         """
         everything = torch.arange(self.model.vocabulary, device=targets.device)
         if not self.model.row_wise:
@@ -110,7 +111,7 @@ class Vocabulary:
         return parts
 
     def dense(self, normed: Tensor) -> Dense:
-        """What a model predicts whose head is entered by `normed`, [T, h]."""
+        """Return a model's predictions for the head's input `normed`, [T, h]."""
         tally = Tally(normed)
         everything = torch.arange(self.model.vocabulary, device=normed.device)
         self.add(tally, [everything], torch.zeros_like(normed[:, 0], dtype=torch.long))
@@ -147,7 +148,7 @@ class Vocabulary:
         tally.parts += 1
 
     def loss(self, normed: Tensor, targets: Tensor) -> float:
-        """Mean nats per predicted token over all rows."""
+        """Return the mean nats per predicted token over all rows."""
         tally = Tally(normed)
         everything = torch.arange(self.model.vocabulary, device=targets.device)
         self.add(tally, [everything], targets)
@@ -155,7 +156,7 @@ class Vocabulary:
 
 
 def _positions(rows: Tensor, wanted: Tensor) -> Tensor:
-    """Where each of `wanted` stands in `rows`; -1 where it does not."""
+    """Return the position of each of `wanted` in `rows`; -1 if missing."""
     found = torch.full((int(torch.maximum(rows.max(), wanted.max())) + 1,), -1, device=rows.device)
     found[rows] = torch.arange(len(rows), device=rows.device)
     return found[wanted]

@@ -1,10 +1,9 @@
-"""The record of a search, as JSON lines beside the manifest: every candidate's loss, and resuming.
+"""The search log, JSON lines next to the manifest with every candidate's loss, used to resume.
 
-The first line says what is searched; then, for each step, one line per candidate and one for the
-best of them: the blocks that were gone before, and its rivals, those that the text does not tell
-from it. In a greedy search, the best is the block that went. A loss with ``"exact":
-false`` is at least as high as it says, or in a fast search an estimate. A step is appended at once
-and synced, so a search that is killed loses at most the step it was in.
+The first line describes the search; then each step has one line per candidate and one for the best:
+the blocks removed before, and its rivals, those within two standard errors. In a greedy search, the
+best block is removed. A loss with ``"exact": false`` is a lower bound, or in a fast search an
+estimate. Each step is appended and synced at once, so a killed search loses at most one step.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class SearchLog:
     """The JSON-lines file of one search.
 
     Args:
-        path: where it lies; None keeps it in memory alone.
-        subject: what determines the search's numbers; a log of another subject is not resumed.
-        writes: whether this process writes the file; others of the same search only read it.
+        path: the file; None keeps the log only in memory.
+        subject: the inputs of the search; a log with another subject is not resumed.
+        writes: whether this process writes the file; the others only read it.
     """
 
     def __init__(
@@ -46,15 +45,15 @@ class SearchLog:
         self.steps: list[Step] = []
 
     def start(self) -> None:
-        """Begin a new log, in place of an earlier one."""
+        """Begin a new log, replacing an earlier one."""
         if self._writes:
             write_atomically(self.path, _line({"search": self._subject}))
 
     def resume(self) -> None:
-        """Take over the finished steps of an earlier log; without one, start a new log.
+        """Load the finished steps of an earlier log; without one, start a new log.
 
         Raises:
-            SlebError: the log is of another search, or damaged elsewhere than at its end.
+            SlebError: the log belongs to another search, or is damaged before its end.
         """
         if not self.path.exists():
             self.start()
@@ -66,7 +65,7 @@ class SearchLog:
                 f"cannot resume from {self.path}: {first_line(error)}; run without `resume` to "
                 f"start again"
             ) from error
-        whole, torn = lines[:-1], lines[-1]  # what follows the last newline was cut off by a kill
+        whole, torn = lines[:-1], lines[-1]  # an incomplete last line was cut off by a kill
         finished: list[bytes] = []
         dense: float | None = None
         pending: list[tuple[int, float, bool]] = []
@@ -101,7 +100,7 @@ class SearchLog:
             self.start()
 
     def append(self, step: Step, dense_loss: float | None = None) -> None:
-        """Add a finished step, and before the first one the dense model's loss."""
+        """Append a finished step, preceded by the dense model's loss for the first one."""
         entries: list[Mapping[str, Any]] = []
         if dense_loss is not None:
             self.dense_loss = dense_loss
@@ -146,7 +145,7 @@ def _blocks(entry: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 
 def log_path(output: Path, sample: int = 0) -> Path:
-    """Where the log of the search for the manifest `output` lies, on one sample of the text."""
+    """Return the path of the search log for manifest `output` and a sample of the text."""
     return output.with_name(f"{output.name}{f'.sample{sample}' if sample else ''}.search.jsonl")
 
 

@@ -1,7 +1,6 @@
-"""The selector's memory: a budget, what a piece of work takes, and a plan that stays inside.
+"""Memory of the search: the budget, the needs of the work, and a plan within the budget.
 
-The budget is for weights, states and work on the device that scores, beyond what Python and its
-libraries take for themselves.
+The budget covers weights, states and work on the scoring device, but not Python and its libraries.
 """
 
 from __future__ import annotations
@@ -18,29 +17,30 @@ from sleb_serve.utils.sizes import format_size
 
 _DEFAULT_SHARE = 0.8
 _LIBRARIES = 40 << 20
-"""What libraries were seen to allocate on the way: kernels, the tokenizer, threads' buffers."""
+"""Observed library allocations: kernels, the tokenizer, thread buffers."""
 _M_MMAP_THRESHOLD = -3
 """From glibc's malloc.h."""
 _GPU_TOKENS = 1 << 15
-"""Tokens that go through a layer at once, to fill a GPU. A CPU takes state by state: it is as fast,
-and what a state becomes does not depend on its neighbours in a batch, not even in the last bit."""
+"""Tokens per layer call, to fill a GPU. A CPU runs state by state, which is as fast and makes
+results independent of the batch to the last bit.
+"""
 USED_SHARE = 0.85
-"""Of the budget; the rest is for what allocators hold back and libraries use inside."""
+"""Usable share of the budget; the rest covers allocators and library internals."""
 
 
 class BudgetError(SlebError):
-    """A budget in which the work cannot be done."""
+    """The budget is too small for the work."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a sweep is cut into pieces.
+    """Division of a sweep into pieces.
 
     Attributes:
-        sequences: sequences whose states are held at once.
-        chunk: states that go through a layer at once.
-        snapshots: states that may be kept from step to step, over all sequences.
-        finals: candidates whose states behind the last layer are kept until the step is decided.
+        sequences: sequences with states held at once.
+        chunk: states that pass through a layer at once.
+        snapshots: states that may be kept between steps, over all sequences.
+        finals: candidates with final states kept until the step is decided.
     """
 
     sequences: int
@@ -51,7 +51,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that pieces of the work take: see `make_plan`."""
+    """Bytes that pieces of the work need; see `make_plan`."""
 
     weights: int
     state: int
@@ -60,7 +60,7 @@ class Needs:
 
 
 def default_budget() -> int:
-    """Four fifths of what is free on the device that scores."""
+    """Return four fifths of the free memory on the scoring device."""
     import psutil
     import torch
 
@@ -74,17 +74,17 @@ def default_budget() -> int:
 
 
 def give_back_freed() -> None:
-    """Make the C library (glibc) give tensors' memory back to the system once they are freed.
+    """Make glibc return the memory of freed tensors to the system.
 
-    By default its heap keeps it, and states that stay among temporaries that go leave gaps: up to
-    twice the memory in use, as seen here. It costs up to a third of a CPU's speed.
+    By default its heap keeps it, and fragmentation by long-lived states was seen to double the
+    memory in use. This costs up to a third of a CPU's speed.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def chunk_for(kind: str, length: int) -> int:
-    """How many states of so many tokens go through a layer at once, on a kind of device."""
+    """Return how many states of a length pass through a layer at once on a device type."""
     return 1 if kind == "cpu" else max(1, _GPU_TOKENS // length)
 
 
@@ -100,22 +100,22 @@ def make_plan(
 ) -> Plan:
     """Divide a budget.
 
-    What must fit is one sequence's states, the base's and one for each fork, and the work on one of
-    them. Then come: the states of all sequences, if weights are streamed, so that each is read once
-    a step; larger chunks; two finalists; snapshots.
+    One sequence's states, the base's and one per fork, and the work on one of them must fit. The
+    rest goes, in this order, to: the states of all sequences, if weights are streamed, so that each
+    is read once per step; larger chunks; two finalists; snapshots.
 
     Args:
         budget: bytes for everything in `needs`.
-        needs: bytes of the weights that are held, of one state, and of the work of a layer and of
-            the head on one state, beyond the state itself.
-        sequences: how many there are.
-        forks: candidates of the first step.
-        best_chunk: states a chunk beyond which nothing is gained.
+        needs: bytes of the resident weights, of one state, and of the work of a layer and of the
+            head on one state, beyond the state itself.
+        sequences: number of sequences.
+        forks: number of candidates in the first step.
+        best_chunk: states per chunk beyond which there is no gain.
         streamed: whether layers' weights come from disk.
-        extra: states that are held besides.
+        extra: additional states to hold.
 
     Raises:
-        BudgetError: the budget is less than what must fit; the message says how much that is.
+        BudgetError: the budget is too small; the message gives the minimum.
     """
     usable = int(USED_SHARE * budget) - _LIBRARIES
     group = (forks + 2) * needs.state
@@ -141,7 +141,7 @@ def make_plan(
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most that tensors made by `work` hold at any time, in bytes, on whatever device."""
+    """Return the peak bytes of tensors created by `work`, on any device."""
     from torch import Tensor
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode

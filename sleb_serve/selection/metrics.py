@@ -1,4 +1,4 @@
-"""A search's progress for Prometheus, beside what people are shown."""
+"""Search progress for Prometheus."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class SearchMetrics(Progress):
-    """Passes a search's progress on, and serves it at ``/metrics``.
+    """Forwards a search's progress, and serves it at ``/metrics``.
 
     Args:
-        shown: told everything, too.
-        port: to listen on; 0 for any that is free.
+        shown: receives all events, too.
+        port: port to listen on; 0 for any free port.
 
     Raises:
-        SlebError: the port cannot be had.
+        SlebError: the port is not available.
     """
 
     def __init__(self, shown: Progress, port: int) -> None:
@@ -68,7 +68,7 @@ class SearchMetrics(Progress):
         self._thread.join()
 
     def loaded(self, sequences: Sequences, resumed: Sequence[Step], how: str) -> None:
-        """The model and the text are there."""
+        """The model and the text are loaded."""
         self._length = sequences.calibration.sequence_length
         for step in resumed:
             self._note(step)
@@ -79,7 +79,7 @@ class SearchMetrics(Progress):
         self._shown.reading(done, total)
 
     def aimed(self, target: SpeedTarget, blocks: int) -> None:
-        """Nothing to count yet."""
+        """There is nothing to count yet."""
         self._shown.aimed(target, blocks)
 
     def step_begins(self, number: int, candidates: int, layers: int) -> None:
@@ -90,13 +90,13 @@ class SearchMetrics(Progress):
         self._shown.step_begins(number, candidates, layers)
 
     def advance(self) -> None:
-        """A layer has been run."""
+        """A layer ran."""
         self._layers.inc()
         self._tokens.inc(self._length)
         self._shown.advance()
 
     def step_ended(self, number: int, step: Step) -> None:
-        """A step is finished."""
+        """A step ended."""
         self._seconds.set(time.monotonic() - self._begun)
         self._note(step)
         self._shown.step_ended(number, step)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Texts:
-    """The samples that are searched on, and the text that a repair is fitted on."""
+    """The samples for the searches, and the text for the repair."""
 
     samples: tuple[Sequences, ...]
     repair: Sequences
@@ -54,16 +54,16 @@ def select(
 
     Args:
         model: checkpoint folder or hub id.
-        config: what to search for, and how.
-        output: where to write the manifest, and beside it the search's log and a repair's weights.
-            None writes nothing, and allows no repair.
-        resume: go on where an interrupted search for `output` stopped.
-        force: replace what is there, be it of another kind.
-        progress: told how it goes.
+        config: the search options.
+        output: where to write the manifest; the search log and a repair's weights go next to it.
+            None writes nothing and allows no repair.
+        resume: continue an interrupted search for `output`.
+        force: replace an existing `output`, even of another kind.
+        progress: receives progress events.
 
     Raises:
-        SlebError: what was asked for cannot be done; nothing was written, or nothing more than the
-            log of the steps that were finished.
+        SlebError: the request cannot be fulfilled; at most the log of the finished steps was
+            written.
     """
     config.check()
     output = None if output is None else Path(output)
@@ -72,7 +72,7 @@ def select(
 
 
 def _outputs(config: SelectConfig, output: Path | None) -> list[Output]:
-    """What is written."""
+    """List the output files."""
     if output is None or is_stream(output):
         return [] if output is None else [(output, MANIFEST)]
     check_writable(output)
@@ -99,7 +99,7 @@ def _selected(
 
     found = search(0)
     manifest = _manifest(task, texts, found, output, progress)
-    del found  # and its model, before the next sample's is loaded
+    del found  # free its model before loading the next sample's
     others = tuple(
         tuple(choice.block for choice in search(sample).choices)
         for sample in range(1, config.seeds)
@@ -115,7 +115,7 @@ def _selected(
 def _task(
     model: str, config: SelectConfig, output: Path | None, resume: bool, progress: Progress
 ) -> Task:
-    """What is searched: the model is found and what is asked of it is possible."""
+    """Find the model and check that the request is possible."""
     from sleb_serve.cut.likeness import transformers_config
     from sleb_serve.selection.run import Task
 
@@ -169,7 +169,7 @@ def _objective(checkpoint: Checkpoint, config: SelectConfig) -> str:
 
 
 def _texts(checkpoint: Checkpoint, config: SelectConfig) -> _Texts:
-    """The calibration text in sequences of token ids, a sample for each search."""
+    """Return the calibration text as sequences of token ids, one sample per search."""
     context = context_length(checkpoint)
     length = config.sequence_length or min(OFFICIAL_SEQUENCE_LENGTH, context)
     cut = partial(
@@ -179,7 +179,7 @@ def _texts(checkpoint: Checkpoint, config: SelectConfig) -> _Texts:
         sequence_length=length,
         seed=config.seed,
     )
-    # The last sample first, to see whether there is text enough.
+    # Read the last sample first, to check that there is enough text.
     samples = [
         cut(sequences=config.sequences, rows=config.rows, sample=sample)
         for sample in reversed(range(config.seeds))
@@ -198,7 +198,7 @@ def _texts(checkpoint: Checkpoint, config: SelectConfig) -> _Texts:
 def _manifest(
     task: Task, texts: _Texts, found: Search, output: Path | None, progress: Progress
 ) -> Manifest:
-    """What the first search gave; a repair is fitted and written beside it."""
+    """Build the manifest from the first search, and fit and write a repair."""
     from sleb_serve.models.golden import golden
 
     removed = [choice.block for choice in found.choices]

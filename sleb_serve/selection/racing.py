@@ -1,18 +1,17 @@
-"""A faster search that may err: candidates leave a step once they are unlikely to win it.
+"""A faster search with a small error probability: drops candidates that are unlikely to win.
 
-Two rules, each with half of the error that a step is allowed:
+Two rules each use half of a step's error budget:
 
-- *Racing.* After each group of sequences, every candidate's losses are taken in pairs with the
-  leader's over segments of text. What is known gives a probability that it would yet end below the
-  leader on all of the text: one side of Student's t, narrowed for the share of the text that was
-  seen. The least probable go, as long as the probabilities of all that went sum up to no more than
-  the error allowed.
-- *Laziness.* How much a block's absence costs changes little from one step to the next, and by how
-  much it was seen to change gives a probability, too, that a block costs less now than the best.
+- *Racing.* After each group of sequences, every candidate's losses are paired with the leader's
+over segments of text. This gives the probability that it would still end below the leader on the
+whole text: a one-sided Student's t, narrowed for the share of the text so far. The least probable
+candidates are dropped while their probabilities sum to at most the error budget. - *Laziness.* The
+cost of removing a block changes little between steps. The observed changes give the probability
+that a block now costs less than the best.
 
-The candidates that are left are scored on all sequences, so the winner's loss is exact. Where a
-second scorer is given, a copy of the model in a cheaper dtype, the race is run on that, and only
-those that come in close behind its winner are scored in the dtype that was asked for.
+The remaining candidates are scored on all sequences, so the winner's loss is exact. With a second
+scorer, a copy of the model in a cheaper dtype, the race runs on that, and only candidates close to
+its winner are scored in the requested dtype.
 """
 
 from __future__ import annotations
@@ -25,22 +24,23 @@ from typing import Protocol
 from sleb_serve.selection.search import Scores
 
 Segments = Mapping[int, Sequence[float]]
-"""By candidate: its loss on each segment of the text so far, the same segments for all."""
+"""Losses by candidate on each segment of the text so far, the same segments for all."""
 Drop = Callable[[Segments, float], frozenset[int]]
-"""drop(segments, share): the candidates to go, after `share` of the sequences."""
+"""drop(segments, share): returns the candidates to drop after `share` of the sequences."""
 
 SEGMENT_TOKENS = 32
 _FEWEST = 10
-"""Observations without which no variance is believed."""
+"""Minimum number of observations for a variance."""
 _MARGIN, _NOISE, _FEW = 0.01, 6.0, 4
-"""How close behind is close: nats at first, then so many times the largest difference seen between
-the two dtypes."""
+"""Close candidates: an initial margin in nats, then this multiple of the largest difference between
+the two dtypes.
+"""
 _CLOSE = 2.0
-"""Standard errors within which two candidates count as not told apart."""
+"""Candidates within this many standard errors count as rivals."""
 
 
 class Scorer(Protocol):
-    """What a race is run on: see `sleb_serve.selection.layer_sweep.LayerSweep.score`."""
+    """A scorer for races; see `sleb_serve.selection.layer_sweep.LayerSweep.score`."""
 
     def score(
         self,
@@ -51,11 +51,11 @@ class Scorer(Protocol):
         drop: Drop = ...,
         slack: float = ...,
     ) -> Scores:
-        """Losses of candidates; those that `drop` names on the way get an estimate."""
+        """Return losses of candidates; those that `drop` returns get an estimate."""
 
 
 def rivals(segments: Segments, winner: int) -> tuple[int, ...]:
-    """Candidates that this text does not tell from the winner: within two standard errors."""
+    """Return candidates within two standard errors of the winner."""
     found = []
     for block, losses in segments.items():
         mean, error = _paired(losses, segments[winner])
@@ -65,13 +65,13 @@ def rivals(segments: Segments, winner: int) -> tuple[int, ...]:
 
 
 class Budget:
-    """An error that may be spent in portions."""
+    """An error budget that can be spent in portions."""
 
     def __init__(self, error: float) -> None:
         self._left = error
 
     def spend(self, chances: Mapping[int, float]) -> frozenset[int]:
-        """The candidates of least chance whose chances together are still within the budget."""
+        """Spend the budget on the candidates with the lowest chances, and return them."""
         gone: set[int] = set()
         for block in sorted(chances, key=lambda c: chances[c]):
             if chances[block] > self._left:
@@ -82,7 +82,7 @@ class Budget:
 
 
 def racing(budget: Budget) -> Drop:
-    """The rule of racing, for one step."""
+    """The racing rule for one step."""
 
     def drop(segments: Segments, share: float) -> frozenset[int]:
         means = {block: fmean(losses) for block, losses in segments.items()}
@@ -101,13 +101,13 @@ def racing(budget: Budget) -> Drop:
 
 
 class FastSearch:
-    """A score for the greedy search that looks only at what may win.
+    """A score for the greedy search that considers only possible winners.
 
     Args:
         scorer: the exact scores.
-        error: probability that any of the steps goes another way than the exact search's.
-        steps: how many steps there will be.
-        screen: the same in a cheaper dtype.
+        error: probability that any step differs from the exact search.
+        steps: number of steps.
+        screen: a scorer in a cheaper dtype.
     """
 
     def __init__(
@@ -128,12 +128,12 @@ class FastSearch:
         *,
         on_layer: Callable[[], None] = lambda: None,
     ) -> Scores:
-        """Losses of a step; those not marked exact are estimates, higher than the winner's.
+        """Return the losses of a step; inexact ones are estimates above the winner's.
 
         Args:
-            removed: blocks that are gone.
+            removed: blocks that are already removed.
             candidates: blocks to try.
-            base: the loss with `removed` gone, None if not known yet.
+            base: the loss without `removed`, or None if unknown.
             on_layer: see `LayerSweep.score`.
         """
         drop = racing(Budget(self._error))
@@ -148,13 +148,13 @@ class FastSearch:
             least = min(loss for loss, _ in found.values())
             if least in scores.losses:
                 close = scores.rivals
-            # The best may cost more than was thought, and others have a chance after all.
+            # If the best costs more than expected, others have a chance again.
             best = max(best, least - base)
         assert base is not None
         self._learn({block: loss - base for block, (loss, _) in found.items()})
         for block in candidates:
             if block not in found:
-                # It was passed over because it costs more than the best by all that is known.
+                # It was skipped because it is known to cost more than the best.
                 found[block] = (base + max(self._costs[block][0], least - base + 1e-9), False)
         losses, exact = zip(*(found[block] for block in candidates), strict=True)
         return Scores(losses, exact, base, close)
@@ -195,12 +195,12 @@ class FastSearch:
         return Scores(losses, exact, fine.base, rough.rivals)
 
     def _worth_a_look(self, candidates: Sequence[int], best: float) -> list[int]:
-        """Those that cannot be passed over within the error."""
+        """Return the candidates that cannot be skipped within the error budget."""
         passed = Budget(self._error).spend({c: self._chance(c, best) for c in candidates})
         return [c for c in candidates if c not in passed]
 
     def _chance(self, block: int, best: float) -> float:
-        """The probability that a block's absence costs less than `best` now."""
+        """Return the probability that removing a block now costs less than `best`."""
         cost, age = self._costs.get(block, (0.0, 0))
         if cost <= 0 or best <= 0 or len(self._changes) < _FEWEST:
             return 1.0
@@ -218,7 +218,7 @@ class FastSearch:
 
 
 def _paired(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the differences of two lists, over the shorter's length."""
+    """Return mean and standard error of the differences of two lists, up to the shorter length."""
     differences = [a - b for a, b in zip(one, two, strict=False)]
     mean = fmean(differences)
     if len(differences) < 2 or not math.isfinite(mean):
@@ -227,11 +227,11 @@ def _paired(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
 
 
 def _tail(t: float, degrees: int) -> float:
-    """P(Student's t > t), by Wallace's approximation (1959, doi 10.1214/aoms/1177705809)."""
+    """Return P(Student's t > t) by Wallace's approximation (1959, doi 10.1214/aoms/1177705809)."""
     z = math.sqrt(degrees * math.log1p(t * t / degrees)) * (8 * degrees + 1) / (8 * degrees + 3)
     return 1 - NormalDist().cdf(math.copysign(z, t))
 
 
 def lead(best: Sequence[float], other: Sequence[float]) -> float:
-    """By how much one is better than another on the text that the other was scored on."""
+    """Return how much better one is than another on the text that the other was scored on."""
     return math.fsum(a - b for a, b in zip(other, best, strict=False)) / len(other)

@@ -1,19 +1,19 @@
-"""Repair of a pruned model in closed form: what the removed blocks did, where it is linear.
+"""Closed-form repair of a pruned model: the linear part of the removed blocks.
 
-A run of removed blocks leaves a gap. The dense model says which states should leave it; the pruned
-model, repaired at the gaps before, says which enter it. A ridge regression from what there is to
-what is missing is fitted gap by gap in one pass over the layers, and nothing is trained. A *fold*
-is a change to the last projection of the block before the gap, from its own inputs to what is
-missing. It is put into that weight, so serving costs nothing (as in ReplaceMe, arXiv 2505.02819,
-which folds a map of the projection's output).
+A run of removed blocks leaves a gap. The dense model gives the states that should leave it; the
+pruned model, with earlier gaps repaired, gives those that enter it. A ridge regression to the
+missing difference is fitted gap by gap in one pass over the layers, without training. A *fold*
+changes the last projection of the block before the gap: it maps that projection's inputs to the
+missing difference and is merged into its weight, so serving costs nothing (as in ReplaceMe, arXiv
+2505.02819, which folds a map of the projection's output).
 
-Only the block before a gap is refitted. Refitting those behind it as well was tried: it learns the
-text, not the model. Fitted on 48 sequences of 512 tokens of WikiText-2, SmolLM2 minus 6 blocks then
-has perplexity 29.6 on its test split and 24.5 on Python's help topics, against 30.3 and 22.8.
+Only the block before a gap is refitted. Refitting the blocks after it as well overfits the text:
+fitted on 48 sequences of 512 tokens of WikiText-2, SmolLM2 minus 6 blocks has perplexity 29.6 on
+its test split and 24.5 on Python's help topics, against 30.3 and 22.8.
 
-Tokens count by the inverse of their squared norm. What comes after normalises each token, so errors
-matter relative to its size; and the first tokens of a text, whose norm is a thousand times the
-others', would be all that is fitted otherwise (massive activations, arXiv 2402.17762).
+Tokens are weighted by the inverse of their squared norm. Later layers normalise each token, so
+relative errors matter; otherwise the first tokens of a text, with a thousand times the norm of the
+others, would dominate the fit (massive activations, arXiv 2402.17762).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from sleb_serve.models.layerwise import Call, CausalLM
 from sleb_serve.selection.lm_head import Vocabulary
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
-"""Strengths that are tried, in units of the inputs' mean square."""
+"""Candidate ridge strengths, in units of the inputs' mean square."""
 _HELD_OUT = 4
-"""One sequence in so many judges the strengths."""
+"""One sequence in this many is held out to choose the strength."""
 _PROJECTIONS = ("mlp.down_proj", "fc2", "mlp.fc2", "mlp.dense_4h_to_h")
-"""The last projection of a block, by its name there; `_is_last` checks that it is."""
+"""Possible names of a block's last projection; checked by `_is_last`."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Gap:
     Attributes:
         first: the first removed block of the run.
         last: the last one.
-        name: of the weight in the checkpoint that is replaced.
+        name: checkpoint name of the replaced weight.
         weight: the new weight [d, inputs].
-        ridge: the strength that was chosen.
-        missing: the share of the missing part's (weighted) square that is missed on held-out text.
+        ridge: the chosen strength.
+        missing: unexplained share of the missing difference's (weighted) square on held-out text.
     """
 
     first: int
@@ -71,16 +71,17 @@ def fit(
 
     Args:
         model: the dense model.
-        sequences: token ids; at least four sequences, of which every fourth chooses the strength.
-        removed: the blocks that are gone.
-        dtype: of the checkpoint's weights, which a fold's must have; None for the model's.
-        prefix: what comes before the layer numbers in the checkpoint's names; None for the model's.
+        sequences: at least four sequences of token ids; every fourth is used to choose the
+            strength.
+        removed: the removed blocks.
+        dtype: dtype of the checkpoint's weights, also used for folds; None for the model's.
+        prefix: prefix of the layer numbers in the checkpoint's names; None for the model's.
 
     Returns:
         The repairs, and the loss on the same sequences with them, in nats per predicted token.
 
     Raises:
-        SlebError: there is too little text, or the model's blocks do not end as a fold needs.
+        SlebError: there is too little text, or the model's blocks do not support folds.
     """
     if len(sequences) < _HELD_OUT:
         raise SlebError(
@@ -123,7 +124,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Folded:
-    """The last projection of the block before a gap, and what went into it, [L, p] a sequence."""
+    """The last projection of the block before a gap, and its inputs, [L, p] per sequence."""
 
     name: str
     weight: Tensor
@@ -140,10 +141,10 @@ def _mend(
     folded: _Folded,
     dtype: torch.dtype,
 ) -> tuple[Gap, list[Tensor]]:
-    """Fit one gap's repair, whose weight has the given dtype, and the states behind it."""
+    """Fit one gap's repair, with a weight of the given dtype, and the states after it."""
 
     def piece(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a sequence: what is given [L, p], what is missing [L, d], how tokens count [L, 1]."""
+        """Return inputs [L, p], missing differences [L, d] and weights [L, 1]."""
         state, goal = pruned[number][0].double(), dense[number][0].double()
         weight = goal.square().sum(1, keepdim=True).clamp(min=1e-12).reciprocal()
         return folded.inputs[number].double(), goal - state, weight
@@ -160,10 +161,10 @@ def _mend(
 
 
 def _ridge(piece: Piece, count: int) -> tuple[Tensor, float, float]:
-    """The weighted ridge regression from what is given to what is missing, over all sequences.
+    """Fit a weighted ridge regression from inputs to missing differences over all sequences.
 
     Returns:
-        The map [p, d]; the strength that did best on the held-out sequences; what it left there.
+        The map [p, d]; the best strength on the held-out sequences; the unexplained share there.
     """
     squares: list[Tensor | float] = [0.0, 0.0]
     products: list[Tensor | float] = [0.0, 0.0]
@@ -189,7 +190,7 @@ def _ridge(piece: Piece, count: int) -> tuple[Tensor, float, float]:
         tried[ridge] = 1 - float(explained) / whole
     best = min(tried, key=lambda ridge: tried[ridge])
     if tried[best] >= 1:
-        # Nothing of it carries over to other text: leave the gap as it is.
+        # The fit does not generalise, so leave the gap unrepaired.
         return torch.zeros_like(product), best, 1.0
     result: Tensor = solve(square + other_square, product + other_product, best)
     return result, best, tried[best]
@@ -198,10 +199,10 @@ def _ridge(piece: Piece, count: int) -> tuple[Tensor, float, float]:
 def _run_and_watch(
     model: CausalLM, index: int, work: list[tuple[Any, Tensor, Call]], prefix: str | None
 ) -> tuple[list[Tensor], _Folded]:
-    """Run a layer on states, and keep what goes into its last projection.
+    """Run a layer on states, and record the inputs of its last projection.
 
     Raises:
-        SlebError: the layer does not end in a projection that is added to the stream as it is.
+        SlebError: the layer does not end in a projection added directly to the residual stream.
     """
     block = model.layers[index]
     projection = next(
@@ -218,7 +219,7 @@ def _run_and_watch(
         )
     inputs: list[Tensor] = []
     hook = projection.register_forward_pre_hook(
-        # Some models flatten the tokens for it.
+        # Some models flatten the tokens.
         lambda _, args: inputs.append(args[0].flatten(0, -2).clone())
     )
     try:
@@ -231,7 +232,7 @@ def _run_and_watch(
 
 
 def _is_last(model: CausalLM, projection: nn.Module, layer: Any, state: Tensor, call: Call) -> bool:
-    """Whether what is added to the projection's output is added to the layer's, and no more."""
+    """Return whether a change of the projection's output changes the layer's output equally."""
     before = model.run(layer, [state], call)[0]
     step = before.abs().mean()
     hook = projection.register_forward_hook(lambda _, args, output: output + step)

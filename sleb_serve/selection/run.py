@@ -1,4 +1,4 @@
-"""One search on one sample of the text: the model is loaded, scored, and the steps are logged."""
+"""One search on one sample of the text: loads the model, scores candidates, logs steps."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from sleb_serve.utils.distributed import Ranks
 
 @dataclass(frozen=True)
 class Task:
-    """What every search of a selection has in common.
+    """The common inputs of a selection's searches.
 
     Attributes:
         checkpoint: the model.
-        binding: what the manifest says of it.
-        config: what was asked for.
-        objective: what is measured.
-        count: how many blocks go.
-        among: the only blocks that may.
+        binding: its binding in the manifest.
+        config: the options.
+        objective: the measured loss.
+        count: number of blocks to remove.
+        among: the removable blocks.
         ranks: the processes that share the work.
-        resume: whether an earlier log is gone on with.
+        resume: whether to continue an earlier log.
     """
 
     checkpoint: Checkpoint
@@ -43,7 +43,7 @@ class Task:
     resume: bool
 
     def subject(self, sequences: Sequences, selection: Selection) -> dict[str, object]:
-        """What determines a search's numbers: its log is of no other."""
+        """Return the inputs of a search, which identify its log."""
         return {
             "model": {**asdict(self.binding), "id": None, "block_sha256": None},
             "calibration": asdict(sequences.calibration),
@@ -52,19 +52,19 @@ class Task:
 
 
 class Search:
-    """A greedy search over one sample of the text.
+    """A greedy search on one sample of the text.
 
     Args:
-        task: what is searched.
+        task: the common inputs.
         sequences: the sample.
-        log: where the steps are recorded; None to keep no record.
-        progress: told how it goes.
+        log: the log of the steps, or None.
+        progress: receives progress events.
 
     Attributes:
-        choices: the blocks in the order of removal, and their losses.
-        dense_loss: the dense model's.
-        scorer: with the model that was scored.
-        selection: for the manifest.
+        choices: the blocks in order of removal, and their losses.
+        dense_loss: the dense model's loss.
+        scorer: the scorer with its model.
+        selection: the manifest's entry.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Search:
         self.dense_loss = self._log.dense_loss
         self._known = {frozenset((*s.removed, s.block)): s.loss for s in self._log.steps}
         if self._log.steps:
-            # The order in which losses are summed is the dense model's, to the same bits.
+            # Sum losses in the same order as for the dense model, for identical bits.
             self.scorer.sweep.loss(())
         self.choices: Choices = greedy(
             recorded(self._score, tuple(self._log.steps), self._step_ended),

@@ -1,4 +1,4 @@
-"""The scorer that a search was asked for: its model loaded as memory and processes allow."""
+"""The scorer of a search, with its model loaded as memory and processes allow."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from sleb_serve.utils.distributed import Ranks, processes_here
 from sleb_serve.utils.sizes import format_size
 
 FAST_ERROR = 0.05
-"""Probability that ``--search fast`` goes another way than the exact search, in any step."""
+"""Probability that any step of ``--search fast`` differs from the exact search."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Scorer:
-    """Scores candidates, by the exact sweep or a race.
+    """Scores candidates by the exact sweep or a race.
 
     Args:
         checkpoint: the model.
         sequences: the calibration text, all processes' sequences.
-        ranks: the processes that share them.
-        dtype: what to compute in; see `load_model`. With ``auto``, a 16-bit model is computed in
-            float32 on a CPU that has no instructions for its dtype, if it fits so.
-        budget: bytes for this process; None for four fifths of what is free.
-        steps: how many steps the search has.
+        ranks: the processes that share the sequences.
+        dtype: compute dtype; see `load_model`. With ``auto``, a 16-bit model runs in float32 on a
+            CPU without native support for its dtype, if it fits.
+        budget: bytes for this process; None for four fifths of the free memory.
+        steps: number of steps of the search.
         fast: whether to race.
         objective: see `LayerSweep`.
 
     Raises:
-        SlebError: the model cannot be loaded, or not within the budget.
+        SlebError: the model cannot be loaded within the budget.
 
     Attributes:
-        how: a line for people.
-        dtype: what it computes in.
+        how: a one-line description.
+        dtype: the compute dtype.
         sweep: the exact sweep.
-        screen: that in a cheaper dtype, where races are run on one.
+        screen: the sweep in a cheaper dtype for races, or None.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Scorer:
         base: float | None,
         on_layer: Callable[[], None],
     ) -> Scores:
-        """The losses of a step; `base` is that of `removed`, where it is known."""
+        """Return the losses of a step; `base` is the loss without `removed`, if known."""
         if self._race is not None:
             return self._race.score(removed, candidates, base, on_layer=on_layer)
         return self.sweep.score(removed, candidates, on_layer=on_layer)
@@ -134,7 +134,7 @@ class Scorer:
     def repair(
         self, sequences: Sequence[Sequence[int]], removed: Sequence[int]
     ) -> tuple[list[Gap], float]:
-        """Fit a repair on all processes' sequences: see `sleb_serve.selection.repair.fit`."""
+        """Fit a repair on all processes' sequences; see `sleb_serve.selection.repair.fit`."""
         if isinstance(self.sweep, WholeModel):
             raise SlebError(
                 "repair=fold: this model's layers use what other layers computed, so no block "
@@ -147,20 +147,20 @@ class Scorer:
 
 
 def _own_budget(given: int | None) -> int:
-    """Bytes that this process may use."""
+    """Return the bytes that this process may use."""
     if given is not None:
         give_back_freed()
         return given
-    # Processes on one machine share its memory; accelerators are theirs alone.
+    # Processes on one machine share its memory, but not accelerators.
     shared = 1 if torch.accelerator.is_available() else processes_here()
     return default_budget() // shared
 
 
 def _affordable(checkpoint: Checkpoint, ranks: Ranks, dtype: str, length: int, budget: int) -> str:
-    """``float32`` in place of ``auto`` where 16 bits are emulated and memory allows it."""
+    """Replace ``auto`` by ``float32`` if 16 bits are emulated and memory allows it."""
     if dtype == "auto" and checkpoint.dtype in EMULATED and not has_fast(checkpoint.dtype):
         wide = _weights(checkpoint, "float32")[0] + _states_bytes(checkpoint, length, "float32")
-        # Never in one process alone: all must compute the same.
+        # All processes must use the same dtype.
         if all(ranks.gather([wide <= USED_SHARE * budget])):
             return "float32"
     return dtype
@@ -177,7 +177,7 @@ def _sweep(
     weights: int,
     streamed: bool = False,
 ) -> LayerSweep | WholeModel:
-    """The model in one dtype, loaded, layer by layer where its layers can be run so."""
+    """Load the model in one dtype, layer by layer if its layers can run separately."""
     model = load_model(checkpoint, dtype, streamed=streamed, device=ranks.device)
     pieces = None if _is_whole(model, objective) else CausalLM(model, own[0])
     if pieces is None or not pieces.separable:
@@ -194,13 +194,13 @@ def _sweep(
 
 
 def _is_whole(model: Any, objective: str) -> bool:
-    """Whether layers cannot be run one by one; see `sleb_serve.selection.whole_model`."""
+    """Return whether layers cannot run one by one; see `sleb_serve.selection.whole_model`."""
     values = decoder_of(model.config).to_dict()
     return objective == EMBEDDING or bool(shared_sources(values, count_of(values) or 0))
 
 
 def _weights(checkpoint: Checkpoint, dtype: str) -> tuple[int, int | None]:
-    """Bytes of all weights, and of what is held at once where layers come from disk.
+    """Return the bytes of all weights, and of those held at once if layers are read from disk.
 
     The latter is None for a checkpoint in PyTorch's own format, which cannot be read in parts.
     """
@@ -210,7 +210,7 @@ def _weights(checkpoint: Checkpoint, dtype: str) -> tuple[int, int | None]:
     outside, blocks = counts
     total = max(1, outside + sum(blocks))
     item = stored[0] / total if dtype == "auto" else _ITEM_BYTES[dtype]
-    # The layer that is read lies in memory twice: in the file's pages, and as tensors.
+    # A layer being read is in memory twice: in the page cache and as tensors.
     return int(total * item), int((outside + 2 * max(blocks)) * item)
 
 

@@ -1,4 +1,4 @@
-"""SLEB's greedy search over a score: block numbers and losses, no torch, no model."""
+"""SLEB's greedy search on block numbers and losses, independent of torch and models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sleb_serve.errors import SlebError
 
 @dataclass(frozen=True)
 class Scores:
-    """The losses of a step's candidates, in their order, and maybe that of `removed` alone.
+    """The losses of a step's candidates, in order, and optionally that of `removed` alone.
 
-    The least is exact, or as many of the least as were asked for. One that is not marked exact is a
-    lower bound, or in a fast search an estimate, above the least. ``rivals`` are blocks that the
-    text does not tell from the best.
+    The lowest loss, or the requested number of lowest losses, is exact. Others are lower bounds, or
+    in a fast search estimates, above the lowest. ``rivals`` are blocks within two standard errors
+    of the best.
     """
 
     losses: tuple[float, ...]
@@ -26,14 +26,14 @@ class Scores:
 
 
 Score = Callable[[Sequence[int], Sequence[int]], Scores]
-"""score(removed, candidates): the loss with `removed` and each candidate in turn gone."""
+"""score(removed, candidates): returns the loss without `removed` and each candidate."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one call of a score said: with `removed` gone, the loss of every candidate, in order.
+    """Result of one score call: the loss of every candidate without `removed`, in order.
 
-    ``exact`` and ``rivals`` are those of `Scores`.
+    ``exact`` and ``rivals`` are as in `Scores`.
     """
 
     removed: tuple[int, ...]
@@ -48,34 +48,34 @@ class Step:
 
     @property
     def block(self) -> int:
-        """The candidate of least loss, the first of them on a tie."""
+        """Return the candidate with the lowest loss, the first on a tie."""
         return self.candidates[self.losses.index(self.loss)]
 
     @property
     def loss(self) -> float:
-        """The least loss: that of the model with this step's block gone, too."""
+        """Return the lowest loss, that of the model without this step's block."""
         return min(self.losses)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A block that goes, and the loss once it and all before it are gone."""
+    """A removed block, and the loss with it and all before it removed."""
 
     block: int
     loss: float
 
 
 Choices = tuple[Choice, ...]
-"""Choices in the order of removal."""
+"""Return choices in order of removal."""
 
 
 def blocks_to_remove(
     remove: int | float, num_blocks: int, early_barrier: int, late_barrier: int
 ) -> int:
-    """How many blocks go: a count, or a share of all blocks, rounded up.
+    """Return the number of blocks to remove, from a count or a share of all blocks, rounded up.
 
     Raises:
-        SlebError: neither a count nor a share, or more than the barriers leave.
+        SlebError: it is neither a count nor a share, or more than the barriers allow.
     """
     if early_barrier < 0 or late_barrier < 0:
         raise SlebError("`early_barrier` and `late_barrier` count blocks: give 0 or more")
@@ -84,7 +84,7 @@ def blocks_to_remove(
         raise SlebError(
             f"remove={remove}: give a whole number of blocks (6) or a share between 0 and 1 (0.2)"
         )
-    # Decimal, because in binary 0.07 of 100 blocks is a little over 7 and would round up to 8.
+    # Decimal, because in binary 0.07 of 100 blocks is slightly above 7 and would round up to 8.
     number = Decimal(str(remove)) * num_blocks if share else Decimal(int(remove))
     count = int(number.to_integral_value(ROUND_CEILING))
     most = min(num_blocks - early_barrier - late_barrier, num_blocks - 1)
@@ -104,9 +104,9 @@ def candidates(
     late_barrier: int,
     among: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
-    """The blocks that may go next: all alive but the first `early_barrier` and last `late_barrier`.
+    """Return the removable blocks: all except the first `early_barrier` and last `late_barrier`.
 
-    As in the paper, the barriers count alive blocks (section 3.2, algorithm 1).
+    As in the paper, the barriers count remaining blocks (section 3.2, algorithm 1).
     """
     gone = set(removed)
     alive = [block for block in range(num_blocks) if block not in gone]
@@ -117,18 +117,18 @@ def candidates(
 def recorded(
     score: Score, done: Sequence[Step] = (), on_step: Callable[[Step], None] = lambda step: None
 ) -> Score:
-    """A score that replays recorded steps, then scores new ones and reports each.
+    """Replays recorded steps, then scores new ones and reports each.
 
     The search is deterministic, so a resumed one follows the same path.
 
     Args:
         score: the loss of each candidate; see `Score`.
-        done: what the interrupted search had computed, in order.
-        on_step: called after each step that was computed.
+        done: the steps of the interrupted search, in order.
+        on_step: called after each computed step.
 
     Returns:
-        A score that raises SlebError where a loss is not a number (a NaN in the weights, an
-        overflow in the dtype), or where `done` is not the beginning of this search.
+        A score that raises SlebError if a loss is not a number (a NaN in the weights, an overflow
+        in the dtype), or if `done` is not the beginning of this search.
     """
     remembered = iter(done)
     number = 0
@@ -167,17 +167,17 @@ def greedy(
     among: Sequence[int] | None = None,
     allowed: Callable[[float], bool] = lambda loss: True,
 ) -> Choices:
-    """Remove blocks one by one, each time the one whose absence raises the loss least.
+    """Remove blocks one by one, each time the one that raises the loss least.
 
     Args:
         score: the loss of each candidate; see `Score`.
-        num_blocks: blocks of the dense model.
-        remove: how many to remove.
-        early_barrier: alive blocks at the start that stay.
-        late_barrier: alive blocks at the end that stay.
-        among: the only blocks that may go.
-        allowed: whether a loss is still one to accept; the first that is not ends the search, and
-            its block stays.
+        num_blocks: number of blocks of the dense model.
+        remove: number of blocks to remove.
+        early_barrier: number of first remaining blocks to keep.
+        late_barrier: number of last remaining blocks to keep.
+        among: the removable blocks.
+        allowed: whether a loss is acceptable; the first unacceptable one ends the search, and its
+            block is kept.
     """
     path: Choices = ()
     while len(path) < remove:
@@ -192,5 +192,5 @@ def greedy(
 
 
 def blocks_of(path: Choices) -> tuple[int, ...]:
-    """The blocks of choices, in order."""
+    """Return the blocks of choices, in order."""
     return tuple(choice.block for choice in path)

@@ -1,4 +1,4 @@
-"""The states of a layer sweep: on their way through the layers, and kept for the next step."""
+"""The states of a layer sweep, and snapshots for the next step."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sleb_serve.selection.lm_head import Dense, Tally
 from sleb_serve.selection.memory import Plan
 
 BASE = -1
-"""Stands among the candidates for the model with none of them removed."""
+"""Pseudo-candidate for the model without further removals."""
 _SNAPSHOTS = 10
-"""Blocks that have snapshots, at most: the one that goes is hardly ever another."""
+"""Maximum number of blocks with snapshots; the removed one is nearly always among them."""
 
 
 @dataclass
 class SequenceStates:
-    """One sequence: token ids [L], its layers' calls, its rows of the head, its snapshots.
+    """One sequence: token ids [L], layer calls, head rows, snapshots.
 
     Attributes:
-        parts: rows of the head, [R] each; the first holds every token to predict.
-        dense: what the dense model predicts, where losses are taken against that.
-        snapshots: states on entering a block with those below it gone: {(block, gone): states}.
-        bases: the base's state on entering a block, the same way.
+        parts: rows of the head, [R] each; the first contains every token to predict.
+        dense: the dense model's predictions, if losses are relative to them.
+        snapshots: input states of a block without removed blocks below it: {(block, gone): states}.
+        bases: the base's input state of a block, in the same form.
     """
 
     tokens: Tensor
@@ -39,19 +39,19 @@ class SequenceStates:
 
     @property
     def targets(self) -> Tensor:
-        """The tokens to predict, [L - 1]."""
+        """Return the tokens to predict, [L - 1]."""
         return self.tokens[1:]
 
 
 @dataclass
 class Work:
-    """A sequence's states on their way through the layers.
+    """A sequence's states during a sweep.
 
     Attributes:
-        first: the block from which on all go together.
-        there: the states that enter it.
-        late: candidates before it without a state there; they start from the base's.
-        states: what has come up to now.
+        first: the block from which all states advance together.
+        there: its input states.
+        late: candidates before it without a state; they start from the base's.
+        states: the states so far.
     """
 
     first: int
@@ -61,14 +61,14 @@ class Work:
 
 
 def key_of(index: int, gone: frozenset[int]) -> tuple[int, frozenset[int]]:
-    """Where a state is: on entering a block, with those of `gone` below it skipped."""
+    """Return the key of a block's input state without the removed blocks below it."""
     return index, frozenset(block for block in gone if block < index)
 
 
 def from_snapshot(
     sequence: SequenceStates, gone: frozenset[int], forks: frozenset[int], layers: int
 ) -> Work | None:
-    """The states to go on from, where there is a snapshot; None to start at the embedding."""
+    """Return the states to continue from; None to start at the embedding."""
     for index, below in sorted(sequence.snapshots, key=lambda key: -key[0]):
         if below != key_of(index, gone)[1]:
             continue
@@ -90,12 +90,12 @@ def snapshot_positions(
     candidates: Sequence[int],
     losses: Mapping[int, float],
 ) -> tuple[frozenset[int], bool]:
-    """Choose where to take snapshots: at the likeliest candidates, as memory allows.
+    """Choose the most likely candidates for snapshots, as memory allows.
 
-    Snapshots that are of no more use are dropped.
+    Drops snapshots that are no longer useful.
 
     Returns:
-        The candidates, and whether there is room for the base's state at every block, too.
+        The candidates, and whether the base's state at every block also fits.
     """
     gone = frozenset(removed)
     costs = {c: len(sequences) * (i + 1) for i, c in enumerate(candidates)}
@@ -111,7 +111,7 @@ def snapshot_positions(
                 free -= costs[block]
                 kept.add(block)
     else:
-        # Nothing is known yet: as many as there is room for, evenly spread.
+        # Nothing is known yet: as many as fit, evenly spread.
         strides = (set(candidates[::-stride]) for stride in range(1, len(candidates) + 1))
         kept = next((c for c in strides if sum(costs[b] for b in c) <= capacity), set())
     for sequence in sequences:

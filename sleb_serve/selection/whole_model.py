@@ -1,8 +1,7 @@
-"""Losses by whole passes of the model with blocks deleted: the official way, slow and general.
+"""Losses by whole passes of the model with blocks deleted: the official method, slow but general.
 
-For models whose layers cannot be run one by one, because they use what other layers computed (keys
-and values shared between layers), and for pooling models, which predict nothing: those are held
-against the dense model's own hidden states.
+For models with layers that cannot run one by one because they share keys and values, and for
+pooling models, which predict nothing and are compared with the dense model's hidden states.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ EMBEDDING = "embedding"
 
 
 class WholeModel:
-    """Scores candidates as `layer_sweep.LayerSweep` does, with one pass a candidate and sequence.
+    """Scores candidates like `layer_sweep.LayerSweep`, with one pass per candidate and sequence.
 
     Args:
         model: a Transformers model, in memory.
-        sequences: token ids; this process's share of them.
-        gather: what each sequence of this process gave -> what each sequence of all processes gave.
+        sequences: this process's sequences of token ids.
+        gather: collects the per-sequence values of all processes from those of this one.
         objective: ``nll`` or ``kl``, see `LayerSweep`; or ``embedding``: one minus the cosine of
-            the last hidden states with the dense model's, the mean over the tokens.
+            the last hidden states with the dense model's, averaged over tokens.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class WholeModel:
         on_layer: Callable[[], None] = lambda: None,
         **_: Any,
     ) -> Scores:
-        """The loss with `removed` and each of `candidates` in turn deleted; all exact."""
+        """Return the exact losses without `removed` and each of `candidates`."""
         base = self.loss(removed)
         losses = []
         for block in candidates:
@@ -68,7 +67,7 @@ class WholeModel:
         return Scores(tuple(losses), (True,) * len(losses), base)
 
     def loss(self, removed: Sequence[int]) -> float:
-        """The mean over all processes' sequences with `removed` deleted."""
+        """Return the mean loss over all processes' sequences without `removed`."""
         if self._objective != "nll" and not self._dense:
             self._dense = [self._answer(sequence) for sequence in self._sequences]
         if not removed:
@@ -77,7 +76,7 @@ class WholeModel:
             return self._mean()
 
     def layer_count(self, removed: Sequence[int]) -> int:
-        """How often `score` calls `on_layer`, where all blocks are candidates."""
+        """Return how often `score` calls `on_layer` if all blocks are candidates."""
         return len(self._sequences) * (len(self.layers) - len(removed))
 
     def _mean(self) -> float:
@@ -87,7 +86,7 @@ class WholeModel:
 
     @torch.inference_mode()
     def _answer(self, sequence: Tensor) -> Tensor:
-        """What is compared: log-probabilities [L - 1, V], or hidden states [L, d]."""
+        """Return log-probabilities [L - 1, V] or hidden states [L, d]."""
         if self._objective == EMBEDDING:
             base: Any = getattr(self.whole, "base_model", self.whole)
             states: Tensor = base(input_ids=sequence).last_hidden_state[0].float()

@@ -1,1 +1,1 @@
-"""The vLLM command, and what asks a server."""
+"""The vLLM command, and checks of running servers."""

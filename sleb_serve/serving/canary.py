@@ -1,4 +1,4 @@
-"""The same requests to a dense and a pruned server: how far do their answers drift apart?"""
+"""Compares a dense and a pruned server on the same requests."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ CONCURRENCY = 4
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a pruned server's answers are from a dense one's.
+    """Differences between a pruned and a dense server.
 
     Attributes:
-        requests: how many prompts both answered.
-        dense_loss: mean nats per prompt token in the dense model.
-        pruned_loss: in the pruned one.
+        requests: number of prompts answered by both.
+        dense_loss: mean nats per prompt token of the dense model.
+        pruned_loss: the same for the pruned model.
         logprob_drift: mean absolute difference of a prompt token's log-probability.
-        same_share: of the dense answer's characters, how many the pruned one shares from the start.
+        same_share: share of the dense answer's characters in the common prefix.
         dense_tokens: median length of the dense answers, in tokens.
-        pruned_tokens: of the pruned ones.
+        pruned_tokens: the same for the pruned answers.
     """
 
     requests: int
@@ -45,15 +45,15 @@ class Drift:
 
     @property
     def loss_drift(self) -> float:
-        """Nats per token that pruning costs on these prompts."""
+        """Return the loss increase on these prompts in nats per token."""
         return self.pruned_loss - self.dense_loss
 
     def to_dict(self) -> dict[str, Any]:
-        """For machines."""
+        """Return JSON values."""
         return {**asdict(self), "loss_drift": self.loss_drift}
 
     def to_text(self) -> str:
-        """For people."""
+        """Return a readable summary."""
         return "\n".join(
             (
                 f"requests             {self.requests}",
@@ -67,10 +67,10 @@ class Drift:
 
 
 def read_prompts(path: Path | None, count: int) -> list[str]:
-    """Prompts: lines of a file (text, or JSON lines with ``prompt`` or ``text``), or built in.
+    """Read prompts from a file (text, or JSON lines with ``prompt`` or ``text``), or built-in ones.
 
     Raises:
-        SlebError: the file cannot be read, or holds none.
+        SlebError: the file cannot be read, or has none.
     """
     if path is None:
         text = embedded_text()
@@ -78,7 +78,7 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
         starts = range(0, min(count * step, len(text)), step)
         return [text[start : start + _PROMPT_CHARACTERS] for start in starts]
     try:
-        # Not splitlines: a JSON string may hold other line breaks as they are.
+        # Not splitlines, because a JSON string may contain other line breaks.
         lines = read_limited(path, _MAX_PROMPTS).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise SlebError(f"cannot read prompts {path}: {first_line(error)}; give UTF-8") from error
@@ -111,11 +111,11 @@ def canary(
     concurrency: int = CONCURRENCY,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Drift:
-    """Ask both servers every prompt, and compare.
+    """Send every prompt to both servers, and compare the answers.
 
     Raises:
-        ServerError: one of them does not answer.
-        SlebError: they do not have the same tokens.
+        ServerError: a server does not answer.
+        SlebError: their tokens differ.
     """
     names = [server.model() for server in (dense, pruned)]
 
@@ -131,7 +131,7 @@ def canary(
         try:
             pairs = list(pool.map(ask, prompts))
         finally:
-            # After an error or Ctrl-C, prompts that wait are not asked any more.
+            # After an error or Ctrl-C, do not send waiting prompts.
             pool.shutdown(wait=False, cancel_futures=True)
     if any(len(one.prompt_logprobs) != len(two.prompt_logprobs) for one, two in pairs):
         raise SlebError("the servers cut the prompts into different tokens: not the same model")
@@ -154,6 +154,6 @@ def canary(
 
 
 def _same(one: str, two: str) -> float:
-    """The share of `one` that `two` begins with."""
+    """Return the share of `one` in the common prefix with `two`."""
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
     return shared / len(one) if one else float(not two)

@@ -1,7 +1,7 @@
-"""What a running vLLM server answers: a few requests, and errors in one line.
+"""A small client for running vLLM servers with one-line errors.
 
-A server is asked directly, without a proxy, and its redirects are not followed. Whatever it
-answers, a request ends in time and in little memory, with a typed answer or a `ServerError`.
+Requests use no proxy and follow no redirects. For any answer, a request ends in limited time and
+memory, with a typed result or a `ServerError`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sleb_serve.serving.address import Address, parse_address, without_credentia
 from sleb_serve.utils import strict_json
 
 TIMEOUT = 120.0
-"""Seconds that a request may take, once the host's name is looked up, to the answer's last byte."""
+"""Maximum seconds from the name lookup to the answer's last byte."""
 MAX_BYTES = 8 << 20
-"""An answer holds a text of some thousand tokens with a log-probability each."""
+"""Enough for a text of some thousand tokens with log-probabilities."""
 _CHUNK = 64 << 10
 _MAX_SAID = 300
 _MAX_LOGPROB = 1e6
-"""vLLM says -9999 for minus infinity."""
+"""vLLM writes -9999 for minus infinity."""
 _MAX_TOKENS = 1 << 31
 _OK = range(200, 300)
 _REDIRECTS = range(300, 400)
@@ -36,9 +36,9 @@ T = TypeVar("T")
 
 
 class ServerError(SlebError):
-    """A server that cannot be reached, or answers with an error.
+    """The server cannot be reached or answers with an error.
 
-    ``status`` is the HTTP status, None where there was no answer.
+    ``status`` is the HTTP status, or None without an answer.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -51,9 +51,9 @@ class Completion:
     """A greedy answer to a prompt.
 
     Attributes:
-        text: what was generated.
-        tokens: how many tokens that is.
-        prompt_logprobs: of each prompt token but the first, in nats; empty if not asked for.
+        text: the generated text.
+        tokens: its number of tokens.
+        prompt_logprobs: of each prompt token except the first, in nats; empty if not requested.
     """
 
     text: str
@@ -69,21 +69,21 @@ class Client:
         self.url, self._timeout, self._key = self._address.url, timeout, key
 
     def get(self, path: str, read: Callable[[object], T]) -> T:
-        """What `read` makes of the JSON at `path`.
+        """Get the JSON at `path` and parse it with `read`.
 
         Raises:
-            ServerError: no answer, an error, no JSON, or what `read` refused with a `SlebError`.
+            ServerError: there is no answer, an error, no JSON, or `read` raised a `SlebError`.
         """
         return self._ask("GET", path, None, read)
 
     def model(self) -> str:
-        """The name of the model that is served first."""
+        """Return the name of the first served model."""
         return self.get("/v1/models", _first_model)
 
     def complete(
         self, model: str, prompt: str | Sequence[int], max_tokens: int, *, score: bool
     ) -> Completion:
-        """Answer a prompt greedily; with `score`, also the prompt's own log-probabilities."""
+        """Complete a prompt greedily; with `score`, also get the prompt's log-probabilities."""
         body: dict[str, Any] = {
             "model": model,
             "prompt": prompt if isinstance(prompt, str) else list(prompt),
@@ -122,7 +122,7 @@ def _printable(text: str) -> str:
 
 
 class _Timed(io.RawIOBase):
-    """What a socket receives until a moment; `HTTPResponse` takes it for the socket."""
+    """Reads from a socket until a deadline; replaces the socket in `HTTPResponse`."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection, self._deadline = connection, deadline
@@ -153,7 +153,7 @@ def _exchange(
     deadline: float,
     key: str | None,
 ) -> bytes:
-    """The body of the answer to a request; an `OSError` or `HTTPException` if there is none."""
+    """Return the body of a response; raise an `OSError` or `HTTPException` without one."""
     request = http.client.HTTPConnection(address.host, address.port)
     with _connect(address, deadline) as connection:
         connection.settimeout(_left(deadline))
@@ -164,7 +164,7 @@ def _exchange(
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
         request.request(method, address.path + path, body, headers)
-        # The type is a socket's, but of a socket only makefile is used.
+        # The declared type is a socket, but only makefile is used.
         timed: Any = _Timed(connection, deadline)
         with http.client.HTTPResponse(timed, method=method) as response:
             response.begin()
@@ -172,13 +172,13 @@ def _exchange(
 
 
 def _connect(address: Address, deadline: float) -> socket.socket:
-    """A connection to the first of the host's addresses that takes one."""
+    """Connect to the first of the host's addresses that accepts."""
     failed: OSError = OSError("the host has no address")
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     for i, (family, kind, protocol, _, where) in enumerate(found):
         connection = socket.socket(family, kind, protocol)
         try:
-            # One that never answers must leave time for the others.
+            # Leave time for other addresses if one never answers.
             connection.settimeout(_left(deadline) / (len(found) - i))
             connection.connect(where)
             if address.secure:
@@ -232,7 +232,7 @@ def _body(response: http.client.HTTPResponse, where: str) -> bytes:
 
 
 def _start(response: http.client.HTTPResponse) -> bytes:
-    """The start of an error's text, which is for people; nothing if it cannot be had."""
+    """Return the start of an error's text; empty if it is not available."""
     try:
         return response.read(4 * _MAX_SAID)
     except (OSError, ValueError, http.client.HTTPException):
@@ -261,13 +261,13 @@ def _completion(answer: object) -> Completion:
     )
     places = choice.get("prompt_logprobs")
     scored = [] if places is None else strict_json.list_(places, "prompt_logprobs")
-    # No token comes before the first.
+    # The first token has no predecessor.
     rest = scored[1:] if scored and scored[0] is None else scored
     return Completion(text, tokens, tuple(map(_logprob, rest)))
 
 
 def _logprob(place: object) -> float:
-    """That of the prompt's own token, which comes first, under its id."""
+    """Return the log-probability of the prompt's own token, which comes first."""
     tokens = strict_json.any_object(place, "a place of prompt_logprobs")
     if not tokens:
         raise SlebError("a place of prompt_logprobs is empty")

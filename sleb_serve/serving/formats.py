@@ -1,4 +1,4 @@
-"""The arguments of a server in the forms that other programs start it from."""
+"""A server's arguments in the formats of other launchers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _OWN: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "model-loader-extra-config": json.loads,
     }
 )
-"""Options of the engine that sleb-serve itself writes, and what reads their values."""
+"""Engine options that sleb-serve itself writes, and their parsers."""
 
 
 def vllm_config(model: str, options: Sequence[str], environment: Mapping[str, str]) -> str:
-    """A file for ``vllm serve --config``, in YAML.
+    """Return a YAML file for ``vllm serve --config``.
 
     Args:
         model: folder or hub id.
         options: of ``vllm serve``.
-        environment: what must be set beside the file; said in a comment.
+        environment: variables to set, listed in a comment.
 
     Raises:
-        SlebError: an option cannot be said in such a file.
+        SlebError: an option cannot be expressed in such a file.
     """
     named = by_name(options)
     for name, value in named.items():
@@ -51,16 +51,17 @@ def platform_yaml(
     environment: Mapping[str, str],
     note: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """The model as Ray Serve LLM takes it, and as a container that KServe takes, in YAML.
+    """Return YAML for Ray Serve LLM and for a KServe container.
 
     Args:
         model: folder or hub id.
         options: of ``vllm serve``.
-        environment: what must be set beside them.
-        note: told which options have no place in Ray's configuration.
+        environment: variables to set.
+        note: called with options that Ray's configuration does not support.
 
     Raises:
-        SlebError: an option cannot be said in YAML, or needs vLLM to be read and there is none.
+        SlebError: an option cannot be expressed in YAML, or parsing it needs vLLM, which is
+            missing.
     """
     served = by_name(options).get("served-model-name", model)
     ray = {
@@ -86,13 +87,13 @@ def platform_yaml(
 def engine_kwargs(
     model: str, options: Sequence[str], note: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """The arguments of vLLM's engine that `options` give, by name and with their types.
+    """Return the engine arguments in `options` by name, with their types.
 
-    Neither the model nor its served name is among them: Ray sets both. Options that are not
-    sleb-serve's own are read by vLLM's parser.
+    The model and its served name are excluded, because Ray sets both. vLLM's parser reads options
+    that are not sleb-serve's own.
 
     Raises:
-        SlebError: an option has no plain value, or vLLM is needed and not installed.
+        SlebError: an option has no plain value, or vLLM is needed but not installed.
     """
     named = by_name(options)
     named.pop("served-model-name", None)
@@ -103,10 +104,10 @@ def engine_kwargs(
 
 
 def by_name(options: Sequence[str]) -> dict[str, Any]:
-    """The values of options by their long names: a text, several, or True where there is none.
+    """Return the values of options by long name: a text, several, or True without a value.
 
     Raises:
-        SlebError: an option has only a short name here, is given twice, or is a file of others.
+        SlebError: an option is given by a short name or twice, or is a file of other options.
     """
     found: dict[str, list[str]] = {}
     values: list[str] | None = None
@@ -170,7 +171,7 @@ def _read_by_vllm(
 def _yaml(value: Mapping[str, Any]) -> str:
     import yaml
 
-    # Long texts stay on one line: what is folded is harder to compare, and to edit.
+    # Keep long texts on one line: folded ones are harder to compare and edit.
     text: str = yaml.safe_dump(
         value, sort_keys=False, width=1 << 20, allow_unicode=True, default_flow_style=False
     )

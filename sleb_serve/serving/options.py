@@ -1,4 +1,4 @@
-"""Options of `vllm serve` on a command line."""
+"""Parsing of `vllm serve` options on a command line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _DOTTED_OVERRIDES = re.compile(r"--hf[-_]o(?!verrides(=|\Z))")
 
 
 def taken(options: Sequence[str], *names: str) -> tuple[list[str], list[str | None]]:
-    """The options without one, which may have several names, and its values in order.
+    """Remove an option, which may have several names; return the rest and its values in order.
 
-    A value is None where the command line ends behind the option.
+    A value is None if the command line ends after the option.
     """
     rest: list[str] = []
     values: list[str | None] = []
@@ -38,20 +38,20 @@ def taken(options: Sequence[str], *names: str) -> tuple[list[str], list[str | No
 
 
 def value_of(options: Sequence[str], *names: str) -> str | None:
-    """The value that `options` give an option of any of these names; the last one counts."""
+    """Return the last value in `options` of an option with any of these names."""
     _, values = taken(options, *names)
     return values[-1] if values else None
 
 
 def take_overrides(options: Sequence[str]) -> tuple[list[str], Mapping[str, Any]]:
-    """The options without ``--hf-overrides``, and what these hold.
+    """Remove ``--hf-overrides`` from the options; return the rest and the overrides.
 
     Raises:
-        SlebError: they are no JSON object, or set what the manifest sets.
+        SlebError: they are not a JSON object, or set the same keys as the manifest.
     """
     dotted = next((option for option in options if _DOTTED_OVERRIDES.match(option)), None)
     if dotted is not None:
-        # vLLM would turn --hf-overrides.KEY into one more --hf-overrides after ours.
+        # vLLM would turn --hf-overrides.KEY into another --hf-overrides after ours.
         raise SlebError(
             f"{dotted}: write overrides as one --hf-overrides '{{\"key\": value}}', so that they "
             f"can be joined with the manifest's"
@@ -74,7 +74,7 @@ def take_overrides(options: Sequence[str]) -> tuple[list[str], Mapping[str, Any]
 
 
 def take_formats(options: Sequence[str]) -> list[str]:
-    """The options without ``--load-format``, whose value becomes that of the loader's reader."""
+    """Move the value of ``--load-format`` to the loader's reader."""
     if value_of(options, "--config-format") is not None:
         raise SlebError("--config-format is set from the manifest; leave the option out")
     rest, formats = taken(options, "--load-format")
@@ -87,7 +87,7 @@ def take_formats(options: Sequence[str]) -> list[str]:
 
 
 def with_reader(load_format: str | None, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The loader's extra configuration with the load format that is to read the files."""
+    """Return the loader's extra configuration with the load format for reading files."""
     reader = extra.get(READER_KEY) if load_format in (None, "auto", FORMAT) else load_format
     if reader is None:
         return dict(extra)

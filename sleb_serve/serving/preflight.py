@@ -1,4 +1,4 @@
-"""Whether a manifest can be served with a model, and what that saves, before a GPU is booked."""
+"""Checks, without a GPU, that a manifest can be served with a model, and the savings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "unknown"
 
 @dataclass(frozen=True)
 class Finding:
-    """One question and its answer: `OK`, `WARNING`, `FAILED`, or `UNKNOWN` on this machine."""
+    """One check and its result: `OK`, `WARNING`, `FAILED`, or `UNKNOWN` on this machine."""
 
     name: str
     status: str
@@ -39,10 +39,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All findings, and the sizes they are made of.
+    """All findings and sizes.
 
-    ``sizes``: bytes of weights (``weights_bytes``: dense, pruned), tokens of KV cache on the GPUs
-    asked for (``kv_cache_tokens``: dense, pruned) and the ``shards_not_read``; None where unknown.
+    ``sizes`` has the bytes of weights (``weights_bytes``: dense, pruned), the tokens of KV cache on
+    the given GPUs (``kv_cache_tokens``: dense, pruned) and the ``shards_not_read``; None if
+    unknown.
     """
 
     findings: tuple[Finding, ...]
@@ -50,11 +51,11 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing speaks against serving."""
+        """Return whether no check failed."""
         return all(finding.status != FAILED for finding in self.findings)
 
     def to_text(self) -> str:
-        """A line a finding."""
+        """Return one line per finding."""
         width = max(len(finding.name) for finding in self.findings)
         return "\n".join(
             f"{finding.status:8} {finding.name:{width}}  {finding.detail}"
@@ -72,13 +73,13 @@ def check(
     full: bool = False,
     reading: Reading = not_told,
 ) -> CheckReport:
-    """Hold `manifest` against `model` and this machine's vLLM.
+    """Check `manifest` against `model` and this machine's vLLM.
 
     Args:
         model: checkpoint folder or hub id.
-        manifest: cut to the prefix that will be served.
-        gpu: what to work out the KV cache for; None to leave that out.
-        tp: how many GPUs share every matrix.
+        manifest: the manifest, cut to the served prefix.
+        gpu: GPU for computing the KV cache; None to skip this.
+        tp: number of GPUs that share every matrix.
         revision: of a hub model; None for the manifest's.
         full: read all of the weights, and compare their full digest.
         reading: told how far that is, in bytes.
@@ -188,14 +189,14 @@ def _architecture(name: str) -> Finding:
 
 
 def _layers(checkpoint: Checkpoint, pruning: Pruning) -> Finding:
-    """Whether the layers that stay are as they are in the dense model."""
+    """Check that the kept layers equal the dense model's."""
     try:
         compared = compare_layers(checkpoint, pruning.cut)
     except SlebError as error:
         return Finding("layers", FAILED, one_line(str(error)))
     if not compared:
         return Finding("layers", WARNING, not_compared())
-    return Finding("layers", OK, "those that stay are as in the dense model")
+    return Finding("layers", OK, "the kept layers equal the dense model's")
 
 
 def _vllm() -> Finding:

@@ -1,4 +1,4 @@
-"""A readiness probe: the server serves this manifest, and computes what was computed for it."""
+"""A readiness probe: the server serves this manifest and reproduces its golden prompt."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from sleb_serve.serving.client import Client, ServerError
 from sleb_serve.utils import strict_json
 
 TOLERANCE = 0.1
-"""Mean difference of log-probabilities (nats) that rounding may cause: in 16 bits, half of this
-was seen; a wrong block costs several times as much."""
+"""Allowed mean difference of log-probabilities (nats) from rounding: twice the observed difference
+in 16 bits; a wrong block causes several times as much.
+"""
 _NOT_FOUND = 404
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe found.
+    """Result of a probe.
 
-    ``difference`` is the mean absolute difference of the golden prompt's log-probabilities; None
-    where the manifest holds none.
+    ``difference`` is the mean absolute difference of the golden prompt's log-probabilities; None if
+    the manifest has none.
     """
 
     digest: str
@@ -30,9 +31,9 @@ class Probed:
     difference: float | None
 
     def to_text(self) -> str:
-        """In one line."""
+        """Return a one-line summary."""
         golden = (
-            "no golden log-probabilities in this manifest for so many blocks"
+            "no golden log-probabilities in this manifest for this number of blocks"
             if self.difference is None
             else f"golden log-probabilities within {self.difference:.4f} nats"
         )
@@ -41,21 +42,21 @@ class Probed:
 
 @dataclass(frozen=True)
 class _Served:
-    """What a server says of the manifest that it serves: its digest, and each rank's."""
+    """A server's report: its manifest's digest and each rank's."""
 
     digest: str
     ranks: tuple[str, ...]
 
 
 class NotReadyError(SlebError):
-    """The server does not serve this manifest, or not as it should."""
+    """The server does not serve this manifest, or serves it incorrectly."""
 
 
 def probe(client: Client, manifest: Manifest, tolerance: float = TOLERANCE) -> Probed:
-    """Hold a running server against `manifest`, cut to the prefix that is served.
+    """Compare a running server with `manifest`, cut to the served prefix.
 
     Raises:
-        NotReadyError: it serves something else, or computes something else.
+        NotReadyError: it serves another model, or its results differ.
         ServerError: it does not answer.
     """
     pruning = manifest.pruning()
@@ -80,7 +81,7 @@ def probe(client: Client, manifest: Manifest, tolerance: float = TOLERANCE) -> P
         abs(found - expected)
         for found, expected in zip(answer.prompt_logprobs, golden.logprobs, strict=True)
     )
-    # Written so that a NaN fails.
+    # Written so that NaN fails.
     if not difference <= tolerance:
         raise NotReadyError(
             f"{client.url}: the golden prompt's log-probabilities are {difference:.4f} nats off on "

@@ -1,9 +1,9 @@
-"""A pruned model as a folder of its own, for vLLM's draft-model speculation.
+"""A folder with a pruned model for vLLM's draft-model speculation.
 
-vLLM takes a draft model by its folder and applies no ``--hf-overrides`` to it. So the manifest's
-content stands in the config.json of a folder whose other files are links to the checkpoint's: no
-weight is copied. The config also names an architecture that no vLLM has, so that a vLLM without the
-plugin refuses the folder rather than serve it whole.
+vLLM takes a draft model's folder and applies no ``--hf-overrides`` to it. So the manifest's content
+is in the folder's config.json, and the other files are links to the checkpoint's: no weights are
+copied. The config also names an architecture that vLLM does not have, so that vLLM without the
+plugin refuses the folder rather than serve the dense model.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _NOT_LINKED = re.compile(r"config\.json|\..*")
 def draft_options(
     model: str, checkpoint: Checkpoint, pruning: Pruning, options: Sequence[str], tokens: int
 ) -> list[str]:
-    """The options that serve `model` whole with its pruned self as draft.
+    """Return the options to serve the dense `model` with the pruned one as its draft.
 
     Args:
         model: folder or hub id of the dense model.
         checkpoint: its files.
-        pruning: what the draft leaves out.
+        pruning: the blocks that the draft skips.
         options: the other options of ``vllm serve``.
-        tokens: how many tokens the draft proposes at a time.
+        tokens: number of tokens per draft.
 
     Raises:
-        SlebError: the options already set up speculation, or the folder cannot be made.
+        SlebError: the options already set up speculation, or the folder cannot be created.
     """
     for option in options:
         if _SPECULATIVE.match(option):
@@ -55,17 +55,17 @@ def draft_options(
         "method": "draft_model",
         "model": str(draft_folder(checkpoint, pruning, _cache())),
         "num_speculative_tokens": tokens,
-        # vLLM wants the draft split over as many ranks as the model.
+        # vLLM requires the draft's parallelism to equal the model's.
         "draft_tensor_parallel_size": int(ranks) if ranks.isdecimal() else 1,
         "draft_load_config": {"load_format": FORMAT},
     }
-    # The draft's config is parsed in the same format; the dense model's is left as it is.
+    # The draft's config is parsed in the same format; the dense model's is unchanged.
     text = json.dumps(speculation, separators=(",", ":"))
     return ["--config-format", FORMAT, "--speculative-config", text]
 
 
 def draft_folder(checkpoint: Checkpoint, pruning: Pruning, root: Path) -> Path:
-    """Make, or find, the folder under `root` that holds the pruned form of `checkpoint`.
+    """Find or create the folder under `root` with the pruned form of `checkpoint`.
 
     Raises:
         SlebError: it cannot be written.
@@ -78,7 +78,7 @@ def draft_folder(checkpoint: Checkpoint, pruning: Pruning, root: Path) -> Path:
     }
     own = {CONFIG_KEY: pruning.to_dict(), "architectures": [guard_name(pruning.architecture)]}
     config = json.dumps({**checkpoint.config, **own}, indent=2).encode()
-    # Two checkpoints of one content in two places are two folders.
+    # Equal checkpoints in two places get two folders.
     content = json.dumps([str(source), sorted(map(str, files.items()))]).encode() + config
     folder = root / f"{pruning.tag}-{hashlib.sha256(content).hexdigest()[:16]}"
     if folder.is_dir():

@@ -1,1 +1,1 @@
-"""What has nothing to do with models: strict JSON, files written whole, extras."""
+"""Helpers that are independent of models: strict JSON, atomic writes, extras."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Atomic writing of files and folders."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sleb_serve.utils.scratch import ScratchFolder
 
 
 def is_stream(path: Path) -> bool:
-    """Whether there is a device or a pipe at `path`: it is written to, never replaced."""
+    """Return whether `path` is a device or a pipe, which is written to but never replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def temporary_prefix(path: Path) -> str:
-    """What the names of the temporary files and folders begin with that become `path`."""
+    """Return the name prefix of temporary files and folders for `path`."""
     return f".{target_of(path).name}.incomplete-"
 
 
 def check_writable(path: Path) -> None:
-    """Refuse an output path that `write_atomically` could not write, before any work is done.
+    """Refuse an output path that `write_atomically` could not write.
 
     Raises:
-        SlebError: the parent is not a folder one can write to, or `path` is itself a folder.
+        SlebError: the parent is not a writable folder, or `path` is a folder.
     """
     if path.is_dir():
         raise SlebError(f"cannot write {path}: it is a folder; give the path of a file")
@@ -46,7 +46,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all.
+    """Write `data` to `path` completely or not at all.
 
     Raises:
         SlebError: the file could not be written; whatever was at `path` before is still there.
@@ -57,10 +57,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write that becomes `path` at the end, or is never seen: fsync, then rename.
+    """Provide a temporary file that replaces `path` on success, with fsync and rename.
 
-    What a symbolic link leads to is replaced, not the link. To a device or a pipe the whole content
-    is written at the end.
+    Replaces the target of a symbolic link, not the link. For a device or a pipe, writes the whole
+    content at the end.
 
     Raises:
         SlebError: the file could not be written; whatever was at `path` before is still there.
@@ -74,8 +74,8 @@ def whole_file(path: Path) -> Iterator[Path]:
                     shutil.copyfileobj(content, stream)
             return
         path = target_of(path)
-        # mkstemp makes the file readable by its owner alone; other users of a shared model
-        # store need to read manifests, so it gets the mode that open() would have given it.
+        # mkstemp makes the file readable only by its owner, but other users of a shared model store
+        # must read manifests, so set the mode that open() would have used.
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path))
         os.close(descriptor)
         temporary = Path(name)
@@ -100,12 +100,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def shared_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `folder` at the end, or is never seen.
+    """Provide a temporary folder that becomes `folder` on success.
 
-    Processes may make the same one at once: whoever comes second drops its own.
+    Several processes may create the same folder; the second one drops its own.
 
     Raises:
-        OSError: it could not be made, and no other process has made it.
+        OSError: it could not be created, and no other process created it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -120,7 +120,7 @@ def shared_folder(folder: Path) -> Iterator[Path]:
 
 
 def target_of(path: Path) -> Path:
-    """Where a symbolic link leads; the path itself where it is none."""
+    """Return the target of a symbolic link, or the path itself."""
     return path.resolve() if path.is_symlink() else path
 
 

@@ -1,4 +1,4 @@
-"""Several processes that share the work, started by ``accelerate launch`` or ``torchrun``."""
+"""Processes that share the work, started by ``accelerate launch`` or ``torchrun``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def _alone(values: list[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that were launched together.
+    """This process's place among those launched together.
 
     Attributes:
-        index: its number; process 0 alone prints and writes.
-        count: how many there are.
-        device: what it scores on; None for all accelerators of this machine, or the CPU.
-        gather: lists of all processes, joined in their order, in every process.
+        index: its number; only process 0 prints and writes.
+        count: number of processes.
+        device: its device for scoring; None for all accelerators of this machine, or the CPU.
+        gather: joins the lists of all processes in order, in every process.
     """
 
     index: int = 0
@@ -33,7 +33,7 @@ class Ranks:
     gather: Callable[[list[Any]], list[Any]] = _alone
 
     def share(self, items: Sequence[_T]) -> Sequence[_T]:
-        """This process's part of the items: consecutive, one more or less than the others'.
+        """Return this process's consecutive part of the items; sizes differ by at most one.
 
         Raises:
             SlebError: there are fewer items than processes.
@@ -48,17 +48,17 @@ class Ranks:
 
 
 def is_first() -> bool:
-    """Whether this process prints and writes, before anything heavy is imported."""
+    """Return whether this process prints and writes, without heavy imports."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def processes_here() -> int:
-    """How many processes of the launch run on this machine."""
+    """Return the number of launched processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def launched() -> Ranks:
-    """The processes that were launched together, as the environment says; joins them."""
+    """Join the launched processes, as described by the environment."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     import torch

@@ -1,4 +1,4 @@
-"""Packages that not every command needs, and the extras of sleb-serve that install them."""
+"""Optional packages, and the extras of sleb-serve that install them."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "vllm": ("cuda", "cpu"),
     }
 )
-"""The extras that bring a module; the first is named first to those who lack it."""
+"""The extras that install each module, in the order that messages name them."""
 
 COMPARES = ("transformers", "torch")
-"""What compares the layers of the shorter model with the dense one's."""
+"""Modules for comparing the layers of the shorter and the dense model."""
 
 
 class MissingExtraError(SlebError):
-    """A package is not installed that only some commands need."""
+    """A missing package that only some commands need."""
 
 
 def missing(*modules: str) -> str | None:
-    """The first of some modules that is not installed, without importing them; None if all are."""
+    """Return the first missing module, without importing any; None if all are installed."""
     return next((module for module in modules if find_spec(module) is None), None)
 
 
 def install_hint(module: str) -> str:
-    """The command that installs a module's package; with several extras, any of them."""
+    """Return the command that installs a module's package; with several extras, any of them."""
     return " or ".join(f"pip install 'sleb-serve[{extra}]'" for extra in EXTRAS[module])
 
 
 def require(what: str, *modules: str) -> None:
-    """Refuse to begin what would fail at its end, for want of an extra.
+    """Refuse early if an extra is missing that would be needed later.
 
     Raises:
-        MissingExtraError: naming the first of the modules that is not installed.
+        MissingExtraError: names the first missing module.
     """
     if (module := missing(*modules)) is not None:
         raise MissingExtraError(f"{what} needs {module}: {install_hint(module)}")
@@ -61,10 +61,9 @@ def require(what: str, *modules: str) -> None:
 
 @contextmanager
 def extras_named(what: str) -> Iterator[None]:
-    """Turn an import that fails for want of an extra into an error that names the extra.
+    """Turn a failed import of an extra's module into an error that names the extra.
 
-    Other imports that fail are left as they are: a module of no extra, or one that is installed and
-    fails by itself.
+    Other failed imports are unchanged: modules of no extra, or installed modules that fail.
 
     Args:
         what: the command that needs the module.

@@ -1,4 +1,4 @@
-"""Least squares with no coefficient below zero, for a few unknowns, without numpy."""
+"""Non-negative least squares for a few unknowns, without numpy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _TOLERANCE = 1e-10
 
 
 def non_negative(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
-    """The coefficients, none below zero, that come closest: Lawson's and Hanson's active set.
+    """Solve non-negative least squares with Lawson's and Hanson's active set method.
 
     Args:
-        rows: an equation each, with a number an unknown.
-        values: what each row should give.
+        rows: one equation per row, with a number per unknown.
+        values: the target of each row.
 
     Returns:
-        A coefficient an unknown; 0 for one that the rows do not tell from others.
+        A coefficient per unknown; 0 for unknowns that the rows cannot separate from others.
     """
     number = len(rows[0])
     norms = [math.sqrt(sum(row[i] ** 2 for row in rows)) or 1.0 for i in range(number)]
@@ -47,7 +47,7 @@ def non_negative(rows: Sequence[Sequence[float]], values: Sequence[float]) -> li
 def _stepped(
     gram: Sequence[Sequence[float]], right: Sequence[float], found: list[float], free: set[int]
 ) -> list[float]:
-    """The best coefficients of ``free``, from which those that would be negative are taken."""
+    """Fit the coefficients of ``free``, and drop those that would be negative."""
     while free:
         places = sorted(free)
         best = _solved(gram, right, places) or [0.0] * len(places)
@@ -56,7 +56,7 @@ def _stepped(
             for place, value in zip(places, best, strict=True):
                 result[place] = value
             return result
-        # As far towards the best as none passes zero.
+        # Move towards the optimum until the first coefficient reaches zero.
         far = min(
             found[place] / (found[place] - value)
             for place, value in zip(places, best, strict=True)
@@ -73,7 +73,7 @@ def _stepped(
 def _solved(
     gram: Sequence[Sequence[float]], right: Sequence[float], places: Sequence[int]
 ) -> list[float] | None:
-    """Gauss's elimination over some of the unknowns; None where it is singular."""
+    """Gaussian elimination over some of the unknowns; None if singular."""
     table = [[*(gram[i][j] for j in places), right[i]] for i in places]
     size = len(places)
     for column in range(size):

@@ -1,4 +1,4 @@
-"""Files that a person hands in, read up to a limit: a wrong path may lead to anything."""
+"""Reading of user files up to a size limit, because a wrong path may lead to anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_limited(path: Path, most: int) -> bytes:
-    """The content of a file.
+    """Read a file.
 
     Raises:
         OSError: it cannot be read, or is larger than `most` bytes.

@@ -1,4 +1,4 @@
-"""Lists as people write them on a command line."""
+"""Parsing of lists on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers, each once, with commas between."""
+    """Parse distinct whole numbers separated by commas."""
     parts = text.split(",")
     if not all(part.isdecimal() and len(part) < 9 for part in parts) or len(set(parts)) < len(
         parts
@@ -16,5 +16,5 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Names with commas between, each once."""
+    """Parse distinct names separated by commas."""
     return tuple(dict.fromkeys(name for name in text.split(",") if name))

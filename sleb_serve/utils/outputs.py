@@ -1,8 +1,7 @@
-"""Outputs: never in place of a file of another kind, and one run at a time.
+"""Outputs: never replace a file of another kind, and allow one run at a time.
 
-A run claims its outputs before it begins. What is there already must be of the kind that is to be
-written, or empty; a lock beside the output refuses a second run; and temporary files of runs that
-were killed are removed.
+A run claims its outputs before it begins. Existing files must be empty or of the kind to be
+written; a lock file refuses a second run; and temporary files of killed runs are removed.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ _MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file that is written.
+    """A kind of output file.
 
     Attributes:
-        name: with its article.
-        is_one: whether a file is one; an `OSError` or `ValueError` is a no.
+        name: its name with an article.
+        is_one: whether a file is of this kind; an `OSError` or `ValueError` means no.
     """
 
     name: str
@@ -40,7 +39,7 @@ class Kind:
 
 
 def object_with(name: str, *keys: str) -> Kind:
-    """The kind of a JSON file whose object has these keys."""
+    """Return the kind of JSON files with an object that has these keys."""
 
     def is_one(path: Path) -> bool:
         value = json.loads(read_limited(path, _MAX_BYTES))
@@ -50,7 +49,7 @@ def object_with(name: str, *keys: str) -> Kind:
 
 
 def beginning_with(name: str, pattern: bytes) -> Kind:
-    """The kind of a file whose first bytes match a pattern."""
+    """Return the kind of files with first bytes that match a pattern."""
 
     def is_one(path: Path) -> bool:
         with path.open("rb") as file:
@@ -64,17 +63,17 @@ Output = tuple[Path, Kind]
 
 @contextmanager
 def claimed(outputs: Sequence[Output], *, force: bool = False) -> Iterator[None]:
-    """Be the only run that writes these files; the first is the one that was asked for.
+    """Claim these files for this run; the first is the requested one.
 
     Args:
-        outputs: paths, and what will be written there.
+        outputs: paths with the kinds to be written.
         force: replace files of other kinds.
 
     Raises:
-        SlebError: one cannot be written or is a file of another kind, or another run writes them.
+        SlebError: a file cannot be written or is of another kind, or another run writes it.
     """
     if not is_first():
-        # The first process writes, and may have begun to before this one looks.
+        # The first process writes, and may already have begun.
         yield
         return
     for path, kind in outputs:
@@ -95,7 +94,7 @@ def claimed(outputs: Sequence[Output], *, force: bool = False) -> Iterator[None]
 
 
 def _is_free(path: Path, kind: Kind) -> bool:
-    """Whether nothing is lost by writing there but a file of this kind."""
+    """Return whether writing there replaces nothing but a file of this kind."""
     if not path.exists() or is_stream(path) or path.stat().st_size == 0:
         return True
     try:
@@ -106,20 +105,20 @@ def _is_free(path: Path, kind: Kind) -> bool:
 
 @contextmanager
 def locked(lock: Path, what: Path) -> Iterator[None]:
-    """Hold a lock, which the system takes from a process that is killed.
+    """Hold a lock, which the system releases if the process is killed.
 
     Args:
-        lock: a file that is there as long as the lock is held.
-        what: what it protects, for the message.
+        lock: a file that exists while the lock is held.
+        what: description of the protected output, for the message.
 
     Raises:
-        SlebError: another process holds it, or the file cannot be made.
+        SlebError: another process holds it, or the file cannot be created.
     """
     descriptor = _lock(lock, what)
     try:
         yield
     finally:
-        # Before it is given up: whoever opened the file by now finds that it is gone.
+        # Remove before releasing, so that a process that has opened the file finds it gone.
         with contextlib.suppress(OSError):
             lock.unlink()
         os.close(descriptor)
@@ -150,7 +149,7 @@ def _lock(lock: Path, what: Path) -> int:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files and folders of runs that were killed; the lock must be held."""
+    """Remove the temporary files and folders of killed runs; the lock must be held."""
     pattern = re.compile(re.escape(temporary_prefix(path)) + r"[a-z0-9_]{8}")
     with contextlib.suppress(OSError):
         for entry in path.parent.iterdir():

@@ -1,4 +1,4 @@
-"""Temporary folders, of which none stays: the next run removes those of runs that were killed."""
+"""Temporary folders; the next run removes those of killed runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 _PREFIX = "sleb-serve-"
 _SETTLED = 60.0
-"""Seconds after which a folder without a lock is of a run that is no more."""
+"""Seconds after which a folder without a lock belongs to a dead run."""
 
 
 class ScratchFolder(tempfile.TemporaryDirectory[str]):
-    """A temporary folder that is locked; those of runs that were killed are removed."""
+    """Provide a locked temporary folder, and remove those of killed runs."""
 
     def __init__(self) -> None:
         _remove_abandoned()

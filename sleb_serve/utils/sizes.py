@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them."""
+"""Parsing and formatting of sizes in bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?\Z", re.IGNOREC
 
 
 def parse_size(text: str) -> int:
-    """Bytes from ``2GiB``, ``1.5G``, ``800M`` or a plain number; units are powers of 1024.
+    """Parse ``2GiB``, ``1.5G``, ``800M`` or a plain number; units are powers of 1024.
 
     Raises:
         SlebError: anything else.
@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """Bytes for people, to a tenth of a unit."""
+    """Format bytes to a tenth of a unit."""
     for unit in ("GiB", "MiB"):
         scale = _UNITS[unit[0]]
         if size >= scale:

@@ -1,8 +1,8 @@
-"""Strict JSON: what is not exactly expected is refused, by the name of its place in the file.
+"""Strict JSON: rejects anything unexpected, and names its place in the file.
 
-Each reader takes a value and where it stands, and returns it with its type known. Duplicate keys,
-NaN and infinities, booleans for numbers, unknown keys, endless nesting and text that is not Unicode
-are refused with a `SlebError`.
+Each reader takes a value and its place, and returns the value with a known type. Duplicate keys,
+NaN and infinities, booleans for numbers, unknown keys, excessive nesting and text that is not
+Unicode are refused with a `SlebError`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
 def canonical(value: object) -> bytes:
-    """One spelling for equal JSON values: sorted keys, no blanks, ASCII. The input of digests."""
+    """Serialise JSON canonically for digests: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def load(data: bytes, *, of_others: bool = False) -> object:
-    """Parse UTF-8 JSON, refusing what JSON parsers commonly let through.
+    """Parse UTF-8 JSON, and refuse input that parsers commonly accept.
 
     Args:
         data: the text.
-        of_others: allow what other programs write into configs: infinities, longer integers.
+        of_others: allow values that other programs write into configs: infinities, longer integers.
     """
     longest = 40 if of_others else 20
 
@@ -92,14 +92,15 @@ def _check_depth_and_text(value: object) -> None:
             elif isinstance(item, list):
                 below.extend(item)
             elif isinstance(item, str) and not item.isascii() and _SURROGATE.search(item):
-                # JSON can spell half a surrogate pair; UTF-8 cannot, so it could not be written.
+                # JSON can encode half a surrogate pair, but UTF-8 cannot, so it could not be
+                # written.
                 raise SlebError(f"text {short(item)} has a lone surrogate; it is not Unicode text")
         level = below
     raise SlebError("nested too deeply")
 
 
 def short(value: object) -> str:
-    """The value for a message: ASCII, one line, at most 60 characters."""
+    """Format a value for a message: ASCII, one line, at most 60 characters."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
@@ -107,7 +108,7 @@ def short(value: object) -> str:
 def object_(
     value: object, where: str, *, required: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """An object with all of the required keys, maybe the optional ones, and no others."""
+    """Read an object with all required keys, any optional ones, and no others."""
     if not isinstance(value, dict):
         raise SlebError(f"{where} must be an object, found {short(value)}")
     unknown = next((key for key in value if key not in required and key not in optional), None)
@@ -124,41 +125,41 @@ def object_(
 
 
 def without_advice(error: SlebError) -> str:
-    """What is wrong, without the next step, which is for manifests."""
+    """Describe the error, without the next step, which only applies to manifests."""
     return str(error).partition(";")[0]
 
 
 def any_object(value: object, where: str) -> dict[str, Any]:
-    """An object with whatever keys."""
+    """Read an object with any keys."""
     if not isinstance(value, dict):
         raise SlebError(f"{where} must be an object, found {short(value)}")
     return value
 
 
 def list_(value: object, where: str) -> list[Any]:
-    """A list of whatever."""
+    """Read a list of any values."""
     if not isinstance(value, list):
         raise SlebError(f"{where} must be a list, found {short(value)}")
     return value
 
 
 def line(value: object, where: str) -> str:
-    """A text of one line that a terminal shows as it is: no controls, no other line breaks."""
+    """Read one line of printable text without control characters or line breaks."""
     if not isinstance(value, str) or not value or not value.isprintable():
         raise SlebError(f"{where} must be a line of text, found {short(value)}")
     return value
 
 
 def sha256(value: object, where: str) -> str:
-    """A SHA-256 digest in lower-case hexadecimal."""
+    """Read a SHA-256 digest in lower-case hexadecimal."""
     if not isinstance(value, str) or not _SHA256.match(value):
         raise SlebError(f"{where} must be 64 lower-case hexadecimal digits, found {short(value)}")
     return value
 
 
 def integer(value: object, where: str, low: int, high: int) -> int:
-    """A whole number from `low` to `high`."""
-    # bool is a subclass of int; a manifest that says true for 1 was not written by this program.
+    """Read a whole number from `low` to `high`."""
+    # bool is a subclass of int; a manifest with true for 1 was not written by this program.
     if isinstance(value, bool) or not isinstance(value, int):
         raise SlebError(f"{where} must be a whole number, found {short(value)}")
     if not low <= value <= high:
@@ -167,7 +168,7 @@ def integer(value: object, where: str, low: int, high: int) -> int:
 
 
 def number(value: object, where: str) -> float:
-    """A finite number."""
+    """Read a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SlebError(f"{where} must be a number, found {short(value)}")
     return float(value)
