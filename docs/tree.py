@@ -21,6 +21,7 @@ _OTHER = {
     "benchmarks/soak": "a pruned server under mixed load",
     "deploy": "a Grafana board, Prometheus, compose",
     "deploy/kubernetes": "a pruned model on two GPUs",
+    "deploy/nginx": "another number of blocks without a gap",
     "docs": "this documentation; generate.py writes its generated parts",
     "requirements": "the lock files: the CPU stack, and what checks deploy/",
     "tests": "the suite; oracle.py holds the independent answers",
