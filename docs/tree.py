@@ -22,6 +22,7 @@ _OTHER = {
     "benchmarks/soak": "a pruned server under mixed load",
     "deploy": "a Grafana dashboard, Prometheus, compose",
     "deploy/kubernetes": "a pruned model on two GPUs",
+    "deploy/nginx": "another number of blocks without a gap",
     "docs": "this documentation; generate.py writes its generated parts",
     "requirements": "the lock files: the CPU stack, and the linters for deploy/",
     "tests": "the test suite; oracle.py computes independent reference results",

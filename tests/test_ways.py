@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from conftest import Models
+from exports import exported
 from forking import run_fork
 from running import OPTIONS, printed_command, selected
 from sleb_serve.cli.main import main
@@ -172,13 +173,20 @@ def test_every_pair_of_ways_ends_in_an_error_or_in_the_manifests_model(case: Cas
 
 
 def test_a_model_that_runs_reloads_its_own_weights_only(case: Case) -> None:
-    command = printed_command(case.model, case.manifest, *OPTIONS)
-    folders = [str(case.model), case.places["{copy}"], case.places["{other}"]]
+    command, others = (
+        printed_command(case.model, case.manifest, *OPTIONS, *blocks)
+        for blocks in ([], ["--blocks", "2"])
+    )
+    shorter = exported(case.model, [2, 5], case.folder / "shorter")
+    folders = [str(case.model), case.places["{copy}"], case.places["{other}"], str(shorter)]
     job, output, log = (case.folder / name for name in ("job.json", "reloaded.json", "log"))
-    arguments = command[command.index("--model") :]
-    job.write_text(json.dumps({"arguments": arguments, "folders": folders}))
+    start = command.index("--model")
+    asked = {"arguments": command[start:], "others": others[start:], "folders": folders}
+    job.write_text(json.dumps(asked))
     assert run_fork(reload_others, log, str(job), str(output)) == 0, log.read_text()[-4000:]
-    own, copy, other = json.loads(output.read_text())
+    own, copy, other, fewer, depth = json.loads(output.read_text())
     assert own == copy
     assert own.endswith(" tensors")
     assert "architecture expected LlamaForCausalLM, found OPTForCausalLM" in other
+    assert "number of decoder blocks expected 8, found 6" in fewer
+    assert "the model that runs is of manifest sleb3-" in depth

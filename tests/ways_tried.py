@@ -91,32 +91,41 @@ def _join() -> None:
 
 
 def reload_others(job: str, output: str) -> None:
-    """In a fork: load a command's model, and ask its loader for the weights of other folders."""
+    """In a fork: load a command's model, and ask its loader for the weights of other folders.
+
+    And at last for those that another command asks for.
+    """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     asked = json.loads(Path(job).read_text())
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(asked["arguments"])
-    Path(output).write_text(json.dumps(_reloaded(arguments, asked["folders"])))
+    parser = make_arg_parser(FlexibleArgumentParser())
+    arguments, others = (parser.parse_args(asked[name]) for name in ("arguments", "others"))
+    Path(output).write_text(json.dumps(_reloaded(arguments, asked["folders"], others)))
     os._exit(0)
 
 
-def _reloaded(arguments: Any, folders: list[str]) -> list[str]:
+def _reloaded(arguments: Any, folders: list[str], others: Any) -> list[str]:
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.model_executor.model_loader import get_model_loader
 
-    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    config, other = (
+        AsyncEngineArgs.from_cli_args(asked).create_engine_config() for asked in (arguments, others)
+    )
     found = []
     with set_current_vllm_config(config):
         _join()
         loader = get_model_loader(config.load_config)
         model = loader.load_model(vllm_config=config, model_config=config.model_config)
-        for folder in folders:
-            # As vLLM's reload_weights does with a path.
-            config.model_config.model = folder
+        for folder in [*folders, None]:
             try:
-                weights = loader.get_all_weights(config.model_config, model)
+                if folder is None:
+                    weights = loader.get_all_weights(other.model_config, model)
+                else:
+                    # As vLLM's reload_weights does with a path.
+                    config.model_config.model = folder
+                    weights = loader.get_all_weights(config.model_config, model)
                 found.append(f"{len(list(weights))} tensors")
             except Exception as error:
                 found.append(f"{type(error).__name__}: {error}")

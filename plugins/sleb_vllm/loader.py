@@ -133,10 +133,15 @@ class SlebModelLoader(BaseModelLoader):
         """The tensors under their new names, for vLLM to load a second time in place.
 
         Raises:
-            SlebError: vLLM was told to load another model than the manifest's.
+            SlebError: vLLM was told to load another model than the manifest's, or by another one.
         """
+        built: Pruning = model.sleb.pruning
         pruning = Pruning.of_config(model_config.hf_config)
-        assert pruning is not None
+        if pruning is None or pruning.digest != built.digest:
+            raise SlebError(
+                f"the model that runs is of manifest {built.tag}, and its layers cannot change: "
+                f"start another server with {'none' if pruning is None else pruning.tag}"
+            )
         # Before anything is read: what is in place stays there.
         checkpoint = self._checkpoint(model_config)
         check_again(checkpoint, model_config.model, pruning)

@@ -34,6 +34,7 @@ from sleb_serve.manifest.repository import MANIFEST_NAME
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.utils.atomic_io import temporary_prefix
 from sleb_serve.utils.outputs import locked, remove_leftovers
+from sleb_serve.utils.signals import signals_held
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|index\.json|ot)|config\.json|\..*"
@@ -294,9 +295,10 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
 def _filled(folder: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
-        temporary = Path(
-            tempfile.mkdtemp(dir=folder.absolute().parent, prefix=temporary_prefix(folder))
-        )
+        with signals_held():
+            temporary = Path(
+                tempfile.mkdtemp(dir=folder.absolute().parent, prefix=temporary_prefix(folder))
+            )
         yield temporary
         temporary.chmod(0o755)
         for file in (path for path in temporary.rglob("*") if path.is_file()):
@@ -309,4 +311,5 @@ def _filled(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with signals_held():
+                shutil.rmtree(temporary, ignore_errors=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils.scratch import ScratchFolder
+from sleb_serve.utils.signals import signals_held
 
 
 def is_stream(path: Path) -> bool:
@@ -76,9 +77,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         path = target_of(path)
         # mkstemp makes the file readable only by its owner, but other users of a shared model store
         # must read manifests, so set the mode that open() would have used.
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path))
-        os.close(descriptor)
-        temporary = Path(name)
+        with signals_held():
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path))
+            os.close(descriptor)
+            temporary = Path(name)
         yield temporary
         with temporary.open("rb+") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())
@@ -95,7 +97,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with signals_held():
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -108,15 +111,19 @@ def shared_folder(folder: Path) -> Iterator[Path]:
         OSError: it could not be created, and no other process created it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary: Path | None = None
     try:
+        with signals_held():
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         yield temporary
         temporary.rename(folder)
     except OSError:
         if not folder.is_dir():
             raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            with signals_held():
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def target_of(path: Path) -> Path:

@@ -21,6 +21,7 @@ from sleb_serve.errors import SlebError, first_line
 from sleb_serve.utils.atomic_io import check_writable, is_stream, target_of, temporary_prefix
 from sleb_serve.utils.distributed import is_first
 from sleb_serve.utils.limited import read_limited
+from sleb_serve.utils.signals import signals_held
 
 _MAX_BYTES = 64 << 20
 
@@ -114,14 +115,18 @@ def locked(lock: Path, what: Path) -> Iterator[None]:
     Raises:
         SlebError: another process holds it, or the file cannot be created.
     """
-    descriptor = _lock(lock, what)
+    descriptor: int | None = None
     try:
+        with signals_held():
+            descriptor = _lock(lock, what)
         yield
     finally:
-        # Remove before releasing, so that a process that has opened the file finds it gone.
-        with contextlib.suppress(OSError):
-            lock.unlink()
-        os.close(descriptor)
+        if descriptor is not None:
+            with signals_held():
+                # Remove before releasing, so that a process that has opened the file finds it gone.
+                with contextlib.suppress(OSError):
+                    lock.unlink()
+                os.close(descriptor)
 
 
 def _lock(lock: Path, what: Path) -> int:

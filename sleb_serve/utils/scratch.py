@@ -11,6 +11,8 @@ import time
 import weakref
 from pathlib import Path
 
+from sleb_serve.utils.signals import signals_held
+
 _PREFIX = "sleb-serve-"
 _SETTLED = 60.0
 """Seconds after which a folder without a lock belongs to a dead run."""
@@ -21,9 +23,10 @@ class ScratchFolder(tempfile.TemporaryDirectory[str]):
 
     def __init__(self) -> None:
         _remove_abandoned()
-        super().__init__(prefix=_PREFIX)
-        descriptor = os.open(self.name, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
+        with signals_held():
+            super().__init__(prefix=_PREFIX)
+            descriptor = os.open(self.name, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptor)
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
