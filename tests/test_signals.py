@@ -45,7 +45,7 @@ def test_a_signal_while_a_file_is_made_leaves_nothing(
 ) -> None:
     module, name = MOMENTS[moment]
     original = getattr(module, name)
-    sent = []
+    sent: list[int] = []
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         result = original(*arguments, **named)
