@@ -35,7 +35,7 @@ def select(model: Path, output: Path) -> list[str]:
 
 def one_line(text: str) -> str:
     """The error message, which must be the last line and the only one of its kind."""
-    lines = [line for line in text.splitlines() if "error" in line.lower()]
+    lines = [line for line in text.splitlines() if "error: " in line.lower()]
     assert len(lines) == 1, text
     assert "Traceback" not in text
     return lines[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -52,13 +53,18 @@ def nginx(folder: Path, port: int, server: int) -> Iterator[str]:
         process = subprocess.Popen([*command, "-g", "daemon off;"], stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 20
-        while not (folder / "nginx.pid").exists():
+        while not listens(port):
             assert time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(20)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_the_configuration_runs_without_a_server(tmp_path: Path) -> None:
