@@ -92,6 +92,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
     return {name: (root / name, result) for name, result in zip(removed, results, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*IMAGES, "qwen3_vl_deepstack"])
 def test_an_image_in_the_prompt_is_seen_as_transformers_sees_it(
     name: str, shown: dict[str, tuple[Path, dict[str, Any]]]

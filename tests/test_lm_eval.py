@@ -33,6 +33,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @needs_data
+@pytest.mark.slow
 def test_tasks_score_as_plain_lm_eval_on_the_exported_checkpoint(
     smollm2: Path, tmp_path: Path
 ) -> None:

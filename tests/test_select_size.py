@@ -45,6 +45,7 @@ def select(model: Path, output: Path, *more: str) -> list[str]:
     return [*command, "--remove", "2", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("budget", "way"), [("212M", "in memory"), ("172M", "from disk")])
 def test_memory_stays_within_the_budget(

@@ -77,6 +77,7 @@ def test_other_samples_of_the_text_say_how_stable_the_list_is(
     assert (tmp_path / "m.json").read_bytes() == again
 
 
+@pytest.mark.slow
 def test_blocks_go_until_the_perplexity_is_too_high(
     smollm2: Path, tmp_path: Path, capsys: Capture
 ) -> None:
