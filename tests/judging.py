@@ -19,6 +19,13 @@ needs_data = pytest.mark.skipif(
 )
 
 
+SOME_TEXT = (
+    *("--perplexity", "python-docs", "--sequence-length", "32", "--sequences", "2"),
+    "--no-answers",
+)
+"""Options of an evaluation of a moment."""
+
+
 def use_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let data sets be found where they are."""
     if _SHARED.is_dir():

@@ -15,6 +15,7 @@ from commands import Capture, refused, run_with_one_thread, select_arguments
 from conftest import Models
 from forking import end_fork, start_fork
 from healing import COMMAND
+from judging import SOME_TEXT
 from sleb_bench.files import claimed_folder
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
@@ -22,15 +23,6 @@ from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.utils.outputs import claimed, locked, object_with
 from sleb_serve.utils.scratch import ScratchFolder
 
-TEXT = (
-    "--perplexity",
-    "python-docs",
-    "--sequence-length",
-    "32",
-    "--sequences",
-    "2",
-    "--no-answers",
-)
 LONG = ("--remove", "6", "--sequences", "30", "--sequence-length", "512")
 """A search of seconds."""
 ANY = object_with("a thing", "thing")
@@ -51,8 +43,8 @@ def writing(model: Path, manifest: Path, output: Path) -> dict[str, list[str]]:
         "select": select_arguments(model, output),
         "select fold": select_arguments(model, output, "--repair", "fold", "--sequences", "4"),
         "heal": ["heal", *removal, *to, *COMMAND],
-        "eval": ["eval", *removal, *TEXT, *to],
-        "eval picture": ["eval", *removal, *TEXT, "--blocks", "0,2", *to],
+        "eval": ["eval", *removal, *SOME_TEXT, *to],
+        "eval picture": ["eval", *removal, *SOME_TEXT, "--blocks", "0,2", *to],
         "import": ["import", str(model), "[1, 3]", *to],
         "mergekit": ["export", *removal, "--format", "mergekit", *to],
         "llama.cpp": ["export", *removal, "--format", "llama.cpp", *to],

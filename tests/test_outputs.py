@@ -12,6 +12,7 @@ import pytest
 
 from commands import Capture, refused, select_arguments
 from conftest import Models
+from judging import SOME_TEXT
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.reader import read_manifest
@@ -29,18 +30,9 @@ def device(path: Path, minor: int) -> Path:
 
 
 def commands(model: Path, manifest: Path, output: Path) -> list[list[str]]:
-    text = [
-        "--perplexity",
-        "python-docs",
-        "--sequence-length",
-        "32",
-        "--sequences",
-        "2",
-        "--no-answers",
-    ]
     return [
         select_arguments(model, output),
-        ["eval", str(model), "-m", str(manifest), "--blocks", "0,2", *text, "-o", str(output)],
+        ["eval", str(model), "-m", str(manifest), "--blocks", "0,2", *SOME_TEXT, "-o", str(output)],
         ["import", str(model), "[1, 3]", "-o", str(output)],
     ]
 
@@ -68,16 +60,7 @@ def test_a_pipe_gets_the_whole_content_once(models: Models, tmp_path: Path) -> N
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
     reader.start()
-    text = [
-        "--perplexity",
-        "python-docs",
-        "--sequence-length",
-        "32",
-        "--sequences",
-        "2",
-        "--no-answers",
-    ]
-    assert main(["eval", str(models("llama")), *text, "-o", str(pipe)]) == 0
+    assert main(["eval", str(models("llama")), *SOME_TEXT, "-o", str(pipe)]) == 0
     reader.join(10)
     report: dict[str, Any] = json.loads(got[0])
     assert report["results"][0]["perplexity"].keys() == {"python-docs"}

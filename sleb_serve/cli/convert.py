@@ -24,7 +24,7 @@ from sleb_serve.convert.rebind import rebind
 from sleb_serve.cut.servable import check_countable, check_servable
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.report import describe
-from sleb_serve.manifest.binding import bind, check_model, revision_of
+from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.reader import MANIFEST, read_manifest
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.utils.atomic_io import write_atomically
@@ -151,8 +151,8 @@ def _import(options: argparse.Namespace) -> int:
         manifest = imported(options.source, options.model, checkpoint, options.run)
         check_servable(checkpoint, manifest.pruning().cut)
         with ReadBar() as bar:
-            binding = bind(options.model, checkpoint, full=True, reading=bar.reading)
-        manifest = replace(manifest, model=binding)
+            full = checkpoint.full_sha256(reading=bar.reading)
+        manifest = replace(manifest, model=replace(manifest.model, full_sha256=full))
         manifest.write(options.output)
     tell(describe(manifest))
     return 0

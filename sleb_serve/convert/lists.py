@@ -5,7 +5,7 @@ An imported list becomes a manifest bound to a model. Formats:
 - a bare list of block numbers, ``[5, 4, 9]`` or ``5,4,9``, as ShortGPT-like scripts print, or an
   object with one under a common name (``removed_layers``, ``layers_to_skip``, ...);
 - SLEB's own results (``sleb.py`` and ``eval.py`` of https://github.com/jiwonsong-dev/SLEB append
-their runs), or the output of a killed ``sleb.py``;
+  their runs), or the output of a killed ``sleb.py``;
 - a mergekit passthrough configuration (https://github.com/arcee-ai/mergekit), with slices of the
   kept blocks;
 - a config.json of LLM-Drop (https://github.com/CASE-Lab-UMD/LLM-Drop) that drops whole blocks.
@@ -95,7 +95,7 @@ def imported(source: str, model: str, checkpoint: Checkpoint, run: int | None = 
 def manifest_of(model: str, checkpoint: Checkpoint, blocks: Sequence[int], origin: str) -> Manifest:
     """Create a manifest that removes `blocks`, in this order, from a local model.
 
-    It holds quick digests of them alone.
+    The binding has quick digests only.
 
     Raises:
         SlebError: the model does not have these blocks.

@@ -76,20 +76,24 @@ class Pruning:
     @property
     def digest(self) -> str:
         """Return the SHA-256 of the canonical JSON content; equal only for equal served models."""
-        content = self.to_dict()
+        content = self.without_path()
         # Adds nothing to weights_sha256.
         content.pop("removed_sha256", None)
         # How much is compared, not what is served.
         content.pop("full_sha256", None)
-        if self.repair is not None:
-            # The file's content, not its path.
-            content["repair"] = {"kind": self.repair.kind, "sha256": self.repair.sha256}
         return hashlib.sha256(strict_json.canonical(content)).hexdigest()
 
     @property
     def tag(self) -> str:
         """Return the pruning's short name, such as ``sleb6-1a2b3c4d``: block count and digest."""
         return f"sleb{len(self.removed)}-{self.digest[:8]}"
+
+    def without_path(self) -> dict[str, Any]:
+        """Return `to_dict` with the content of the repair's file, not its path."""
+        content = self.to_dict()
+        if self.repair is not None:
+            content["repair"] = {"kind": self.repair.kind, "sha256": self.repair.sha256}
+        return content
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content as plain JSON values."""

@@ -12,15 +12,11 @@ from sleb_serve.manifest.pruning import Pruning
 
 def shown(pruning: Pruning, names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> bytes:
     """The JSON of ``GET /sleb/manifest``, made once: any number of requests costs little."""
-    content = pruning.to_dict()
-    if pruning.repair is not None:
-        # What the file holds, not where it lies.
-        content["repair"] = {"kind": pruning.repair.kind, "sha256": pruning.repair.sha256}
     answer = {
         "tag": pruning.tag,
         "digest": pruning.digest,
         "served_model_name": list(names),
-        "pruning": content,
+        "pruning": pruning.without_path(),
         "ranks": list(reports),
     }
     return json.dumps(answer, separators=(",", ":")).encode()
