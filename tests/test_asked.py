@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
@@ -94,3 +95,22 @@ def test_another_models_weights_are_not_loaded_into_a_running_one(
     weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
     with pytest.raises(SlebError, match="weights_sha256 expected"):
         check_again(open_checkpoint(str(other)), str(other), pruning)
+
+
+def test_other_weights_that_only_the_full_digest_tells_are_not_loaded_either(
+    models: Models, tmp_path: Path
+) -> None:
+    path, other = models("llama"), tmp_path / "other"
+    manifest = Manifest(bind(str(path), open_checkpoint(str(path)), full=True), (Removal(1),))
+    shutil.copytree(path, other)
+    weights = other / "model.safetensors"
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors = load_file(weights)
+    # The quick digest reads the first bytes and the last ones of a tensor.
+    tensors[name][tensors[name].shape[0] // 2] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    again = open_checkpoint(str(other))
+    check_again(again, str(other), manifest.pruning())
+    check_again(open_checkpoint(str(path)), str(path), manifest.pruning(full=True))
+    with pytest.raises(SlebError, match="the full digest of block 2 differs"):
+        check_again(again, str(other), manifest.pruning(full=True))

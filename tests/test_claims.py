@@ -18,6 +18,7 @@ from healing import COMMAND
 from judging import SOME_TEXT
 from sleb_bench.files import claimed_folder
 from sleb_serve.cli.main import main
+from sleb_serve.convert.export import export
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.utils.outputs import claimed, locked, object_with
@@ -161,6 +162,25 @@ def test_a_second_run_is_refused_and_a_killed_one_does_not_hold(
     assert len(read_manifest(output).removed) == 6
     hidden = [file for file in tmp_path.iterdir() if file.name.startswith(".")]
     assert hidden == [other]
+
+
+def test_a_second_export_into_a_folder_is_refused_while_the_first_writes(
+    models: Models, manifest: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model, folder = str(models("llama")), tmp_path / "out"
+    command = ["export", model, "-m", str(manifest), "-o", str(folder)]
+    lines = []
+
+    def again(_number: int, _count: int) -> None:
+        capsys.readouterr()
+        lines.append(refused(command, capsys))
+
+    export(model, read_manifest(manifest), folder, on_shard=again)
+    assert lines
+    assert all(f"another run of sleb-serve writes {folder}" in line for line in lines)
+    assert (folder / "config.json").exists()
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+    assert "is there already" in refused(command, capsys)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

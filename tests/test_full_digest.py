@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,26 +300,29 @@ def test_a_form_that_only_the_full_digest_tells_from_the_model_can_be_bound(
     assert "is the manifest's own model" in refused(own, capsys)
 
 
+def engine_job(root: Path, name: str, *, full: bool, **engine: Any) -> dict[str, Any]:
+    """A job of the pruned model on the checkpoint of that name."""
+    path, pruning = root / name, read_manifest(root / "m.json").pruning(full=full)
+    asked = pruned_overrides(pruning, open_checkpoint(str(path)))
+    job = Case("llama", REMOVED).job(root / "model", **engine)
+    return {**job, "model": str(path), "overrides": asked}
+
+
 def test_an_engine_compares_what_it_is_asked_to(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    manifest, case = read_manifest(root / "m.json"), Case("llama", REMOVED)
     shutil.copytree(root / "sharded", tmp_path / "less")
     (tmp_path / "less/gone.safetensors").unlink()
-
-    def job(path: Path, full: bool, **engine: Any) -> dict[str, Any]:
-        asked = pruned_overrides(manifest.pruning(full=full), open_checkpoint(str(path)))
-        return {**case.job(root / "model", **engine), "model": str(path), "overrides": asked}
-
+    full, quick = (partial(engine_job, root, full=asked) for asked in (True, False))
     jobs = {
-        "model": (job(root / "model", True), None),
-        "without the removed shard": (job(tmp_path / "less", True), None),
-        "removed": (job(root / "removed", True), None),
-        "noise, quick": (job(root / "noise", False), None),
-        "byte, quick": (job(root / "byte", False), None),
-        **{name: (job(root / name, True), CHANGES[name][1]) for name in ("byte", "row")},
-        "noise": (job(root / "noise", True), "what lies outside the blocks and 6 more differs"),
+        "model": (full("model"), None),
+        "without the removed shard": (full(str(tmp_path / "less")), None),
+        "removed": (full("removed"), None),
+        "noise, quick": (quick("noise"), None),
+        "byte, quick": (quick("byte"), None),
+        **{name: (full(name), CHANGES[name][1]) for name in ("byte", "row")},
+        "noise": (full("noise"), "what lies outside the blocks and 6 more differs"),
         "eager": (
-            job(root / "model", True, safetensors_load_strategy="eager"),
+            full("model", safetensors_load_strategy="eager"),
             "--safetensors-load-strategy eager may read other bytes",
         ),
     }
@@ -332,10 +336,24 @@ def test_an_engine_compares_what_it_is_asked_to(root: Path, tmp_path: Path) -> N
         else:
             assert message in result.get("error", "accepted"), name
         if name in ("model", "removed", "without the removed shard"):
-            check_equal(result, root / "model", case)
+            check_equal(result, root / "model", Case("llama", REMOVED))
     said = (tmp_path / "output.log").read_text(errors="replace")
     assert said.count("Weights compared with the manifest: full digest") == 3
     assert said.count("Weights compared with the manifest: quick digest") == 2
+
+
+def test_ranks_compare_it_too(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    names = ("model", "row")
+    jobs = [engine_job(root, name, full=True, tensor_parallel_size=2) for name in names]
+    good, bad = run_jobs(jobs, tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert [rank["weights_compared"] for rank in good["ranks"]] == ["full", "full"]
+    check_equal(good, root / "model", Case("llama", REMOVED))
+    assert "error" in bad
+    said = (tmp_path / "output.log").read_text(errors="replace")
+    assert CHANGES["row"][1] in said
+    # One rank compares, for all.
+    assert said.count("Weights compared with the manifest: full digest") == 1
 
 
 def test_a_server_of_other_weights_does_not_start(root: Path, tmp_path: Path) -> None:

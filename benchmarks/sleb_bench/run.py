@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ def _measure(
         records.add("end", measure_by_turns(plan, variants, records, say))
         records.save()
     if _HTTP & set(options.workloads):
-        for entry in serve_and_load(
+        served = serve_and_load(
             options.serving,
             checkpoint,
             variants,
@@ -191,11 +191,13 @@ def _measure(
             say,
             ladder=SERVING in options.workloads,
             search=SLO in options.workloads,
-        ):
-            # The generator continues to use the entry.
-            values = {key: value for key, value in entry.items() if key != "record"}
-            records.add(entry["record"], values)
-            records.save()
+        )
+        with closing(served):
+            for entry in served:
+                # The generator continues to use the entry.
+                values = {key: value for key, value in entry.items() if key != "record"}
+                records.add(entry["record"], values)
+                records.save()
 
 
 def _plan(
@@ -243,7 +245,7 @@ def _sequences(options: BenchOptions, checkpoint: Checkpoint, manifest: Manifest
 
 @contextmanager
 def _report_if_broken(records: Records, say: Say) -> Iterator[None]:
-    """Save the measurements of a failed run, and a report that states the failure."""
+    """Save the measurements of a failed or stopped run, and a report that states a failure."""
     try:
         yield
     except SlebError as error:
@@ -252,6 +254,13 @@ def _report_if_broken(records: Records, say: Say) -> Iterator[None]:
         if records.measured():
             write_report(records.folder)
             say(f"broken off; what was measured is in {records.folder}")
+        raise
+    except BaseException as error:
+        # A signal: keep what was measured, and end soon.
+        records.add("failure", {"what": str(error) or "interrupted"})
+        records.save()
+        if records.measured():
+            say(f"broken off; `sleb-serve report {records.folder}` shows what was measured")
         raise
 
 

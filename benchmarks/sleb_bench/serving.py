@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from sleb_bench.serving_options import INF, ServingOptions
 from sleb_bench.slo import met, next_rate
 from sleb_bench.variants import DENSE, Variant
 from sleb_serve.checkpoint.checkpoint import Checkpoint
+from sleb_serve.utils.signals import signals_held
 
 LADDER = (0.25, 0.5, 0.8, 1.1)
 """Default rates, as shares of the dense model's saturation."""
@@ -28,7 +29,7 @@ def serve_and_load(
     *,
     ladder: bool = True,
     search: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Measure every point on every variant's server in turns.
 
     If a server dies, only its own measurements end, with a ``failure`` record.
@@ -110,8 +111,9 @@ def _start(
         arguments = dict(variant.spec.arguments)
         if variant.capped:
             arguments["num_gpu_blocks_override"] = blocks
-        server = bench.start(variant, arguments)
-        stack.callback(server.stop)
+        with signals_held():
+            server = bench.start(variant, arguments)
+            stack.callback(server.stop)
         servers[variant.name] = server
         begin = time.perf_counter()
         server.wait()

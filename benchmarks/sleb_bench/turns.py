@@ -15,6 +15,7 @@ from sleb_bench.records import Records
 from sleb_bench.variants import DENSE, Variant, processes
 from sleb_serve.roofline.workload import Prompts, Workload
 from sleb_serve.utils.atomic_io import write_atomically
+from sleb_serve.utils.signals import signals_held
 
 Say = Callable[[str], None]
 Draw = Callable[[Workload, str], Prompts]
@@ -114,8 +115,9 @@ class _Turns:
                 process = name if self.plan.one_at_a_time else self._processes[name]
                 if process not in hosts:
                     environment = variant.spec.environment
-                    hosts[process] = Host(environment, self.plan.output / f"{process}.log")
-                    stack.callback(hosts[process].close)
+                    with signals_held():
+                        hosts[process] = Host(environment, self.plan.output / f"{process}.log")
+                        stack.callback(hosts[process].close)
                 about = hosts[process].start(name, self._spec(variant))
                 if name == DENSE:
                     self._dense_blocks = about["kv_cache_blocks"]
