@@ -23,7 +23,7 @@ psutil = pytest.importorskip("psutil")
 from running import ForkedServer  # noqa: E402
 
 ENGINE = ["--engine-args", '{"enforce_eager": true, "dtype": "float32"}']
-SMALL = ["--prompt-length", "64", "--batch", "2", "--output-length", "8", "--precision", "0"]
+SMALL = ["--prompt-length", "64", "--batch", "2", "--output-length", "8", "--precision", "0.01"]
 WAYS = {
     "engines": (["--workloads", "prefill,decode", "--minutes", "30"], '"record": "sample"'),
     "servers": (["--workloads", "serving", "--requests", "8"], '"record": "server"'),
@@ -35,6 +35,8 @@ def run_with_forks(arguments: list[str]) -> None:
     """For a fork: the command line, whose servers and engines are forks too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sleb_bench.engine.process_context", forks)
+        # One call a turn.
+        patch.setattr("sleb_bench.pace.TURN", 0.0)
         patch.setattr("sleb_bench.serving_load.Server", ForkedServer)
         sys.exit(main(arguments))
 
@@ -49,8 +51,13 @@ def writers(folder: Path) -> Iterator[Any]:
             continue
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "number"),
+    [
+        ("engines", signal.SIGINT),
+        pytest.param("servers", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_benchmark_ends_its_processes_and_keeps_its_records(
     way: str, number: signal.Signals, models: Models, tmp_path: Path
 ) -> None:
