@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from bench_records import QUIET
 from sleb_bench import conditions
 from sleb_bench.conditions import Watch, disturbed
 from sleb_bench.engine import EngineSpec
-from sleb_bench.pace import PRECISE, TIME_OVER, Pace, calls_a_turn, warms_up
+from sleb_bench.pace import PRECISE, TIME_OVER, Pace, calls_a_turn, is_due, warms_up
 from sleb_bench.ratios import Ratio
 from sleb_bench.variants import Variant, processes
 from sleb_bench.workloads import workloads
@@ -60,20 +61,30 @@ def test_warm_up_lasts_as_long_as_turns_get_faster(times: list[float], goes_on: 
     assert warms_up(times) == goes_on
 
 
-def test_a_turn_takes_about_a_second() -> None:
-    assert [calls_a_turn(seconds) for seconds in (30.0, 1.4, 0.3, 0.05)] == [1, 1, 3, 20]
+def test_a_turn_takes_a_fifth_of_a_second_or_one_call() -> None:
+    assert [calls_a_turn(seconds) for seconds in (30.0, 0.25, 0.07, 0.01)] == [1, 1, 3, 20]
     assert calls_a_turn(1e-9) == 256
+
+
+def test_intervals_are_looked_at_less_often_the_more_pairs_there_are() -> None:
+    judged = [0]
+    for rounds in range(1, 400):
+        if is_due(rounds, judged[-1]):
+            judged.append(rounds)
+    assert judged[1:17] == list(range(1, 17))
+    assert judged[17:20] == [18, 20, 22]
+    assert all(1.09 < b / a < 1.15 for a, b in pairwise(judged[17:]))
 
 
 def test_a_start_goes_on_until_every_interval_is_narrow(clock: Clock) -> None:
     pace = begun(0.02, minutes=10, starts=1, apart=False, clock=clock)
     both = {"prefill": [NARROW, NARROW], "decode": [NARROW, WIDE]}
     assert pace.unfinished(both, start=1, rounds=6) == ["prefill", "decode"]  # too early to judge
-    assert pace.unfinished(both, start=1, rounds=8) == ["decode"]
-    assert pace.unfinished(both, start=1, rounds=9) == ["prefill", "decode"]  # half an order
+    assert pace.unfinished(both, start=1, rounds=16) == ["decode"]
+    assert pace.unfinished(both, start=1, rounds=17) == ["prefill", "decode"]  # half an order
     assert pace.verdict(both, start=1, seconds=10) is None
     clock.now = 10 * 60
-    assert pace.unfinished(both, start=1, rounds=8) == []
+    assert pace.unfinished(both, start=1, rounds=16) == []
     assert pace.verdict(both, start=1, seconds=10) == TIME_OVER
     assert pace.verdict({"prefill": [NARROW]}, start=1, seconds=10) == PRECISE
 
@@ -98,8 +109,8 @@ def test_time_is_shared_among_the_starts(clock: Clock) -> None:
     # Of three starts the first need not be as precise as all of them.
     three_percent = {"decode": [Ratio(1.2, (1.2 / 1.03, 1.2 * 1.03), "blocks", 9)]}
     clock.now = 0
-    assert pace.unfinished(three_percent, start=1, rounds=8) == []
-    assert pace.unfinished(three_percent, start=3, rounds=8) == ["decode"]
+    assert pace.unfinished(three_percent, start=1, rounds=16) == []
+    assert pace.unfinished(three_percent, start=3, rounds=16) == ["decode"]
     assert pace.verdict({"decode": [NARROW]}, start=1, seconds=10) is None
     # No start begins that would end too late.
     clock.now = 8.5 * 60
@@ -110,13 +121,13 @@ def test_time_is_shared_among_the_starts(clock: Clock) -> None:
 def test_engines_apart_are_started_again_rather_than_measured_longer(clock: Clock) -> None:
     wide = {"decode": [WIDE]}
     pace = begun(0.02, minutes=10, starts=3, apart=True, clock=clock)
-    assert pace.unfinished(wide, start=1, rounds=8) == []
+    assert pace.unfinished(wide, start=1, rounds=16) == []
     assert pace.verdict(wide, start=9, seconds=10) is None
     # Engines of one process, too, where starts turn out to differ.
     together = begun(0.02, minutes=10, starts=3, apart=False, clock=clock)
-    assert together.unfinished(wide, start=3, rounds=8) == ["decode"]
+    assert together.unfinished(wide, start=3, rounds=16) == ["decode"]
     differ = {"decode": [Ratio(1.2, (1.1, 1.3), "starts", 3)]}
-    assert together.unfinished(differ, start=3, rounds=8) == []
+    assert together.unfinished(differ, start=3, rounds=16) == []
 
 
 def test_what_runs_on_one_cpu_in_one_environment_shares_a_process() -> None:

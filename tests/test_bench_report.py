@@ -78,7 +78,7 @@ def test_the_markdown_has_every_number_of_the_table() -> None:
     [
         ((1.16, 1.22), "not told apart from ideal", "at least 80 %, not told apart from ideal"),
         ((1.12, 1.18), "below ideal", "75 % (60 to 90)"),
-        ((1.21, 1.23), "above ideal", "above ideal: 110 % (105 to 115)"),
+        ((1.21, 1.23), "above ideal", "above ideal"),
         ((0.98, 1.30), "no gain shown", "no gain shown"),
         (None, None, ""),
     ],
@@ -90,22 +90,22 @@ def test_no_more_is_said_of_the_ideal_than_the_interval_tells(
     found = against_ideal(Ratio(mean, interval), 1.2)
     assert found["verdict"] == verdict
     assert efficiency_cell(found) == text
-    told = verdict in {"below ideal", "above ideal"}
+    told = verdict == "below ideal"
     assert (found["efficiency"] is not None) == told == (found["efficiency_interval"] is not None)
 
 
 def test_the_report_says_which_pairs_were_disturbed_and_why_the_run_ended() -> None:
-    many = records((9.0, *(1.0 + number / 100 for number in range(12))), 1.2)
+    many = records((9.0, *(1.0 + number / 100 for number in range(20))), 1.2)
     for sample in many:
         if (sample.get("workload"), sample.get("round")) == ("decode", 3):
             sample["conditions"] = {**QUIET, "disturbed": True}
     (ratio,) = make_report(many)["workloads"]["decode"]["ratios"]
-    assert [pair["disturbed"] for pair in ratio["pairs"]] == [n == 3 for n in range(1, 13)]
+    assert [pair["disturbed"] for pair in ratio["pairs"]] == [n == 3 for n in range(1, 21)]
     without = [r for r in many if (r.get("workload"), r.get("round")) != ("decode", 3)]
     (quiet,) = make_report(without)["workloads"]["decode"]["ratios"]
     assert ratio["quiet_ratio"] == quiet["ratio"] != ratio["ratio"]
     text = to_markdown(make_report(many))
-    assert "12 pairs in one start; 1 disturbed" in text
+    assert "20 pairs in one start; 1 disturbed" in text
     assert f"without those {quiet['ratio']:.3f}" in text
     assert "Ended after 1.5 of 1 minutes, 1 start: time over. Wider than 2 % to a side:" in text
 

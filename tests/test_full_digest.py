@@ -5,23 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from changed_weights import CHANGES, REMOVED, changed_models
 from commands import Capture, refused, select_arguments
 from conftest import Models
-from engines import Case, check_equal, run_jobs
 from healing import SMALL
-from running import LOCAL, OPTIONS, printed_command, run_until_end
 from sleb_serve.checkpoint.full_digest import full_digests
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli.main import main
@@ -31,15 +27,7 @@ from sleb_serve.healing.pipeline import heal
 from sleb_serve.manifest.binding import check_readable
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.reader import read_manifest
-from sleb_serve.serving.command import pruned_overrides, serve_command
-
-EMBEDDING = "model.embed_tokens.weight"
-REMOVED = (2, 5)
-
-
-def weight(block: int) -> str:
-    """A tensor of 128 KiB."""
-    return f"model.layers.{block}.mlp.up_proj.weight"
+from sleb_serve.serving.command import serve_command
 
 
 def plainly(folder: Path) -> tuple[str, ...]:
@@ -61,72 +49,9 @@ def plainly(folder: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def flip_middle(name: str) -> Callable[[dict[str, Any]], None]:
-    """Change the lowest bit of a byte in the middle of a tensor, between two samples."""
-
-    def change(tensors: dict[str, Any]) -> None:
-        raw = tensors[name].reshape(-1).view(np.uint8)
-        raw[raw.size // 2] ^= 1
-
-    return change
-
-
-def another_row(tensors: dict[str, Any]) -> None:
-    """Another embedding of one token, all of whose bytes lie between two samples."""
-    tensors[EMBEDDING][200] = np.random.default_rng(0).normal(size=128)
-
-
-def noise(tensors: dict[str, Any]) -> None:
-    """Noise in all bytes that the quick digest does not read."""
-    generator = np.random.default_rng(0)
-    for tensor in tensors.values():
-        values = tensor.reshape(-1)
-        if tensor.nbytes > 4 * 4096:
-            unread = np.ones(values.size, bool)
-            for sample in range(4):
-                first = sample * (tensor.nbytes - 4096) // 3
-                unread[first // 4 : -(-(first + 4096) // 4)] = False
-            values[unread] = generator.normal(size=int(unread.sum()))
-
-
-CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "byte": (flip_middle(weight(3)), "the full digest of block 3 differs"),
-    "row": (another_row, "the full digest of what lies outside the blocks differs"),
-    "removed": (flip_middle(weight(5)), "the full digest of block 5 differs"),
-    "noise": (noise, "the full digest of what lies outside the blocks and 8 more differs"),
-}
-"""What only the full digest sees, and what is said of it."""
-
-
 @pytest.fixture(scope="module")
 def root(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders by name: `model`, one for each change, `sharded`; and `m.json`, the model's."""
-    folder, model = tmp_path_factory.mktemp("full"), models("llama")
-    shutil.copytree(model, folder / "model")
-    asked = ["import", str(folder / "model"), json.dumps(REMOVED), "-o", str(folder / "m.json")]
-    assert main(asked) == 0
-    tensors = load_file(model / "model.safetensors")
-    for name, (change, _) in CHANGES.items():
-        shutil.copytree(model, folder / name)
-        changed = {key: tensor.copy() for key, tensor in tensors.items()}
-        change(changed)
-        save_file(changed, folder / name / "model.safetensors", {"format": "pt"})
-    _shard(folder / "model", folder / "sharded")
-    return folder
-
-
-def _shard(model: Path, folder: Path) -> None:
-    """The removed blocks in a shard of their own, and the others' tensors by turns in two."""
-    shutil.copytree(model, folder)
-    (folder / "model.safetensors").unlink()
-    shards: dict[str, dict[str, Any]] = {f"{name}.safetensors": {} for name in ("a", "b", "gone")}
-    for number, (name, tensor) in enumerate(load_file(model / "model.safetensors").items()):
-        gone = any(f".layers.{block}." in name for block in REMOVED)
-        shards["gone.safetensors" if gone else f"{'ab'[number % 2]}.safetensors"][name] = tensor
-    for name, tensors in shards.items():
-        save_file(tensors, folder / name, {"format": "pt"})
-    places = {name: file for file, tensors in shards.items() for name in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return changed_models(models("llama"), tmp_path_factory.mktemp("full"))
 
 
 def without_digest(root: Path, folder: Path) -> Path:
@@ -298,71 +223,3 @@ def test_a_form_that_only_the_full_digest_tells_from_the_model_can_be_bound(
     capsys.readouterr()
     own = ["rebind", str(root / "m.json"), str(root / "sharded"), *asked]
     assert "is the manifest's own model" in refused(own, capsys)
-
-
-def engine_job(root: Path, name: str, *, full: bool, **engine: Any) -> dict[str, Any]:
-    """A job of the pruned model on the checkpoint of that name."""
-    path, pruning = root / name, read_manifest(root / "m.json").pruning(full=full)
-    asked = pruned_overrides(pruning, open_checkpoint(str(path)))
-    job = Case("llama", REMOVED).job(root / "model", **engine)
-    return {**job, "model": str(path), "overrides": asked}
-
-
-def test_an_engine_compares_what_it_is_asked_to(root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    shutil.copytree(root / "sharded", tmp_path / "less")
-    (tmp_path / "less/gone.safetensors").unlink()
-    full, quick = (partial(engine_job, root, full=asked) for asked in (True, False))
-    jobs = {
-        "model": (full("model"), None),
-        "without the removed shard": (full(str(tmp_path / "less")), None),
-        "removed": (full("removed"), None),
-        "noise, quick": (quick("noise"), None),
-        "byte, quick": (quick("byte"), None),
-        **{name: (full(name), CHANGES[name][1]) for name in ("byte", "row")},
-        "noise": (full("noise"), "what lies outside the blocks and 6 more differs"),
-        "eager": (
-            full("model", safetensors_load_strategy="eager"),
-            "--safetensors-load-strategy eager may read other bytes",
-        ),
-    }
-    results = run_jobs([asked for asked, _ in jobs.values()], tmp_path)
-    for name, result in zip(jobs, results, strict=True):
-        message = jobs[name][1]
-        if message is None:
-            assert "error" not in result, (name, result["error"])
-            (rank,) = result["ranks"]
-            assert rank["weights_compared"] == ("quick" if "quick" in name else "full")
-        else:
-            assert message in result.get("error", "accepted"), name
-        if name in ("model", "removed", "without the removed shard"):
-            check_equal(result, root / "model", Case("llama", REMOVED))
-    said = (tmp_path / "output.log").read_text(errors="replace")
-    assert said.count("Weights compared with the manifest: full digest") == 3
-    assert said.count("Weights compared with the manifest: quick digest") == 2
-
-
-def test_ranks_compare_it_too(root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    names = ("model", "row")
-    jobs = [engine_job(root, name, full=True, tensor_parallel_size=2) for name in names]
-    good, bad = run_jobs(jobs, tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert [rank["weights_compared"] for rank in good["ranks"]] == ["full", "full"]
-    check_equal(good, root / "model", Case("llama", REMOVED))
-    assert "error" in bad
-    said = (tmp_path / "output.log").read_text(errors="replace")
-    assert CHANGES["row"][1] in said
-    # One rank compares, for all.
-    assert said.count("Weights compared with the manifest: full digest") == 1
-
-
-def test_a_server_of_other_weights_does_not_start(root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    from sleb_bench.server import free_port
-
-    port = free_port()
-    asked = [*OPTIONS, "--sleb-verify", "full", *LOCAL, str(port)]
-    command = printed_command(root / "row", root / "m.json", *asked)
-    code, output = run_until_end(command, port, tmp_path / "log")
-    assert code > 0
-    assert CHANGES["row"][1] in output, output[-3000:]

@@ -14,15 +14,15 @@ from statistics import median
 
 import numpy as np
 
-from sleb_bench.pace import PRECISE, Pace
+from sleb_bench.pace import PRECISE, TURN, Pace, is_due
 from sleb_bench.ratios import Ratio, paired_ratio
 from sleb_serve.utils.markdown import table
 
 TRUTH = 1.19
 STARTING = 12.0
 """Seconds to start the engines."""
-OTHER = 1.0
-"""Seconds of another workload's turn between two pairs."""
+OTHER = 2 * TURN
+"""Seconds of another workload's turns between two pairs."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Machine:
 MACHINES = {
     "quiet": Machine(),
     "noisy, 5 % a turn": Machine(noise=0.05),
+    "noisy, 15 % a turn": Machine(noise=0.15),
     "spikes of 30 % in a tenth of the turns": Machine(noise=0.03, spikes=0.1),
     "bursts of 2 s, up to 6 times slower": Machine(0.03, 2, 6, 6),
     "bursts of 5 s, up to 3 times slower": Machine(0.03, 5, 10, 3),
@@ -123,9 +124,11 @@ def simulate(
         pace.ready()
         ratio = TRUTH * math.exp(source.normal(0, machine.starts))
         found.append([])
+        judged = 0
         while True:
             found[-1].append(_pair(machine, clock, source, ratio, len(found[-1]) + 1))
-            so_far = {"": [paired_ratio(found, apart=machine.apart)]}
+            if is_due(len(found[-1]), judged):
+                so_far, judged = {"": [paired_ratio(found, apart=machine.apart)]}, len(found[-1])
             if not pace.unfinished(so_far, len(found), len(found[-1])):
                 break
             clock.work(OTHER)
@@ -138,13 +141,14 @@ def simulate(
 def _pair(
     machine: Machine, clock: Clock, source: np.random.Generator, ratio: float, number: int
 ) -> float:
-    """Simulate a turn of each engine in alternating order; return the ratio of speeds."""
+    """Simulate a turn of each engine in changing order; return the ratio of speeds."""
     seconds = {}
-    for work in (ratio, 1.0) if number % 2 else (1.0, ratio):
+    first = number % 4 in (1, 0)
+    for work in (ratio, 1.0) if first else (1.0, ratio):
         noise = math.exp(source.normal(0, machine.noise))
         if source.random() < machine.spikes:
             noise *= 1 + source.exponential(0.3)
-        seconds[work] = clock.work(work * noise)
+        seconds[work] = clock.work(TURN * work * noise)
     return seconds[ratio] / seconds[1.0]
 
 

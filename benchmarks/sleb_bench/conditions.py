@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 _STAT, _CLOCKS = Path("/proc/stat"), Path("/sys/devices/system/cpu")
+_COARSE = 3
 _DISTURBED_SHARE = 0.05
 _DISTURBED_CLOCK = 0.05
 
@@ -25,7 +26,7 @@ class Conditions:
         steal: share of all CPU time given to other machines by the hypervisor.
         load: one-minute load average at its end.
         mhz: mean CPU clock at its end.
-        disturbed: whether `others` and `steal` exceed 5 % of the machine.
+        disturbed: whether `others` and `steal` exceed 5 % of the machine, and three clock ticks.
     """
 
     others: float | None
@@ -49,6 +50,7 @@ class Watch:
         own, ticks, now = time.process_time(), _ticks(), time.perf_counter()
         own += _children_seconds() - self._own
         others = steal = None
+        limit = _DISTURBED_SHARE
         if ticks is not None and self._ticks is not None:
             busy, stolen = (
                 (new - old) / os.sysconf("SC_CLK_TCK")
@@ -57,8 +59,9 @@ class Watch:
             whole = (now - self._begin) * ticks[2]
             # Ticks are coarse, so differences may be slightly negative.
             others, steal = max(0.0, busy - own) / whole, stolen / whole
+            limit = max(limit, _COARSE / os.sysconf("SC_CLK_TCK") / whole)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        elsewhere = (others or 0.0) + (steal or 0.0) > _DISTURBED_SHARE
+        elsewhere = (others or 0.0) + (steal or 0.0) > limit
         found = Conditions(_rounded(others), _rounded(steal), _rounded(load), _mhz(), elsewhere)
         return own, found
 

@@ -9,12 +9,18 @@ from dataclasses import dataclass
 
 from sleb_bench.ratios import Ratio
 
-TURN = 1.0
-"""Target seconds per turn."""
+TURN = 0.2
+"""Target seconds per turn.
+
+On shared machines the speed changes at every time scale, so that two turns of a tenth of a second
+differ by as much as two of two seconds: short turns give more pairs in the same time.
+"""
 PRECISE, TIME_OVER = "precise", "time over"
-FEWEST = 8
+FEWEST = 16
 """Minimum number of pairs for an interval."""
 _FEWEST_A_START = 4
+_MORE = 1.1
+"""Growth of the number of rounds between two looks at the intervals."""
 _MOST_CALLS = 256
 _WARM_UP_MOST = 8
 _TREND = 0.05
@@ -34,8 +40,16 @@ def warms_up(times: Sequence[float]) -> bool:
 
 
 def calls_a_turn(seconds: float) -> int:
-    """Return the number of calls in a turn of about a second."""
+    """Return the number of calls in a turn of about `TURN` seconds."""
     return max(1, min(_MOST_CALLS, round(TURN / seconds)))
+
+
+def is_due(rounds: int, judged: int) -> bool:
+    """Return whether to compute the intervals after `rounds`, last done after `judged`.
+
+    Looking less often costs less, and stops fewer runs at an interval that is narrow by chance.
+    """
+    return rounds <= FEWEST or rounds >= _MORE * judged
 
 
 @dataclass

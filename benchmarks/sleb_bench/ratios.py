@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 BLOCK = 4
 """Neighbouring pairs in a jackknife block, because they are correlated."""
-_FEWEST_BLOCKS = 8
+_FEWEST_BLOCKS, _MOST_BLOCKS = 8, 40
 _STARTS_DIFFER = 3.0
 """Variance ratio between and within starts above which starts are the samples."""
 
@@ -107,10 +107,11 @@ def _of_blocks(values: NDArray[Any], blocks: NDArray[Any]) -> tuple[float, float
 
 
 def _blocks(lengths: Sequence[int]) -> NDArray[Any]:
-    """Assign pairs to blocks of `BLOCK` neighbours in a start, or fewer with few pairs."""
+    """Assign pairs to blocks of `BLOCK` neighbours in a start; fewer with few pairs, or more."""
     import numpy as np
 
-    size = min(BLOCK, max(1, sum(lengths) // _FEWEST_BLOCKS))
+    pairs = sum(lengths)
+    size = max(min(BLOCK, max(1, pairs // _FEWEST_BLOCKS)), math.ceil(pairs / _MOST_BLOCKS))
     sizes: list[int] = []
     for length in lengths:
         # Remaining pairs belong to the start's last block.
@@ -149,8 +150,8 @@ def against_ideal(ratio: Ratio, ideal: float | None) -> dict[str, Any]:
 
     Returns:
         ``verdict``, one of `BELOW`, `LIKE_IDEAL`, `ABOVE` and `NO_GAIN`; ``efficiency`` and
-        ``efficiency_interval`` if the interval excludes the ideal; otherwise
-        ``efficiency_at_least``. The other values are None.
+        ``efficiency_interval`` if the interval is below the ideal; ``efficiency_at_least`` if it
+        holds the ideal. The other values are None: an efficiency above 1 has no meaning.
     """
     found: dict[str, Any] = dict.fromkeys(
         ("verdict", "efficiency", "efficiency_interval", "efficiency_at_least")
@@ -162,9 +163,11 @@ def against_ideal(ratio: Ratio, ideal: float | None) -> dict[str, Any]:
         return {**found, "verdict": NO_GAIN}
     if low <= ideal <= high:
         return {**found, "verdict": LIKE_IDEAL, "efficiency_at_least": efficiency(low, ideal)}
+    if low > ideal:
+        return {**found, "verdict": ABOVE}
     return {
         **found,
-        "verdict": BELOW if high < ideal else ABOVE,
+        "verdict": BELOW,
         "efficiency": efficiency(ratio.mean, ideal),
         "efficiency_interval": [efficiency(edge, ideal) for edge in (low, high)],
     }

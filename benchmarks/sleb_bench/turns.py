@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.engine import Engine, EngineSpec, Host, has_gpu
-from sleb_bench.pace import FEWEST, Pace, Ratios, calls_a_turn, warms_up
+from sleb_bench.pace import FEWEST, Pace, Ratios, calls_a_turn, is_due, warms_up
 from sleb_bench.pairs import are_apart, compared, pairs_of, speed_ratio
 from sleb_bench.records import Records
 from sleb_bench.variants import DENSE, Variant, processes
@@ -19,7 +19,8 @@ from sleb_serve.utils.signals import signals_held
 
 Say = Callable[[str], None]
 Draw = Callable[[Workload, str], Prompts]
-_NEWS = 4
+_NEWS = 15.0
+"""Seconds between two progress messages, which also save the records."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class _Turns:
         """Warm up, then measure rounds until this start is over."""
         calls = {w.name: self._warm_up(start, w, group, engines) for w in self.plan.todo}
         left, done = {workload.name for workload in self.plan.todo}, 0
+        ratios, judged, told = self._ratios(), 0, self.pace.clock()
         while left:
             done += 1
             for workload in self.plan.todo:
@@ -146,10 +148,12 @@ class _Turns:
             if self.plan.one_at_a_time:
                 left = left if done < FEWEST else set()
                 continue
-            ratios = self._ratios()
-            if not done % _NEWS:
-                self.say(_so_far(ratios, done))
+            if is_due(done, judged):
+                ratios, judged = self._ratios(), done
+            if self.pace.clock() - told >= _NEWS:
+                self.say(_so_far(ratios, judged))
                 self.records.save()
+                told = self.pace.clock()
             left &= set(self.pace.unfinished(ratios, start, done))
 
     def _warm_up(
@@ -159,7 +163,7 @@ class _Turns:
         group: Sequence[Variant],
         engines: Mapping[str, Engine],
     ) -> int:
-        """Run turns until they stop getting faster; return the calls per turn of a second."""
+        """Run turns until they stop getting faster; return the calls per turn."""
         seconds: list[float] = []
         calls, number = 1, 0
         # Use the sum of all engines: on a busy machine a single one is often fastest by chance.
