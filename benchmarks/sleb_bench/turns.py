@@ -238,7 +238,9 @@ def _ready(name: str, about: Mapping[str, Any]) -> str:
 
 
 def _so_far(ratios: Ratios, done: int) -> str:
-    """Format the ratios in one line."""
+    """Format the ratios in one line; too few pairs have an interval that tells nothing."""
+    if done < FEWEST:
+        return f"{done} pairs"
     texts = []
     for name, found in ratios.items():
         for ratio in found:
