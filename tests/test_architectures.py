@@ -121,7 +121,7 @@ def test_a_block_that_a_vision_tower_feeds_is_refused(tmp_path: Path) -> None:
     tiny_multimodal.save("qwen3_vl_deepstack", tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
     assert check_servable(checkpoint, Cut(6, (2, 3)))
-    with pytest.raises(SlebError, match=r"block 1 takes in what a vision tower gives"):
+    with pytest.raises(SlebError, match=r"block 1 receives the vision tower's features"):
         check_servable(checkpoint, Cut(6, (1, 3)))
 
 

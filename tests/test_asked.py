@@ -35,8 +35,8 @@ def asked(draft: Any = None, target: Any = None) -> Any:
     ("model", "load_format", "message"),
     [
         (dense(), "auto", None),
-        (dense(), "sleb", "--load-format sleb was asked for without a manifest"),
-        (dense(config_format="sleb"), "auto", "--config-format sleb was asked for without"),
+        (dense(), "sleb", "--load-format sleb was given without a manifest"),
+        (dense(config_format="sleb"), "auto", "--config-format sleb was given without"),
         (dense(served_model_name=NAME), "auto", f"{NAME} is a pruned model's"),
         (dense(served_model_name=f"{NAME}e"), "auto", None),
         (dense(served_model_name=NAME, model=NAME), "auto", None),
@@ -67,7 +67,7 @@ def test_an_exported_model_may_have_a_pruned_models_name(tmp_path: Path) -> None
 def test_other_weights_and_classes_are_refused() -> None:
     check_only(SimpleNamespace())
     check_only(SimpleNamespace(model_weights="", model_class_overrides={}))
-    with pytest.raises(SlebError, match="--model-weights s3://m cannot be held"):
+    with pytest.raises(SlebError, match="--model-weights s3://m cannot be checked"):
         check_only(SimpleNamespace(model_weights="s3://m"))
     with pytest.raises(SlebError, match="--model-class-overrides"):
         check_only(SimpleNamespace(model_class_overrides={"A": "b:C"}))

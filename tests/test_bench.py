@@ -217,7 +217,7 @@ def test_a_browser_shows_the_page_without_complaint(run: Path) -> None:
         (["--beside", "none"], "--beside: none is not one of dense, export"),
         (["--blocks", "0,1"], "the dense model is always measured"),
         (["--blocks", "2"], "1"),
-        (["--request-rates", "0"], "--request-rates are above 0"),
+        (["--request-rates", "0"], "--request-rates must be above 0"),
         (["--request-rates", "fast"], "--request-rates fast: give numbers or inf"),
         (["--slo", "speed=3ms"], "--slo speed=3ms: give times for ttft, tpot, e2el"),
         (["--slo", "ttft"], "--slo ttft: give times in ms or s"),
@@ -228,7 +228,7 @@ def test_a_browser_shows_the_page_without_complaint(run: Path) -> None:
         (["--dense", "http://localhost:1"], "--dense and --pruned: give both"),
         (
             ["--dense", "http://localhost:1", "--pruned", "http://localhost:2"],
-            "--dense and --pruned: servers that run already are loaded with --workloads",
+            "--dense and --pruned need --workloads",
         ),
         (
             [

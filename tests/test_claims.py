@@ -80,7 +80,7 @@ def test_a_file_of_another_kind_is_kept_unless_forced(
         for content in mine.values():
             there.write_bytes(content)
             line = refused(arguments, capsys)
-            assert f"{there} is there and is not " in line
+            assert f"{there} exists and is not " in line
             assert "--force" in line
             assert there.read_bytes() == content
             assert list(folder.iterdir()) == [there]
@@ -180,7 +180,7 @@ def test_a_second_export_into_a_folder_is_refused_while_the_first_writes(
     assert all(f"another run of sleb-serve writes {folder}" in line for line in lines)
     assert (folder / "config.json").exists()
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
-    assert "is there already" in refused(command, capsys)
+    assert "already exists" in refused(command, capsys)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

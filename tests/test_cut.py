@@ -185,7 +185,7 @@ def test_blocks_that_a_vision_tower_feeds_are_kept() -> None:
         "vision_config": {"depth": 6, "deepstack_visual_indexes": [1, 3, 5]},
     }
     assert removable(config) == (3, 4, 5)
-    with pytest.raises(SlebError, match=r"block 2 takes in what a vision tower gives"):
+    with pytest.raises(SlebError, match=r"block 2 receives the vision tower's features"):
         cut_config(config, Cut(6, (2, 4)))
     for key, value in (
         ("deepstack_layer_map", [3, 0]),

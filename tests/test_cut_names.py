@@ -174,5 +174,5 @@ def test_layers_in_strings_are_renumbered() -> None:
 
 
 def test_a_pattern_that_is_none_is_refused() -> None:
-    with pytest.raises(SlebError, match="which is no regular expression"):
+    with pytest.raises(SlebError, match="which is not a regular expression"):
         renumbered({"ignore": ["re:layers.(3"]}, quantised(Cut(4, (1,))))

@@ -196,7 +196,7 @@ def test_what_is_there_is_not_written_over(
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     arguments = ["export", str(path), "--removal-list", "[2, 5]", "-o", str(out)]
-    assert "it is there already" in refused(arguments, capsys)
+    assert "it already exists" in refused(arguments, capsys)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     assert main([*arguments[:-1], str(tmp_path / "new")]) == 0
     assert "6 blocks" in capsys.readouterr().out

@@ -186,7 +186,7 @@ def test_a_healed_model_is_healed_further(models: Models, tmp_path: Path) -> Non
     config = HealConfig(**{**SMALL, "further": True, "rank": 7, "learning_rate": 0.01})
     with pytest.raises(SlebError, match="3 removals of this manifest are not healed yet"):
         heal(path, removing(path, REMOVED), config, tmp_path / "m.json")
-    with pytest.raises(SlebError, match="is what `further` begins with"):
+    with pytest.raises(SlebError, match="is the input of `further`"):
         heal(path, first, config, output)
     manifest = heal(path, first, config, tmp_path / "more.json", progress=told)
     assert first.repair is not None

@@ -171,7 +171,7 @@ def test_what_is_no_address_is_refused_in_one_line(
     ):
         line = refused_line(arguments, 2, "sleb-serve: error: ", capsys)
         no_text = "\x00" in address or "\ud800" in address
-        assert ("which is no text" if no_text else "as http://localhost:8000") in line
+        assert ("which is not valid text" if no_text else "as http://localhost:8000") in line
         assert "hunter2" not in line
 
 

@@ -171,7 +171,7 @@ merge_method: passthrough
         (
             json.dumps({**DROPPED, "drop_mlp_list": None}),
             None,
-            "drops only the attention of block 3, 4, 5, 6; whole blocks can be removed, halves",
+            "drops only the attention of block 3, 4, 5, 6; only whole blocks can be removed",
         ),
         (ADAPTER, None, r"slices\[0\] merges an adapter into the model"),
         (SCALED, None, r"slices\[1\] has parameters \('scale'\), which change weights"),

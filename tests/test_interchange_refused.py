@@ -15,9 +15,9 @@ SLICES = "merge_method: passthrough\nslices:\n- sources:\n  - {model: a, layer_r
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no blocks here", "in a form known here"),
-        ("[5, 4, 1", "in a form known here"),
-        ("5,,4", "in a form known here"),
+        ("no blocks here", "in a known format"),
+        ("[5, 4, 1", "in a known format"),
+        ("5,,4", "in a known format"),
         ("[5, '4']", "not a list of block numbers: it holds the text '4'"),
         ("[5, 4.0]", "not a list of block numbers: it holds 4.0"),
         ("5 4.5", "not a list of block numbers: it holds 4.5"),
@@ -48,7 +48,7 @@ SLICES = "merge_method: passthrough\nslices:\n- sources:\n  - {model: a, layer_r
         ('{"drop_attn_list": [2, 5], "drop_mlp_list": [5]}', "only the attention of block 2;"),
         (
             '{"drop_attn_list": [5], "drop_mlp_list": [5, 2, 1]}',
-            "only the MLP of block 1, 2; whole blocks can be removed, halves cannot",
+            "only the MLP of block 1, 2; only whole blocks can be removed",
         ),
         (
             '{"drop_attn_list": [4], "drop_mlp_list": [1]}',

@@ -181,7 +181,7 @@ def test_what_vllm_would_run_otherwise_is_exported_for_transformers_alone(
     save_model("gpt_oss", path)
     export = ["export", str(path), "-o", str(tmp_path / "out"), "--removal-list"]
     line = refused([*export, "[1, 3]"], capsys)
-    assert "vLLM takes the kind of a layer of GptOssForCausalLM from its number" in line
+    assert "vLLM derives the kind of a layer of GptOssForCausalLM from its number" in line
     assert main([*export, "[1, 3]", "--for", "transformers"]) == 0
     expected = logits(oracle.pruned(path, (1, 3)))
     assert (logits(oracle.load(tmp_path / "out")) - expected).abs().max() < 1e-5

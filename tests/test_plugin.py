@@ -162,7 +162,7 @@ def test_what_is_asked_for_in_part_is_refused_by_the_loader(
         return {**good, "overrides": {**own, **changes}}
 
     jobs = {
-        "--load-format sleb was asked for without a manifest": {
+        "--load-format sleb was given without a manifest": {
             **good,
             "overrides": {},
             "engine": {**plain, "load_format": "sleb"},

@@ -128,12 +128,12 @@ def test_what_another_form_cannot_say_is_refused(
     models: Models, manifest: Path, capsys: Capture
 ) -> None:
     base = ["serve", str(models("llama")), "-m", str(manifest)]
-    assert "--format is how --dry-run prints" in refused([*base, "--format", "json"], capsys)
+    assert "--format needs --dry-run" in refused([*base, "--format", "json"], capsys)
     for options, message in (
         (["-tp", "2"], "-tp: write the option's long name"),
         (["--seed", "1", "--seed=2"], "--seed is given twice"),
-        (["--config", "x.yaml"], "--config: give the file's options themselves"),
-        (["--api-key=-x"], "a value that begins with - cannot stand in vLLM's file"),
+        (["--config", "x.yaml"], "--config: give the file's options directly"),
+        (["--api-key=-x"], "a value that begins with - cannot be written in vLLM's file"),
     ):
         asked = [*base, *options, "--dry-run", "--format", "vllm-config"]
         assert message in refused(asked, capsys)

@@ -102,7 +102,7 @@ WAYS: dict[str, tuple[Callable[[list[str]], list[str]], dict[str, str], str]] = 
     "formats without overrides": (
         lambda command: without(command, "--hf-overrides"),
         {},
-        "asked for without a manifest",
+        "given without a manifest",
     ),
     "overrides edited: other blocks": (edited(removed=OTHERS), {}, "weights_sha256 expected"),
     "overrides edited: another model's digest": (
@@ -128,12 +128,12 @@ WAYS: dict[str, tuple[Callable[[list[str]], list[str]], dict[str, str], str]] = 
     "formats, and overrides and --load-format undone": (
         lambda command: [*command, "--hf-overrides", "{}", "--load-format", "auto"],
         {},
-        "--config-format sleb was asked for without a manifest",
+        "--config-format sleb was given without a manifest",
     ),
     "formats, overrides undone, as a draft": (
         lambda command: [*command, "--hf-overrides", "{}", "--runner", "draft"],
         {},
-        "--load-format sleb was asked for without a manifest",
+        "--load-format sleb was given without a manifest",
     ),
     "all three undone, with the pruned model's name": (
         lambda command: [*without(command, *FORMATS, "--hf-overrides")],
@@ -143,7 +143,7 @@ WAYS: dict[str, tuple[Callable[[list[str]], list[str]], dict[str, str], str]] = 
     "another class for the architecture": (
         lambda command: [*command, "--model-class-overrides", CLASS],
         {},
-        "cannot be held against the manifest",
+        "cannot be checked against the manifest",
     ),
     "two --model": (
         lambda command: [*command, "--model", "{opt}"],

@@ -47,13 +47,13 @@ class Way:
         return text if not self.file else f"{text} ({'; '.join(self.file.splitlines())})"
 
 
-_NO_MANIFEST = "asked for without a manifest"
+_NO_MANIFEST = "given without a manifest"
 _OTHER = "architecture expected LlamaForCausalLM, found OPTForCausalLM"
 _LOADS_DENSE = "which loads dense ones"
 _NO_ARCHITECTURE = "['SlebLlamaForCausalLM'] are not supported for now"
 _FROM_MANIFEST = "is set from the manifest"
 _OTHER_FILES = "reads other files than the checkpoint"
-_NOT_HELD = "cannot be held against the manifest"
+_NOT_HELD = "cannot be checked against the manifest"
 _FLOAT = "not supported for quantization method fp8"
 _NO_METHOD = "Unknown quantization method"
 _TRITON = "Model Runner V2 requires Triton"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -75,9 +76,9 @@ def burning(processes: int, on: float, off: float, seed: int) -> Iterator[None]:
 
 
 def burn(on: float, off: float, seed: str) -> None:
-    """Alternate random bursts of work and random pauses forever."""
-    source = random.Random(seed)
-    while True:
+    """Alternate random bursts of work and random pauses as long as the parent process lives."""
+    source, parent = random.Random(seed), os.getppid()
+    while os.getppid() == parent:
         time.sleep(source.expovariate(1 / off))
         end = time.monotonic() + source.expovariate(1 / on)
         while time.monotonic() < end:

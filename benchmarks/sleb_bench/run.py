@@ -92,8 +92,7 @@ class BenchOptions:
         self.serving.check()
         if self.serving.urls and (self.beside or not set(self.workloads) <= _HTTP):
             raise SlebError(
-                f"--dense and --pruned: servers that run already are loaded with --workloads "
-                f"{SERVING},{SLO}, and nothing beside them"
+                f"--dense and --pruned need --workloads {SERVING},{SLO}, and no --beside"
             )
 
 
@@ -205,7 +204,7 @@ def _plan(
 ) -> Plan:
     size = checkpoint.decoder_config.get("vocab_size")
     if not isinstance(size, int) or size < 2:
-        raise SlebError(f"{checkpoint.path}/config.json does not say the vocabulary's size")
+        raise SlebError(f"{checkpoint.path}/config.json has no vocab_size")
 
     def draw(workload: Workload, seed: str) -> Prompts:
         return workload.prompts(size, seed)

@@ -56,7 +56,7 @@ class ServingOptions:
         if self.output_length < 2:
             raise SlebError("--serving-output-length must be at least 2, or there is no TPOT")
         if any(not rate > 0 for rate in self.rates):
-            raise SlebError("--request-rates are above 0, in requests per second, or inf")
+            raise SlebError("--request-rates must be above 0 (requests per second), or inf")
         for name, limit in self.slo.items():
             if name not in SLO_METRICS or not limit > 0:
                 raise SlebError(

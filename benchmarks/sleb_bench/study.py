@@ -132,7 +132,7 @@ def _settle(options: StudyOptions) -> None:
         if before.get("sha256") != digest:
             raise SlebError(
                 f"{options.output} holds a study of another model or with other options; give "
-                f"another `output`, or the same options to go on with it"
+                f"another `output`, or the same options to resume it"
             )
         return
     kept = {"sha256": digest, "options": json.loads(asked)}

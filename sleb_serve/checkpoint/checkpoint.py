@@ -73,7 +73,7 @@ class Checkpoint:
         count = count_of(self.decoder_config)
         if count is None:
             raise SlebError(
-                f"{self.path}/config.json does not say how many layers the model has, 1 to "
+                f"{self.path}/config.json does not give the number of layers, 1 to "
                 f"{MAX_BLOCKS:,} (looked for {', '.join(COUNT_KEYS)}, also in its text_config); "
                 f"give a model with a decoder"
             )

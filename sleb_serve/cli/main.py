@@ -145,7 +145,7 @@ def _check(arguments: Sequence[str]) -> None:
         for c in argument:
             if "\ud800" <= c <= "\udfff" or c == "\x00":
                 # Do not repeat the argument: a URL may contain a password.
-                raise SlebError(f"an argument holds {c}, which is no text; correct it")
+                raise SlebError(f"an argument contains {c}, which is not valid text; remove it")
 
 
 def as_options(message: str, parser: argparse.ArgumentParser) -> str:

@@ -93,7 +93,7 @@ def run_serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     options.revision = value_of(rest, "--revision")
     manifest = manifest_of_options(options, model).prefix(options.blocks)
     if options.format is not None and not options.dry_run:
-        raise SlebError("--format is how --dry-run prints: give both, or neither")
+        raise SlebError("--format needs --dry-run: give both, or neither")
     if options.as_draft:
         if options.sleb_verify == "full":
             raise SlebError(

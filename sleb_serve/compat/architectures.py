@@ -73,8 +73,8 @@ def check_known(architecture: str) -> None:
         )
     raise SlebError(
         f"{architecture} is neither in the support matrix of this release nor known to the "
-        f"Transformers installed here, so nothing shows that its layers keep what they "
-        f"compute; upgrade transformers or sleb-serve, or serve the dense model"
+        "Transformers installed here, so removing its layers is untested; upgrade transformers or "
+        "sleb-serve, or serve the dense model"
     )
 
 

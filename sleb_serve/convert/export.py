@@ -173,7 +173,8 @@ def _shards(checkpoint: Checkpoint, pruning: Pruning, changes: WeightChanges) ->
     files = checkpoint.weight_files(frozenset(pruning.removed))
     if files[0].suffix != ".safetensors":
         raise SlebError(
-            f"{checkpoint.path} holds PyTorch's own format; save it as safetensors first "
+            f"{checkpoint.path} has weights in PyTorch's .bin format; save them as safetensors "
+            "first "
             f"(model.save_pretrained)"
         )
     shards, left = [], set(changes.names)
@@ -192,8 +193,8 @@ def _shards(checkpoint: Checkpoint, pruning: Pruning, changes: WeightChanges) ->
             shards.append(pieces)
     if left:
         raise SlebError(
-            f"the repair holds {', '.join(sorted(left))}, which the checkpoint does not; make the "
-            f"repair again"
+            f"the repair holds {', '.join(sorted(left))}, which the checkpoint does not have; make "
+            "the repair again"
         )
     return shards
 
@@ -283,7 +284,7 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         SlebError: `folder` is not empty or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SlebError(f"cannot write {folder}: it is there already; give a new folder")
+        raise SlebError(f"cannot write {folder}: it already exists; give a new folder")
     whole = folder.absolute()
     if not whole.parent.is_dir():
         raise SlebError(f"cannot write {folder}: there is no folder {folder.parent}")

@@ -124,8 +124,8 @@ def read_blocks(source: str, num_blocks: int, run: int | None = None) -> Found:
         return Found(block_numbers(bare, where), "list")
     if text.lstrip().startswith(_PRUNEME):
         raise SlebError(
-            f"{where} holds PruneMe's distances, not a choice of blocks; give the blocks you "
-            f"chose, as [21, 22, 23]"
+            f"{where} has PruneMe's distances, not chosen blocks; give the blocks you chose, as "
+            "[21, 22, 23]"
         )
     value = parsed(text, where)
     if isinstance(value, list):
@@ -166,7 +166,7 @@ def _shown(text: str) -> str:
 def unknown_form(where: str) -> SlebError:
     """Return the error for an unknown source format."""
     return SlebError(
-        f"{where} holds no removed blocks in a form known here: a list of block numbers, SLEB's "
+        f"{where} has no list of removed blocks in a known format: a list of block numbers, SLEB's "
         f"results, a mergekit configuration with slices, or an LLM-Drop config.json"
     )
 
@@ -223,13 +223,13 @@ def of_lists(value: Mapping[Any, Any], where: str, num_blocks: int) -> Found:
             )
         kept = next((key for key in named if key in _KEPT_KEYS), None)
         if kept is not None:
-            raise SlebError(f"{where}: {kept} says what stays; give the removed blocks as a list")
+            raise SlebError(f"{where}: {kept} lists kept blocks; give the removed blocks as a list")
         raise unknown_form(where)
     # An ascending list may be a sorted copy of one in order of removal.
     orders = {blocks for blocks in lists.values() if list(blocks) != sorted(blocks)}
     blocks = next(iter(orders or lists.values()))
     if len(orders) > 1 or any(sorted(other) != sorted(blocks) for other in lists.values()):
-        raise SlebError(f"{where}: {' and '.join(lists)} disagree; give the list that is meant")
+        raise SlebError(f"{where}: {' and '.join(lists)} disagree; give the intended one")
     for key, entry in named.items():
         if key in _KEPT_KEYS and isinstance(entry, list):
             stays = block_numbers(entry, f"{where}: {key}")

@@ -31,9 +31,7 @@ def of_llm_drop(value: Mapping[str, Any], where: str, num_blocks: int) -> Found:
         if blocks
     ]
     if halves:
-        raise SlebError(
-            f"{where} drops {' and '.join(halves)}; whole blocks can be removed, halves cannot"
-        )
+        raise SlebError(f"{where} drops {' and '.join(halves)}; only whole blocks can be removed")
     return Found(attention if ordered else mlp, "LLM-Drop's config")
 
 

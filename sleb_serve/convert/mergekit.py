@@ -79,7 +79,7 @@ def of_mergekit(value: Mapping[str, Any], where: str, num_blocks: int) -> Found:
             )
         kept += range(*limits)
     if len(models) > 1:
-        raise SlebError(f"{where} takes blocks of several models; one model's can be removed")
+        raise SlebError(f"{where} uses blocks of several models; give blocks of one")
     if any(after <= before for before, after in pairwise(kept)):
         raise SlebError(f"{where} repeats or moves blocks; only removals can be imported")
     return Found(tuple(i for i in range(num_blocks) if i not in set(kept)), "mergekit's slices")
@@ -89,8 +89,8 @@ def _check_known(value: Mapping[Any, Any], known: set[str], where: str) -> None:
     unknown = next((key for key in value if key not in known and value[key] is not None), None)
     if unknown is not None:
         raise SlebError(
-            f"{where} has {_name(unknown)}, which is not known here; remove it if it "
-            f"changes no weights"
+            f"{where} has {_name(unknown)}, which is unknown; remove it if it does not change "
+            "weights"
         )
 
 

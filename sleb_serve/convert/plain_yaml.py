@@ -40,9 +40,7 @@ def parsed_yaml(text: str, where: str) -> object:
         raise NotYamlError from error
     values = [value for value in values if value is not None]
     if len(values) > 1:
-        raise SlebError(
-            f"{where} holds {len(values)} YAML documents; give a file with the one that is meant"
-        )
+        raise SlebError(f"{where} holds {len(values)} YAML documents; give a file with one")
     return values[0] if values else None
 
 

@@ -139,13 +139,14 @@ def _models(
     ):
         if expected != found:
             raise SlebError(
-                f"{model} is no other form of {own.id}: {what} expected {expected}, found {found}; "
+                f"{model} is not another form of {own.id}: {what} expected {expected}, found "
+                f"{found}; "
                 f"select for {model} itself"
             )
     if origin is None and (own.revision is None or not is_repository(own.id)):
         raise SlebError(
-            f"the manifest's own model, {own.id}, was a folder, and is needed to compare {model} "
-            f"with: give its folder as `origin`"
+            f"the manifest's own model, {own.id}, was a folder; give it as `origin`, so that "
+            f"{model} can be compared with it"
         )
     origin = own.id if origin is None else str(origin)
     first = check_model(
@@ -176,7 +177,7 @@ def _check_layers(first: Checkpoint, other: Checkpoint) -> None:
     try:
         check_alike(one, two, first.architecture)
     except SlebError as error:
-        raise SlebError(f"{other.path} is no other form of {first.path}: {error}") from None
+        raise SlebError(f"{other.path} is not another form of {first.path}: {error}") from None
 
 
 def _check_tensors(first: Checkpoint, other: Checkpoint) -> None:
@@ -204,7 +205,8 @@ def _block_tensors(checkpoint: Checkpoint) -> Mapping[str, list[int]]:
     files, prefix = checkpoint.weight_files(), checkpoint.layer_prefix
     if files[0].suffix != ".safetensors":
         raise SlebError(
-            f"{checkpoint.path} holds PyTorch's own format; save it as safetensors first "
+            f"{checkpoint.path} has weights in PyTorch's .bin format; save them as safetensors "
+            "first "
             f"(model.save_pretrained)"
         )
     return {
@@ -217,7 +219,7 @@ def _block_tensors(checkpoint: Checkpoint) -> Mapping[str, list[int]]:
 
 def _refuse(first: Checkpoint, other: Checkpoint, name: str, why: str) -> None:
     raise SlebError(
-        f"{other.path} is no other form of {first.path}: the tensor {other.layer_prefix}{name} "
+        f"{other.path} is not another form of {first.path}: the tensor {other.layer_prefix}{name} "
         f"{why}; select for {other.path} itself"
     )
 

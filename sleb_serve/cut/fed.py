@@ -31,7 +31,8 @@ def check_entries(config: Mapping[str, Any], cut: Cut) -> None:
                 lost = sorted(set(_entries(key, part.get(key) or ())) & set(cut.removed))
             if lost:
                 raise SlebError(
-                    f"block {lost[0]} takes in what a vision tower gives ({key}), so it cannot be "
+                    f"block {lost[0]} receives the vision tower's features ({key}), so it cannot "
+                    "be "
                     f"removed; {INSTEAD}"
                 )
 

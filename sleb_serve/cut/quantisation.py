@@ -172,7 +172,7 @@ def _regex(body: str, text: str) -> Callable[[str], bool]:
         pattern = re.compile(body)
     except re.error as error:
         raise SlebError(
-            f"the quantisation's config names layers by {text}, which is no regular expression "
+            f"the quantisation's config names layers by {text}, which is not a regular expression "
             f"({error}); correct it"
         ) from error
     return lambda name: pattern.match(name) is not None

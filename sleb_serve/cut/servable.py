@@ -66,7 +66,9 @@ def compare_layers(checkpoint: Checkpoint, cut: Cut) -> bool:
             apply(config, cut)
         return compared(dense, config, checkpoint.architecture, cut)
     except SlebError as error:
-        raise SlebError(f"{checkpoint.path} cannot be pruned so: {error}") from None
+        raise SlebError(
+            f"{checkpoint.path} cannot be exported without these blocks: {error}"
+        ) from None
 
 
 def exported_config(checkpoint: Checkpoint, cut: Cut, *, for_vllm: bool = True) -> dict[str, Any]:
@@ -132,7 +134,8 @@ def _check_written(checkpoint: Checkpoint, cut: Cut, dense: Any, config: Mapping
             _warn()
     except SlebError as error:
         raise SlebError(
-            f"{checkpoint.path} cannot be written so: {error}; or serve it with sleb-serve serve"
+            f"{checkpoint.path} cannot be exported without these blocks: {error}; or serve it with "
+            "sleb-serve serve"
         ) from None
 
 
@@ -154,7 +157,8 @@ def _check_periods(checkpoint: Checkpoint, cut: Cut) -> None:
     moved = next((old for old, new in cut.places.items() if (old - new) % period), None)
     if moved is not None:
         raise SlebError(
-            f"{checkpoint.path}: vLLM takes the kind of a layer of {checkpoint.architecture} from "
+            f"{checkpoint.path}: vLLM derives the kind of a layer of {checkpoint.architecture} "
+            "from "
             f"its number, so without sleb-serve it would run layer {moved} as another kind; serve "
             f"it with sleb-serve serve, or export it for=transformers alone"
         )

@@ -65,7 +65,7 @@ def cut_config(config: Mapping[str, Any], cut: Cut, names: Names | None = None) 
     """
     path = decoder_path(config)
     if path is None:
-        raise SlebError("the config does not say how many layers the model has")
+        raise SlebError("the config does not give the number of layers")
     check_entries(config, cut)
     result = _replaced(config, path, cut.values)
     if path and count_of(config) == cut.num_blocks:

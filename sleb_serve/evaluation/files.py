@@ -42,13 +42,13 @@ def earlier_results(path: Path, model: object, settings: object) -> Results:
     except (OSError, SlebError) as error:
         why = strict_json.without_advice(error) if isinstance(error, SlebError) else error
         raise SlebError(
-            f"cannot resume from {path}: {first_line(error) if why is error else why}; leave "
-            f"`resume` out to start again"
+            f"cannot resume from {path}: {first_line(error) if why is error else why}; omit "
+            "`resume` to start over"
         ) from error
     if (report.get("model"), report.get("settings")) != (model, settings):
         raise SlebError(
             f"{path} is of another evaluation (model or settings differ); give another `output`, "
-            f"or leave `resume` out to start again"
+            f"or omit `resume` to start over"
         )
     return results
 

@@ -128,7 +128,7 @@ def _prepared(
         )
     if not generates(checkpoint):
         raise SlebError(
-            f"{checkpoint.architecture} predicts no tokens, and healing is learning to predict"
+            f"{checkpoint.architecture} does not predict tokens, so it cannot be healed"
         )
     ranks = launched()
     if config.batch_size < ranks.count:
@@ -155,8 +155,7 @@ def _start(manifest: Manifest, config: HealConfig, output: Path) -> Mapping[int,
             part.repair.file.startswith(f"{output.name}.")
         ):
             raise SlebError(
-                f"{output} is what `further` begins with, and must outlive it; give another "
-                f"`output`"
+                f"{output} is the input of `further`, so it must be kept; give another `output`"
             )
         check_sidecar(pruning.repair)
         found[blocks] = part

@@ -213,12 +213,12 @@ class Trainer:
                 self._take(state, factors, adam)
         except Exception as error:
             raise SlebError(
-                f"cannot go on from {path}: {first_line(error)}; remove it and heal from the start"
+                f"cannot resume from {path}: {first_line(error)}; delete it to start over"
             ) from error
         if fingerprint != self._fingerprint:
             raise SlebError(
-                f"{path} is of a healing with another model, manifest, text or options; give the "
-                f"same ones, or remove it and heal from the start"
+                f"{path} belongs to a healing run with another model, manifest, text or options; "
+                "use the same ones, or delete it to start over"
             )
 
     def _take(self, state: State, factors: dict[str, Tensor], adam: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def adaptable(
 def _tensors(file: Any) -> Mapping[str, tuple[str, list[int]]]:
     if file.suffix != ".safetensors":
         raise SlebError(
-            f"{file.parent} holds PyTorch's own format; save it as safetensors first "
+            f"{file.parent} has weights in PyTorch's .bin format; save them as safetensors first "
             f"(model.save_pretrained)"
         )
     return {name: (kind, shape) for name, (kind, shape, _, _) in tensors_of(file).items()}

@@ -38,9 +38,7 @@ def check_dense(vllm_config: Any, model_config: Any, load_format: str) -> None:
         return
     for option, value in (("load", load_format), ("config", model_config.config_format)):
         if value == FORMAT:
-            raise SlebError(
-                f"--{option}-format {FORMAT} was asked for without a manifest; {_PRINTED}"
-            )
+            raise SlebError(f"--{option}-format {FORMAT} was given without a manifest; {_PRINTED}")
     name, model = model_config.served_model_name, str(model_config.model)
     exported = (Path(model) / MANIFEST_NAME).is_file()
     if isinstance(name, str) and _TAGGED.fullmatch(name) and name != model and not exported:
@@ -59,8 +57,8 @@ def check_only(model_config: Any) -> None:
     for name in ("model_weights", "model_class_overrides"):
         if value := getattr(model_config, name, None):
             raise SlebError(
-                f"--{name.replace('_', '-')} {value} cannot be held against the manifest; leave "
-                f"the option out"
+                f"--{name.replace('_', '-')} {value} cannot be checked against the manifest; omit "
+                "the option"
             )
 
 
@@ -72,6 +70,6 @@ def check_source(model: str, elsewhere: bool) -> None:
     """
     if elsewhere and not Path(model).is_dir():
         raise SlebError(
-            f"VLLM_USE_MODELSCOPE is set, and manifests are compared with models of the Hugging "
-            f"Face hub; unset it, or download {model} and give its folder"
+            "VLLM_USE_MODELSCOPE is set, but a manifest is checked against the Hugging Face hub; "
+            f"unset it, or download {model} and give its folder"
         )

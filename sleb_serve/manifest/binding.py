@@ -139,7 +139,8 @@ def compare_full(
     found = checkpoint.full_sha256(unread, reading)
     if found is None:
         raise SlebError(
-            f"{model} holds PyTorch's own format, which has no full digest; save it as safetensors "
+            f"{model} has weights in PyTorch's .bin format, which has no full digest; save them as "
+            "safetensors "
             f"(model.save_pretrained) and make the manifest again"
         )
     pairs = enumerate(zip(expected, found, strict=True), -1)
@@ -199,8 +200,8 @@ def check_readable(
     ):
         if given not in known:
             raise SlebError(
-                f"{option} {given} may read other bytes than --sleb-verify full compares; leave "
-                f"out one of them"
+                f"{option} {given} may read other bytes than --sleb-verify full compares; omit one "
+                "of them"
             )
 
 

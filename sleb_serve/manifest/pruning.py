@@ -144,7 +144,9 @@ class Pruning:
         ]
         check_blocks(removed, num_blocks, "pruning.removed")
         if removed != sorted(removed):
-            raise SlebError("pruning.removed is not in ascending order; print the arguments again")
+            raise SlebError(
+                "pruning.removed is not in ascending order; re-run `sleb-serve serve --dry-run`"
+            )
         return cls(
             architecture=strict_json.line(fields["architecture"], "pruning.architecture"),
             num_blocks=num_blocks,
@@ -208,7 +210,8 @@ def _parse_digests(fields: Mapping[str, Any], key: str, count: int) -> tuple[str
     # An empty list asks for less than it seems to.
     if len(found) != count and key in fields:
         raise SlebError(
-            f"pruning.{key} has {len(found)} digests, not {count}; print the arguments again"
+            f"pruning.{key} has {len(found)} digests, not {count}; re-run `sleb-serve serve "
+            "--dry-run`"
         )
     return tuple(strict_json.sha256(d, f"pruning.{key}[{i}]") for i, d in enumerate(found))
 

@@ -105,7 +105,7 @@ def parse_manifest(data: bytes) -> Manifest:
     """
     if len(data) > MAX_BYTES:
         raise SlebError(
-            f"larger than {MAX_BYTES} bytes, which no removal manifest is; check the path"
+            f"larger than {MAX_BYTES} bytes, so it is not a removal manifest; check the path"
         )
     fields = strict_json.object_(
         strict_json.load(data),

@@ -134,7 +134,7 @@ def check_sidecar(repair: RepairFile) -> None:
     if found != repair.sha256:
         raise SlebError(
             f"the repair {path} is not the manifest's: sha256 expected {repair.sha256[:16]}…, "
-            f"found {found[:16]}…; it was cut short or is another manifest's: copy it again"
+            f"found {found[:16]}…; it is incomplete or another manifest's; copy it again"
         )
 
 

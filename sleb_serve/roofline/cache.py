@@ -69,7 +69,7 @@ def caches_of(values: Values) -> tuple[Cache, ...]:
     """
     count = count_of(values)
     if count is None:
-        raise SlebError("config.json does not say how many layers the model has")
+        raise SlebError("config.json does not give the number of layers")
     return tuple(_cache(values, kind, number) for number, kind in enumerate(_kinds(values, count)))
 
 

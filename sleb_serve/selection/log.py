@@ -62,8 +62,8 @@ class SearchLog:
             lines = read_limited(self.path, _MAX_BYTES).split(b"\n")
         except OSError as error:
             raise SlebError(
-                f"cannot resume from {self.path}: {first_line(error)}; run without `resume` to "
-                f"start again"
+                f"cannot resume from {self.path}: {first_line(error)}; re-run without `resume` to "
+                "start over"
             ) from error
         whole, torn = lines[:-1], lines[-1]  # an incomplete last line was cut off by a kill
         finished: list[bytes] = []
@@ -91,7 +91,8 @@ class SearchLog:
                     self.dense_loss, pending = dense, []
             except (SlebError, KeyError, ValueError) as error:
                 raise SlebError(
-                    f"{where} cannot be resumed from: {error}; run without `resume` to start again"
+                    f"{where} cannot be resumed from: {error}; re-run without `resume` to start "
+                    "over"
                 ) from error
             finished = whole[:number]
         if self._writes and (torn or len(finished) != len(whole)):
@@ -124,18 +125,18 @@ class SearchLog:
                 os.fsync(file.fileno())
         except OSError as error:
             raise SlebError(
-                f"cannot write {self.path}: {first_line(error)}; steps before this one are kept, "
-                f"make room and run again with `resume`"
+                f"cannot write {self.path}: {first_line(error)}; earlier steps are kept, "
+                f"free disk space and re-run with `resume`"
             ) from error
 
     def _check_subject(self, entry: Mapping[str, Any]) -> None:
         found = entry.get("search")
         if not isinstance(found, dict):
-            raise SlebError("it is not the log of a search")
+            raise SlebError("it is not a search log")
         for key in (*self._subject, *(key for key in found if key not in self._subject)):
             if found.get(key) != self._subject.get(key):
                 raise SlebError(
-                    f"it is of another search, whose {_difference(found, self._subject, key)}"
+                    f"it belongs to another search, whose {_difference(found, self._subject, key)}"
                 )
 
 

@@ -120,7 +120,7 @@ def _task(
     from sleb_serve.selection.run import Task
 
     if (output is None or is_stream(output)) and (config.repair != "none" or resume):
-        raise SlebError("a repair, and going on with a search, need a file: give `output`")
+        raise SlebError("a repair and resuming a search need a file: give `output`")
     checkpoint = open_checkpoint(model, config.revision)
     objective = _objective(checkpoint, config)
     if config.until is not None and objective != "nll":
@@ -138,8 +138,8 @@ def _task(
     if count > most:
         asked = config.remove if config.target is None else count
         raise SlebError(
-            f"remove={asked}: {most} of the blocks between the barriers can go, the others hold "
-            f"what later blocks use; ask for fewer"
+            f"remove={asked}: {most} of the blocks between the barriers can be removed, since "
+            "later blocks use the others; ask for fewer"
         )
     download_weights(model, config.revision)
     return Task(
@@ -162,8 +162,8 @@ def _objective(checkpoint: Checkpoint, config: SelectConfig) -> str:
     objective = config.objective or ("nll" if predicts else EMBEDDING)
     if objective != EMBEDDING and not predicts:
         raise SlebError(
-            f"objective={objective} needs predictions, which {checkpoint.architecture} does not "
-            f"make; use objective={EMBEDDING}"
+            f"objective={objective} needs token predictions, and {checkpoint.architecture} makes "
+            f"none; use objective={EMBEDDING}"
         )
     return objective
 

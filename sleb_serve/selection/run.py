@@ -112,8 +112,8 @@ class Search:
         )
         if not self.choices:
             raise SlebError(
-                f"until={config.until}: the first block that goes already makes the perplexity as "
-                f"many times that of the dense model, or more; allow more"
+                f"until={config.until}: removing a single block already exceeds this limit; allow "
+                "more"
             )
 
     def _allowed(self, loss: float) -> bool:

@@ -90,7 +90,8 @@ def blocks_to_remove(
     most = min(num_blocks - early_barrier - late_barrier, num_blocks - 1)
     if count > most:
         raise SlebError(
-            f"remove={remove}: of {num_blocks} blocks at most {max(most, 0)} can go, since the "
+            f"remove={remove}: of {num_blocks} blocks at most {max(most, 0)} can be removed, since "
+            "the "
             f"first {early_barrier} and last {late_barrier} are kept and one must remain; ask for "
             f"fewer, or lower `early_barrier` and `late_barrier`"
         )

@@ -36,7 +36,7 @@ def key_of_environment() -> str | None:
     """
     key = os.environ.get("VLLM_API_KEY") or None
     if key is not None and not (key.isascii() and key.isprintable()):
-        raise SlebError("VLLM_API_KEY holds what no key can hold: give plain ASCII on one line")
+        raise SlebError("VLLM_API_KEY is not a valid key: give plain ASCII on one line")
     return key
 
 
@@ -49,20 +49,22 @@ def parse_address(url: str) -> Address:
     shown = strict_json.short(without_credentials(url))
     example = "give the server's address, as http://localhost:8000"
     if not url.isprintable() or " " in url:
-        raise SlebError(f"{shown} has blanks or control characters in it; {example}")
+        raise SlebError(f"{shown} contains spaces or control characters; {example}")
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname or "", parts.port
     # Its message may repeat a piece of a password.
     except ValueError:
-        raise SlebError(f"{shown} is no address that can be asked; {example}") from None
+        raise SlebError(f"{shown} is not a usable address; {example}") from None
     if parts.scheme not in ("http", "https") or not host:
-        raise SlebError(f"{shown} is no address of a server; {example}")
+        raise SlebError(f"{shown} is not a server address; {example}")
     # Anywhere: a password with a slash in it ends the host.
     if "@" in url:
-        raise SlebError(f"{shown} holds a user name or password, which cannot be sent; {example}")
+        raise SlebError(
+            f"{shown} contains a user name or password, which cannot be sent; {example}"
+        )
     if parts.query or parts.fragment:
-        raise SlebError(f"{shown} holds more than an address (? or #); {example}")
+        raise SlebError(f"{shown} contains more than an address (? or #); {example}")
     try:
         # An IPv6 address has colons, and needs no encoding.
         host = host if ":" in host else host.encode("idna").decode()

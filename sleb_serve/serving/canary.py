@@ -134,7 +134,7 @@ def canary(
             # After an error or Ctrl-C, do not send waiting prompts.
             pool.shutdown(wait=False, cancel_futures=True)
     if any(len(one.prompt_logprobs) != len(two.prompt_logprobs) for one, two in pairs):
-        raise SlebError("the servers cut the prompts into different tokens: not the same model")
+        raise SlebError("the servers tokenize the prompts differently: not the same model")
     scores = [
         (a, b)
         for one, two in pairs

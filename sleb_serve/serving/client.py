@@ -210,8 +210,8 @@ def _body(response: http.client.HTTPResponse, where: str) -> bytes:
     encoding = response.getheader("Content-Encoding", "identity")
     if encoding.lower() not in ("identity", ""):
         raise ServerError(
-            f"{where}: the answer is packed ({encoding[:20]}), which was not asked for; ask vLLM "
-            f"itself, not a proxy before it",
+            f"{where}: the answer is compressed ({encoding[:20]}), which was not requested; use "
+            "vLLM's own address, not a proxy's",
             status,
         )
     data = bytearray()

@@ -40,7 +40,9 @@ def vllm_config(model: str, options: Sequence[str], environment: Mapping[str, st
     named = by_name(options)
     for name, value in named.items():
         if isinstance(value, str) and value.startswith("-") and not _NUMBER.fullmatch(value):
-            raise SlebError(f"--{name}: a value that begins with - cannot stand in vLLM's file")
+            raise SlebError(
+                f"--{name}: a value that begins with - cannot be written in vLLM's file"
+            )
     said = "".join(f"{name}={value} " for name, value in environment.items())
     return f"# {said}vllm serve --config FILE.yaml\n{_yaml({'model': model, **named})}"
 
@@ -114,16 +116,16 @@ def by_name(options: Sequence[str]) -> dict[str, Any]:
     for option in options:
         if not option.startswith("-") or _NUMBER.fullmatch(option):
             if values is None:
-                raise SlebError(f"{option} stands behind no option; correct the arguments")
+                raise SlebError(f"{option} follows no option; correct the arguments")
             values.append(option)
             continue
         name, equals, value = option.partition("=")
         head, dot, rest = name.removeprefix("--").partition(".")
         key = f"{head.replace('_', '-')}{dot}{rest}"
         if not name.startswith("--") or not head:
-            raise SlebError(f"{name}: write the option's long name, which other forms need")
+            raise SlebError(f"{name}: write the option's long name")
         if key == "config":
-            raise SlebError("--config: give the file's options themselves, to have them in one")
+            raise SlebError("--config: give the file's options directly instead")
         if key in found:
             raise SlebError(f"--{key} is given twice; give it once")
         values = found[key] = [value] if equals else []
@@ -162,8 +164,8 @@ def _read_by_vllm(
         except (TypeError, ValueError) as error:
             option = key.replace("_", "-")
             raise SlebError(
-                f"--{option} has no plain value that YAML could hold; leave it out, and write it "
-                f"into engine_kwargs by hand"
+                f"--{option} has a value that cannot be written as YAML; omit it, and add it to "
+                "engine_kwargs by hand"
             ) from error
     return result
 

@@ -136,9 +136,9 @@ def _model(model: str, manifest: Manifest, revision: str | None) -> str:
         found = checkpoint.path.name
         if model == own.id and own.revision is not None and found != own.revision:
             raise SlebError(
-                f"{model} has moved since the selection: commit expected {own.revision}, found "
-                f"{found}, whose weights are not on this machine to be compared; leave `revision` "
-                f"out"
+                f"{model} has changed since the selection: commit expected {own.revision}, found "
+                f"{found}, whose weights are not on this machine, so they cannot be compared; omit "
+                "`revision`"
             )
         match = "config matches; weights are not on this machine, the server compares them"
     repaired = (
@@ -157,8 +157,8 @@ def _full(model: str, checkpoint: Checkpoint, manifest: Manifest, reading: Readi
         # Shards of removed blocks alone are not downloaded to be served.
         if _lacks(checkpoint, frozenset(pruning.removed)):
             raise SlebError(
-                f"the weights of {model} are not on this machine, and the full digest is of all "
-                f"their bytes; download the model first (`hf download`)"
+                f"the weights of {model} are not on this machine, so the full digest cannot be "
+                "computed; download the model first (`hf download`)"
             )
         which = "the blocks that stay; weights of removed ones are not on this machine"
         for block in pruning.removed:

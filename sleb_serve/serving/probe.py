@@ -85,7 +85,7 @@ def probe(client: Client, manifest: Manifest, tolerance: float = TOLERANCE) -> P
     if not difference <= tolerance:
         raise NotReadyError(
             f"{client.url}: the golden prompt's log-probabilities are {difference:.4f} nats off on "
-            f"average, more than {tolerance:g}: it does not compute the model that was selected"
+            f"average, more than {tolerance:g}: it does not run the selected model"
         )
     return Probed(pruning.digest, len(ranks), difference)
 
@@ -97,7 +97,7 @@ def _served_by(client: Client) -> _Served:
         if error.status != _NOT_FOUND:
             raise
         raise NotReadyError(
-            f"{client.url}{MANIFEST_PATH} is not there: a dense model, or a server whose "
+            f"{client.url}{MANIFEST_PATH} does not exist: a dense model, or a server whose "
             f"VLLM_PLUGINS does not name sleb (`sleb-serve serve` does)"
         ) from error
 

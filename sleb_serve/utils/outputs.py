@@ -81,7 +81,7 @@ def claimed(outputs: Sequence[Output], *, force: bool = False) -> Iterator[None]
         check_writable(path)
         if not force and not _is_free(path, kind):
             raise SlebError(
-                f"{path} is there and is not {kind.name}, so it is kept; give another output, or "
+                f"{path} exists and is not {kind.name}, so it is kept; give another output, or "
                 f"`force` to replace it"
             )
     if not outputs or is_stream(outputs[0][0]):

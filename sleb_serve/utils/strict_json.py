@@ -49,7 +49,7 @@ def load(data: bytes, *, of_others: bool = False) -> object:
 
     def bounded_int(text: str) -> int:
         if len(text) > longest:
-            raise SlebError(f"number {text[:20]}… is out of range; no count is that large")
+            raise SlebError(f"number {text[:20]}… is out of range; counts are smaller")
         return int(text)
 
     def finite_float(text: str) -> float:
