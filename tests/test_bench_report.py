@@ -110,6 +110,16 @@ def test_the_report_says_which_pairs_were_disturbed_and_why_the_run_ended() -> N
     assert "Ended after 1.5 of 1 minutes, 1 start: time over. Wider than 2 % to a side:" in text
 
 
+def test_the_report_repeats_the_manifests_verdict_on_quality() -> None:
+    many = records()
+    assert "evaluated" not in to_markdown(make_report(many))  # records of older versions
+    (pruned,) = (record for record in many if record.get("blocks") == 2)
+    for verdict, text in (("harmful", "harmful"), (None, "not evaluated")):
+        pruned["verdict"] = verdict
+        rows = [row for row in to_markdown(make_report(many)).splitlines() if "| sleb2" in row]
+        assert rows[-1].split("|")[-2].strip() == text
+
+
 def test_a_run_that_broke_off_says_so_first(tmp_path: Path) -> None:
     broken = [*records(), {"record": "failure", "what": "the server burnt"}]
     text = to_markdown(make_report(broken))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sleb_serve.evaluation.answers import ANSWER_LENGTH
-from sleb_serve.evaluation.report import describe
+from sleb_serve.evaluation.report import describe, recorded_verdict
 from sleb_serve.evaluation.verdict import (
     HARMFUL_AGREEMENT,
     HARMFUL_ANSWERS,
@@ -97,6 +97,22 @@ def test_show_keeps_the_names_of_an_evaluation_off_the_terminal() -> None:
     )
     assert "\x1b" not in text
     assert text.count("evaluated    harmful: 1 removed (hf): perplexity 9.00 on b, 60.0%") == 1
+
+
+def test_a_manifests_verdict_is_the_worst_that_it_holds_of_so_many_blocks() -> None:
+    def found(same: float, blocks: int = 1) -> dict[str, Any]:
+        perplexity = {"a": 9.0}
+        return {"blocks": blocks, "perplexity": perplexity, "agreement": {"a": same}}
+
+    evaluation = {
+        "hf": {"results": [found(0.8), found(0.5, blocks=2)]},
+        "vllm": {"results": [found(0.6)]},
+        "other": {"results": 3},
+    }
+    manifest = replace(MANIFEST, evaluation=evaluation)
+    assert [recorded_verdict(manifest, blocks) for blocks in (1, 2, 3)] == [*["harmful"] * 2, None]
+    assert recorded_verdict(replace(MANIFEST, evaluation={"hf": evaluation["hf"]}), 1) == "check"
+    assert recorded_verdict(MANIFEST, 1) is None
 
 
 def test_the_limits_of_answers_are_those_of_agreement() -> None:

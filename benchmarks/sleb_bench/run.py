@@ -31,6 +31,7 @@ from sleb_serve.data.calibration import held_out_sequences
 from sleb_serve.data.texts import EMBEDDED
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.errors import SlebError
+from sleb_serve.evaluation.report import recorded_verdict
 from sleb_serve.manifest.binding import check_model, revision_of
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.roofline.ideal import head_share
@@ -142,7 +143,10 @@ def bench(
         for variant in variants:
             removed = frozenset(variant.pruning.removed if variant.pruning else ())
             read = checkpoint.tensor_bytes(removed)
-            records.add("variant", {**variant.about(), "weights_bytes": read[0] if read else None})
+            about = {**variant.about(), "weights_bytes": read[0] if read else None}
+            if variant.pruning:
+                about["verdict"] = recorded_verdict(manifest, variant.blocks)
+            records.add("variant", about)
         records.save()
         with _report_if_broken(records, say):
             _measure(options, checkpoint, plan, variants, records, say)

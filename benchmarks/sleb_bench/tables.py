@@ -269,7 +269,7 @@ def _variants(report: Report) -> Section:
     rows: list[Row] = [
         (
             *("variant", "blocks removed", "weights, MB", "ready, s", "resident, MB"),
-            *("KV cache, tokens", "longest at once", "perplexity"),
+            *("KV cache, tokens", "longest at once", "perplexity", "verdict"),
         )
     ]
     for name, variant in report["variants"].items():
@@ -283,6 +283,7 @@ def _variants(report: Report) -> Section:
                 _number(variant["kv_cache_tokens"], ".0f"),
                 _number(variant["max_concurrency"], ".1f"),
                 _number(variant["perplexity"], ".2f"),
+                _verdict(variant),
             )
         )
     tags = ", ".join(
@@ -291,9 +292,22 @@ def _variants(report: Report) -> Section:
         if variant["pruning_digest"] and variant["over"] == "dense" and "-" not in name
     )
     notes = [f"Digests of the prunings: {tags}"]
+    if any(_verdict(variant) == _NOT_EVALUATED for variant in report["variants"].values()):
+        notes.append(
+            f"{_NOT_EVALUATED}: `sleb-serve eval --write-back` puts a verdict on quality "
+            "into the manifest"
+        )
     if any(variant["perplexity"] is not None for variant in report["variants"].values()):
         notes.append(f"Perplexity: {report['quality_text']}")
     return Section("Start, memory, quality", tuple(rows), tuple(notes), "frontier")
+
+
+_NOT_EVALUATED = "not evaluated"
+
+
+def _verdict(variant: Mapping[str, Any]) -> str:
+    """Return the verdict in the manifest; empty for the dense model and older records."""
+    return variant["verdict"] or _NOT_EVALUATED if "verdict" in variant else ""
 
 
 def _setting(report: Report) -> Section:

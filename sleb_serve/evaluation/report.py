@@ -10,7 +10,7 @@ from typing import Any
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.files import results_of
 from sleb_serve.evaluation.picture import accuracy
-from sleb_serve.evaluation.verdict import verdict
+from sleb_serve.evaluation.verdict import VERDICTS, Verdict, verdict
 from sleb_serve.manifest.schema import Manifest, Repair
 from sleb_serve.utils import strict_json
 
@@ -110,7 +110,21 @@ def _repaired(repair: Repair) -> str:
 
 def _evaluated(manifest: Manifest) -> list[str]:
     """Describe the pruned models' results and verdicts, a line each."""
-    lines = []
+    return [
+        f"evaluated    {word}: {entry['blocks']} removed ({backend}): {', '.join(_measures(entry))}"
+        for backend, entry, word in _judged(manifest)
+        if backend.isprintable()
+    ]
+
+
+def recorded_verdict(manifest: Manifest, blocks: int) -> Verdict | None:
+    """Return the worst verdict on so many removed blocks in the manifest; None without any."""
+    found = {word for _, entry, word in _judged(manifest) if entry["blocks"] == blocks}
+    return next((word for word in reversed(VERDICTS) if word in found), None)
+
+
+def _judged(manifest: Manifest) -> Iterator[tuple[str, Mapping[str, Any], Verdict]]:
+    """Yield the evaluation's backend, the entry and the verdict of each judged pruned model."""
     for backend, report in manifest.evaluation.items():
         try:
             found = results_of(strict_json.any_object(report, "evaluation"))
@@ -119,10 +133,8 @@ def _evaluated(manifest: Manifest) -> list[str]:
         entries = [{"blocks": blocks, **entry} for (blocks, _), entry in found.items()]
         for entry in entries:
             word = verdict(entry, entries)
-            if word is not None and backend.isprintable():
-                told = ", ".join(_measures(entry))
-                lines.append(f"evaluated    {word}: {entry['blocks']} removed ({backend}): {told}")
-    return lines
+            if word is not None:
+                yield backend, entry, word
 
 
 def _measures(entry: Mapping[str, Any]) -> Iterator[str]:

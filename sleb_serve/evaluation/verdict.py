@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sleb_serve.evaluation.picture import accuracy
 
@@ -18,6 +18,8 @@ SAFE_LOSS, HARMFUL_LOSS = 0.01, 0.05
 """Loss in mean task accuracy."""
 
 Verdict = Literal["safe", "check", "harmful"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+"""From best to worst."""
 
 
 def verdict(entry: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Verdict | None:
