@@ -61,8 +61,8 @@ def test_warm_up_lasts_as_long_as_turns_get_faster(times: list[float], goes_on: 
     assert warms_up(times) == goes_on
 
 
-def test_a_turn_takes_a_fifth_of_a_second_or_one_call() -> None:
-    assert [calls_a_turn(seconds) for seconds in (30.0, 0.25, 0.07, 0.01)] == [1, 1, 3, 20]
+def test_a_turn_takes_a_tenth_of_a_second_or_one_call() -> None:
+    assert [calls_a_turn(seconds) for seconds in (30.0, 0.15, 0.033, 0.005)] == [1, 1, 3, 20]
     assert calls_a_turn(1e-9) == 256
 
 

@@ -76,13 +76,13 @@ def samples(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["record"] == "sample"]
 
 
-def test_turns_take_a_fifth_of_a_second_and_who_goes_first_changes(measure: Measure) -> None:
-    end, entries = measure([DENSE, PRUNED], {"dense": 0.05, "sleb2": 0.04})
+def test_turns_take_a_tenth_of_a_second_and_who_goes_first_changes(measure: Measure) -> None:
+    end, entries = measure([DENSE, PRUNED], {"dense": 0.025, "sleb2": 0.02})
     assert (end["why"], end["starts"]) == ("precise", 1)
     found = samples(entries)
     order = [s["variant"] for s in found if s["round"] > 0]
     assert order == ["dense", "sleb2", "sleb2", "dense", "sleb2", "dense", "dense", "sleb2"] * 4
-    # Four calls of a twentieth of a second, of either engine, after a first turn of one.
+    # Four calls of a fortieth of a second, of either engine, after a first turn of one.
     assert {s["num_requests"] for s in found if s["round"] > 0} == {16}
     assert [s["num_requests"] for s in found if s["round"] == 0] == [4, 4]
     assert {s["round"] for s in found} == set(range(-1, 17))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sleb_bench.ratios import Ratio
 
-TURN = 0.2
+TURN = 0.1
 """Target seconds per turn.
 
 On shared machines the speed changes at every time scale, so that two turns of a tenth of a second
