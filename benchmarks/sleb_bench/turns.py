@@ -21,6 +21,8 @@ Say = Callable[[str], None]
 Draw = Callable[[Workload, str], Prompts]
 _NEWS = 15.0
 """Seconds between two progress messages, which also save the records."""
+_ROUNDS_ALONE = 8
+"""Rounds in a start of an engine that runs alone; only more starts narrow its interval."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class _Turns:
                     number = calls[workload.name]
                     self._round(start, done, workload, number, _order(group, done), engines)
             if self.plan.one_at_a_time:
-                left = left if done < FEWEST else set()
+                left = left if done < _ROUNDS_ALONE else set()
                 continue
             if is_due(done, judged):
                 ratios, judged = self._ratios(), done
