@@ -10,6 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from sleb_serve.serving.command import plugin_environment
 
 OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
 LOCAL = ["--host", "127.0.0.1", "--port"]
+WITHIN = 30.0
+"""Seconds in which a server that lost a process must end."""
 
 
 def selected(model: Path, folder: Path) -> Path:
@@ -119,3 +122,36 @@ class _Forked:
         if self._child.is_alive():
             raise subprocess.TimeoutExpired(list(map(str, [self.pid])), timeout or 0)
         return self._child.exitcode
+
+
+class Streaming(threading.Thread):
+    """A client that streams one answer after another until something goes wrong."""
+
+    def __init__(self, url: str, model: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.model = url, model
+        self.tokens = 0
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        import openai
+
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        while self.error is None:
+            try:
+                stream = client.completions.create(
+                    model=self.model,
+                    prompt=[5, 6, 7],
+                    max_tokens=200,
+                    stream=True,
+                    temperature=0,
+                    extra_body={"ignore_eos": True},
+                )
+                finished = None
+                for chunk in stream:
+                    self.tokens += 1
+                    finished = chunk.choices[0].finish_reason or finished
+                if finished is None:
+                    raise ConnectionError("the stream ended without a reason")
+            except Exception as error:
+                self.error = error

@@ -217,6 +217,7 @@ def test_what_cannot_be_judged_is_refused(
         (["--perplexity", "nowhere.txt"], "cannot read text nowhere.txt"),
         (["--perplexity", str(text), "--sequence-length", "90000"], "less than one sequence"),
         (["--perplexity", str(text), "--sequence-length", "1"], "at least 2 tokens"),
+        (["--perplexity", str(text), "--sequence-length", "513"], "model's context of 512 tokens"),
         (["-m", str(other), "--perplexity", str(text)], "the manifest is for another model"),
         (["--blocks", "2"], "which blocks?"),
         (["--removal-list", "[2]", "--blocks", "0,2"], "between 1 and 1"),

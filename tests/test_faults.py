@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 from commands import run_on_full_disk
 from conftest import Models
 from forking import run_fork
-from running import LOCAL, OPTIONS, ForkedServer, printed_command
+from running import LOCAL, OPTIONS, WITHIN, ForkedServer, Streaming, printed_command
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli import main as cli
 from sleb_serve.cli.progress import SearchBars
@@ -26,7 +25,6 @@ from sleb_serve.selection.search import Step
 from sleb_serve.serving.command import plugin_environment
 
 TEXT = ["--calibration", "python-docs", "--sequences", "2", "--sequence-length", "32"]
-WITHIN = 30.0
 
 
 def select(model: Path, output: Path) -> list[str]:
@@ -94,39 +92,6 @@ def test_nothing_is_written_beside_the_model(models: Models, tmp_path: Path) -> 
         assert cli.main(arguments) == 0
     model.chmod(0o755)
     assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
-
-
-class Streaming(threading.Thread):
-    """A client that streams one answer after another until something goes wrong."""
-
-    def __init__(self, url: str, model: str) -> None:
-        super().__init__(daemon=True)
-        self.url, self.model = url, model
-        self.tokens = 0
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        import openai
-
-        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-        while self.error is None:
-            try:
-                stream = client.completions.create(
-                    model=self.model,
-                    prompt=[5, 6, 7],
-                    max_tokens=200,
-                    stream=True,
-                    temperature=0,
-                    extra_body={"ignore_eos": True},
-                )
-                finished = None
-                for chunk in stream:
-                    self.tokens += 1
-                    finished = chunk.choices[0].finish_reason or finished
-                if finished is None:
-                    raise ConnectionError("the stream ended without a reason")
-            except Exception as error:
-                self.error = error
 
 
 @pytest.mark.slow

@@ -87,3 +87,27 @@ def context_length(checkpoint: Checkpoint) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return OFFICIAL_SEQUENCE_LENGTH
+
+
+def sequence_length(
+    checkpoint: Checkpoint, asked: int | None, default: int = OFFICIAL_SEQUENCE_LENGTH
+) -> int:
+    """Return the tokens per sequence: those asked for, or the default if the context allows it.
+
+    Raises:
+        SlebError: `asked` is less than 2 or more than the model's context.
+    """
+    context = context_length(checkpoint)
+    if asked is None:
+        return min(default, context)
+    if asked < 2:
+        raise SlebError(
+            f"sequence_length={asked}: a sequence needs at least 2 tokens, one to read and one to "
+            f"predict"
+        )
+    if asked > context:
+        raise SlebError(
+            f"sequence_length={asked} is more than the model's context of {context} tokens; ask "
+            f"for less"
+        )
+    return asked

@@ -21,7 +21,7 @@ from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.cut.servable import check_servable
 from sleb_serve.data.calibration import judged_sequences
 from sleb_serve.data.questions import question_prompts
-from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
+from sleb_serve.data.tokenizer import load_tokenizer, sequence_length
 from sleb_serve.errors import SlebError
 from sleb_serve.evaluation.backends import (
     Judge,
@@ -211,9 +211,7 @@ def _prepared(
         checkpoint = check_model(model, pruning, revision, servable=servable, fetch=True)
         checkpoint.check_layers()
         check_servable(checkpoint, pruning.cut)
-    length = config.sequence_length or min(OFFICIAL_SEQUENCE_LENGTH, context_length(checkpoint))
-    if length < 2:
-        raise SlebError(f"sequence_length={length}: a sequence needs at least 2 tokens")
+    length = sequence_length(checkpoint, config.sequence_length)
     blocks = _blocks(manifest, config)
     for count in blocks:
         if count and manifest is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sleb_serve.checkpoint.checkpoint import Checkpoint
 from sleb_serve.cut.servable import check_servable
-from sleb_serve.data.tokenizer import context_length, load_tokenizer
+from sleb_serve.data.tokenizer import load_tokenizer, sequence_length
 from sleb_serve.data.training import Mixture, make_mixture
 from sleb_serve.errors import SlebError
 from sleb_serve.healing.config import DEFAULT_LENGTH, HealConfig, Progress
@@ -163,13 +163,7 @@ def _start(manifest: Manifest, config: HealConfig, output: Path) -> Mapping[int,
 
 
 def _mixture(checkpoint: Checkpoint, config: HealConfig) -> Mixture:
-    context = context_length(checkpoint)
-    length = config.sequence_length or min(DEFAULT_LENGTH, context)
-    if length > context:
-        raise SlebError(
-            f"sequence_length={length} is more than the model's context of {context} tokens; ask "
-            f"for less"
-        )
+    length = sequence_length(checkpoint, config.sequence_length, DEFAULT_LENGTH)
     most = -(-(config.budget or _MOST_TOKENS) // length)
     return make_mixture(
         config.texts,

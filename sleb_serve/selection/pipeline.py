@@ -14,7 +14,7 @@ from sleb_serve.checkpoint.hub import download_weights, open_checkpoint
 from sleb_serve.cut.servable import check_servable
 from sleb_serve.cut.whole import removable
 from sleb_serve.data.calibration import Sequences, make_sequences
-from sleb_serve.data.tokenizer import OFFICIAL_SEQUENCE_LENGTH, context_length, load_tokenizer
+from sleb_serve.data.tokenizer import load_tokenizer, sequence_length
 from sleb_serve.errors import SlebError
 from sleb_serve.manifest.binding import bind
 from sleb_serve.manifest.reader import MANIFEST
@@ -170,8 +170,7 @@ def _objective(checkpoint: Checkpoint, config: SelectConfig) -> str:
 
 def _texts(checkpoint: Checkpoint, config: SelectConfig) -> _Texts:
     """Return the calibration text as sequences of token ids, one sample per search."""
-    context = context_length(checkpoint)
-    length = config.sequence_length or min(OFFICIAL_SEQUENCE_LENGTH, context)
+    length = sequence_length(checkpoint, config.sequence_length)
     cut = partial(
         make_sequences,
         str(config.calibration),
@@ -187,11 +186,6 @@ def _texts(checkpoint: Checkpoint, config: SelectConfig) -> _Texts:
     repair = samples[0]
     if config.repair_sequences is not None:
         repair = cut(sequences=config.repair_sequences)
-    if length > context:
-        raise SlebError(
-            f"sequence_length={length} is more than the model's context of {context} tokens; ask "
-            f"for less"
-        )
     return _Texts(tuple(samples), repair)
 
 
