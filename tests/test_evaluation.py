@@ -209,13 +209,15 @@ def test_what_cannot_be_judged_is_refused(
     path = str(models("llama"))
     other = tmp_path / "m.json"
     manifest_for(models("opt"), (2,)).write(other)
+    short = tmp_path / "short.txt"
+    short.write_text("short")
     picture = tmp_path / "picture.txt"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
     for options, message in (
         (["--tasks", "no_such_task"], "lm-eval has no task no_such_task"),
         (["--perplexity", str(picture)], "is not UTF-8"),
         (["--perplexity", "nowhere.txt"], "cannot read text nowhere.txt"),
-        (["--perplexity", str(text), "--sequence-length", "90000"], "less than one sequence"),
+        (["--perplexity", str(short)], "less than one sequence"),
         (["--perplexity", str(text), "--sequence-length", "1"], "at least 2 tokens"),
         (["--perplexity", str(text), "--sequence-length", "513"], "model's context of 512 tokens"),
         (["-m", str(other), "--perplexity", str(text)], "the manifest is for another model"),

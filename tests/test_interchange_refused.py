@@ -28,7 +28,7 @@ SLICES = "merge_method: passthrough\nslices:\n- sources:\n  - {model: a, layer_r
         ('["model.layers.4"]', "it holds the text 'model.layers.4'"),
         ('{"schema_version": 1, "removed": [{"block": 5}]}', "is a removal manifest already"),
         ('{"pruned_layers": 4}', "pruned_layers is not a list of block numbers"),
-        ('{"layers_kept": [0, 1]}', "layers_kept says what stays; give the removed blocks"),
+        ('{"layers_kept": [0, 1]}', "layers_kept lists kept blocks; give the removed blocks"),
         ('{"removed": [1], "removed": [2]}', "key 'removed' stands twice"),
         ("removed: [1]\nremoved: [2]\n", "key 'removed' stands twice"),
         ("Removed layers: [1]\nremoved_layers: [2]\n", "key 'removed_layers' stands twice"),

@@ -171,7 +171,7 @@ def test_a_pooling_model_is_selected_by_the_distance_of_its_states(
         assert removal.loss == pytest.approx(sum(far) / len(far), abs=1e-5)
     assert main(["export", str(path), "-m", str(output), "-o", str(tmp_path / "out")]) == 0
     capsys.readouterr()
-    assert "needs predictions" in refused([*arguments, "--objective", "nll"], capsys)
+    assert "needs token predictions" in refused([*arguments, "--objective", "nll"], capsys)
 
 
 def test_what_vllm_would_run_otherwise_is_exported_for_transformers_alone(

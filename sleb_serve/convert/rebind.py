@@ -145,8 +145,8 @@ def _models(
             )
     if origin is None and (own.revision is None or not is_repository(own.id)):
         raise SlebError(
-            f"the manifest's own model, {own.id}, was a folder; give it as `origin`, so that "
-            f"{model} can be compared with it"
+            f"the manifest's own model, {own.id}, was a folder; give its folder as `origin`, so "
+            f"that {model} can be compared with it"
         )
     origin = own.id if origin is None else str(origin)
     first = check_model(
