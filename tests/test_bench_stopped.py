@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from conftest import Models
+from exports import manifest_for
 from forking import end_fork, forks, start_fork
 from sleb_serve.cli.main import main
 
@@ -62,10 +63,10 @@ def test_a_stopped_benchmark_ends_its_processes_and_keeps_its_records(
     way: str, number: signal.Signals, models: Models, tmp_path: Path
 ) -> None:
     manifest, out, log = tmp_path / "m.json", tmp_path / "out", tmp_path / "log"
-    path = str(models("llama"))
-    assert main(["import", path, "[1, 3]", "-o", str(manifest)]) == 0
+    path = models("llama")
+    manifest_for(path, (1, 3)).write(manifest)
     options, after = WAYS[way]
-    command = ["bench", path, "-m", str(manifest), "-o", str(out), *SMALL, *ENGINE, *options]
+    command = ["bench", str(path), "-m", str(manifest), "-o", str(out), *SMALL, *ENGINE, *options]
     child = start_fork(run_with_forks, log, command)
     records = out / "records.jsonl"
     try:

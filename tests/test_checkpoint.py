@@ -10,6 +10,7 @@ import pytest
 
 from conftest import Models
 from sleb_serve.checkpoint.hub import open_checkpoint
+from sleb_serve.checkpoint.safetensors import tensors_of
 from sleb_serve.cut.config import Cut
 from sleb_serve.cut.written import with_quantisation
 from sleb_serve.errors import SlebError
@@ -211,3 +212,10 @@ def test_a_hub_model_is_found_in_the_cache(llama: Path, tmp_path: Path) -> None:
     assert found.weights_sha256() == open_checkpoint(str(llama)).weights_sha256()
     with pytest.raises(SlebError, match="no such model"):
         open_checkpoint("org/tiny")
+
+
+def test_weights_in_pytorchs_own_format_have_no_header(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(b"PK")
+    with pytest.raises(SlebError, match="save them as safetensors first"):
+        tensors_of(file)

@@ -14,9 +14,9 @@ import pytest
 
 from conftest import Models
 from engines import Case, check_equal, run_jobs
+from exports import manifest_for
 from forking import end_fork, fork_engines, start_fork
 from running import OPTIONS, WITHIN, ForkedServer, Streaming, printed_command
-from sleb_serve.cli.main import main
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(120)
@@ -51,16 +51,14 @@ def second_node(command: list[str], log: Path) -> Iterator[Any]:
 
 def nodes(port: int) -> list[str]:
     """Options of both machines."""
-    return ["--tensor-parallel-size", "2", "--nnodes", "2", *OF_GROUP, "--master-port", str(port)]
-
-
-OF_GROUP = ["--distributed-executor-backend", "mp", "--master-addr", "127.0.0.1"]
+    group = ["--distributed-executor-backend", "mp", "--master-addr", "127.0.0.1"]
+    return ["--tensor-parallel-size", "2", "--nnodes", "2", *group, "--master-port", str(port)]
 
 
 @pytest.fixture
 def manifest(models: Models, tmp_path: Path) -> Path:
     path = tmp_path / "m.json"
-    assert main(["import", str(models("llama")), "[1, 3]", "-o", str(path)]) == 0
+    manifest_for(models("llama"), CASE.removed).write(path)
     return path
 
 

@@ -12,9 +12,10 @@ from statistics import fmean
 from typing import Any
 
 _STAT, _CLOCKS = Path("/proc/stat"), Path("/sys/devices/system/cpu")
-_COARSE = 3
 _DISTURBED_SHARE = 0.05
 _DISTURBED_CLOCK = 0.05
+_DISTURBED_TICKS = 3
+"""A short turn has so few clock ticks that one more or less is over 5 %."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Watch:
             whole = (now - self._begin) * ticks[2]
             # Ticks are coarse, so differences may be slightly negative.
             others, steal = max(0.0, busy - own) / whole, stolen / whole
-            limit = max(limit, _COARSE / os.sysconf("SC_CLK_TCK") / whole)
+            limit = max(limit, _DISTURBED_TICKS / os.sysconf("SC_CLK_TCK") / whole)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         elsewhere = (others or 0.0) + (steal or 0.0) > limit
         found = Conditions(_rounded(others), _rounded(steal), _rounded(load), _mhz(), elsewhere)

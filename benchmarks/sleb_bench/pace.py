@@ -12,8 +12,8 @@ from sleb_bench.ratios import Ratio
 TURN = 0.1
 """Target seconds per turn.
 
-On shared machines the speed changes at every time scale, so that two turns of a tenth of a second
-differ by as much as two of two seconds: short turns give more pairs in the same time.
+On shared machines the speed changes at every time scale: short turns differ hardly more than long
+ones, and there are more pairs in the same time (``benchmarks/equal/noise.py``).
 """
 PRECISE, TIME_OVER = "precise", "time over"
 FEWEST = 16

@@ -107,7 +107,7 @@ def _of_blocks(values: NDArray[Any], blocks: NDArray[Any]) -> tuple[float, float
 
 
 def _blocks(lengths: Sequence[int]) -> NDArray[Any]:
-    """Assign pairs to blocks of `BLOCK` neighbours in a start; fewer with few pairs, or more."""
+    """Assign pairs to blocks of `BLOCK` neighbours in a start; the size fits their number."""
     import numpy as np
 
     pairs = sum(lengths)

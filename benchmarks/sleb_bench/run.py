@@ -251,18 +251,16 @@ def _report_if_broken(records: Records, say: Say) -> Iterator[None]:
     """Save the measurements of a failed or stopped run, and a report that states a failure."""
     try:
         yield
-    except SlebError as error:
-        records.add("failure", {"what": str(error)})
-        records.save()
-        if records.measured():
-            write_report(records.folder)
-            say(f"broken off; what was measured is in {records.folder}")
-        raise
     except BaseException as error:
-        # A signal: keep what was measured, and end soon.
         records.add("failure", {"what": str(error) or "interrupted"})
         records.save()
-        if records.measured():
+        if not records.measured():
+            raise
+        if isinstance(error, SlebError):
+            write_report(records.folder)
+            say(f"broken off; what was measured is in {records.folder}")
+        else:
+            # A signal: end soon.
             say(f"broken off; `sleb-serve report {records.folder}` shows what was measured")
         raise
 

@@ -106,8 +106,6 @@ _HOW = (
     "blocks of neighbouring pairs, or over starts where that is said. CPU ratio: the same, of "
     "tokens per processor second; threads that spin while they wait count. tokens/s: median turn"
 )
-
-
 _ABOVE = "one of 20 intervals misses the truth, and the ideal counts weights only; measure longer"
 
 

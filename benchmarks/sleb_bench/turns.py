@@ -140,7 +140,8 @@ class _Turns:
         """Warm up, then measure rounds until this start is over."""
         calls = {w.name: self._warm_up(start, w, group, engines) for w in self.plan.todo}
         left, done = {workload.name for workload in self.plan.todo}, 0
-        ratios, judged, told = self._ratios(), 0, self.pace.clock()
+        ratios: Ratios = {}
+        judged, told = 0, self.pace.clock()
         while left:
             done += 1
             for workload in self.plan.todo:

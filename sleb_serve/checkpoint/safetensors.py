@@ -51,8 +51,13 @@ def tensors_of(file: Path) -> Mapping[str, Entry]:
     The format: https://github.com/huggingface/safetensors#format
 
     Raises:
-        SlebError: it is not a complete safetensors file.
+        SlebError: it is not a complete safetensors file, or has PyTorch's format.
     """
+    if file.suffix != ".safetensors":
+        raise SlebError(
+            f"{file.parent} has weights in PyTorch's .bin format; save them as safetensors first "
+            f"(model.save_pretrained)"
+        )
     try:
         found = file.stat()
         return _header(file, found.st_size, found.st_mtime_ns)

@@ -170,15 +170,8 @@ def _shards(checkpoint: Checkpoint, pruning: Pruning, changes: WeightChanges) ->
         SlebError: the weights are not safetensors, or the repair does not match them.
     """
     cut, prefix = pruning.cut, checkpoint.layer_prefix
-    files = checkpoint.weight_files(frozenset(pruning.removed))
-    if files[0].suffix != ".safetensors":
-        raise SlebError(
-            f"{checkpoint.path} has weights in PyTorch's .bin format; save them as safetensors "
-            "first "
-            f"(model.save_pretrained)"
-        )
     shards, left = [], set(changes.names)
-    for file in files:
+    for file in checkpoint.weight_files(frozenset(pruning.removed)):
         pieces = []
         for name, (dtype, shape, start, end) in tensors_of(file).items():
             new_name = cut.name(name, prefix)

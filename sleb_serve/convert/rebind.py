@@ -140,8 +140,7 @@ def _models(
         if expected != found:
             raise SlebError(
                 f"{model} is not another form of {own.id}: {what} expected {expected}, found "
-                f"{found}; "
-                f"select for {model} itself"
+                f"{found}; select for {model} itself"
             )
     if origin is None and (own.revision is None or not is_repository(own.id)):
         raise SlebError(
@@ -202,16 +201,9 @@ def _check_tensors(first: Checkpoint, other: Checkpoint) -> None:
 
 def _block_tensors(checkpoint: Checkpoint) -> Mapping[str, list[int]]:
     """Return the shapes of the blocks' tensors, by name from the layer number on."""
-    files, prefix = checkpoint.weight_files(), checkpoint.layer_prefix
-    if files[0].suffix != ".safetensors":
-        raise SlebError(
-            f"{checkpoint.path} has weights in PyTorch's .bin format; save them as safetensors "
-            "first "
-            f"(model.save_pretrained)"
-        )
     return {
-        name.removeprefix(prefix): shape
-        for file in files
+        name.removeprefix(checkpoint.layer_prefix): shape
+        for file in checkpoint.weight_files()
         for name, (_, shape, _, _) in tensors_of(file).items()
         if checkpoint.block_of(name) is not None
     }

@@ -32,8 +32,7 @@ def check_entries(config: Mapping[str, Any], cut: Cut) -> None:
             if lost:
                 raise SlebError(
                     f"block {lost[0]} receives the vision tower's features ({key}), so it cannot "
-                    "be "
-                    f"removed; {INSTEAD}"
+                    f"be removed; {INSTEAD}"
                 )
 
 

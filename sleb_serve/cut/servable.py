@@ -158,7 +158,6 @@ def _check_periods(checkpoint: Checkpoint, cut: Cut) -> None:
     if moved is not None:
         raise SlebError(
             f"{checkpoint.path}: vLLM derives the kind of a layer of {checkpoint.architecture} "
-            "from "
-            f"its number, so without sleb-serve it would run layer {moved} as another kind; serve "
-            f"it with sleb-serve serve, or export it for=transformers alone"
+            f"from its number, so without sleb-serve it would run layer {moved} as another kind; "
+            f"serve it with sleb-serve serve, or export it for=transformers alone"
         )

@@ -71,11 +71,6 @@ def adaptable(
 
 
 def _tensors(file: Any) -> Mapping[str, tuple[str, list[int]]]:
-    if file.suffix != ".safetensors":
-        raise SlebError(
-            f"{file.parent} has weights in PyTorch's .bin format; save them as safetensors first "
-            f"(model.save_pretrained)"
-        )
     return {name: (kind, shape) for name, (kind, shape, _, _) in tensors_of(file).items()}
 
 

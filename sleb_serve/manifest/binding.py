@@ -140,8 +140,7 @@ def compare_full(
     if found is None:
         raise SlebError(
             f"{model} has weights in PyTorch's .bin format, which has no full digest; save them as "
-            "safetensors "
-            f"(model.save_pretrained) and make the manifest again"
+            f"safetensors (model.save_pretrained) and make the manifest again"
         )
     pairs = enumerate(zip(expected, found, strict=True), -1)
     others = [block for block, (wanted, there) in pairs if wanted not in (None, there)]

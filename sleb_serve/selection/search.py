@@ -91,9 +91,8 @@ def blocks_to_remove(
     if count > most:
         raise SlebError(
             f"remove={remove}: of {num_blocks} blocks at most {max(most, 0)} can be removed, since "
-            "the "
-            f"first {early_barrier} and last {late_barrier} are kept and one must remain; ask for "
-            f"fewer, or lower `early_barrier` and `late_barrier`"
+            f"the first {early_barrier} and last {late_barrier} are kept and one must remain; ask "
+            f"for fewer, or lower `early_barrier` and `late_barrier`"
         )
     return count
 
