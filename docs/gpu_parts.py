@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def _gpu_run(path: Path) -> str:
         own = [entry for entry in results if entry["step"] == step["step"]]
         found = [_escaped(text) for entry in own if (text := _gpu_result(entry))]
         why = [_escaped(step["why"])] if step.get("why") else []
+        # What a stopped benchmark had started is in its log alone.
+        why += [x for x in step.get("log", "").splitlines() if re.search(r": ready in \d+ s", x)]
         seconds = step.get("seconds", "")
         told = "<br>".join([*why, *found])
         lines.append(f"| `{step['step']}` | {step['outcome']} | {seconds} | {told} |")

@@ -77,6 +77,21 @@ def test_what_a_stopped_step_started_is_ended_with_it(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("heeds", [True, False])
+def test_a_stopped_step_can_save_what_it_has(tmp_path: Path, heeds: bool) -> None:
+    saved = tmp_path / "saved"
+    handler = f"lambda *_: (open({str(saved)!r}, 'w').close(), sys.exit(0))"
+    code = (
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, {handler if heeds else 'signal.SIG_IGN'})\n"
+        "time.sleep(60)"
+    )
+    (record,) = run(tmp_path / "results", [step("saves", 10)], {"saves": code})
+    assert (record["outcome"], record["why"]) == ("stopped", "stopped after 10 s")
+    assert record["seconds"] < 20
+    assert saved.exists() == heeds
+
+
 def test_a_line_is_on_disk_before_the_next_step_begins(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     count = f"print(len(open({str(folder / RESULTS)!r}).readlines()))"

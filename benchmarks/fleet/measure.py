@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sleb_bench.engine import Engine
+from sleb_bench.engine import Engine, Host
 from sleb_bench.machine import machine
 from sleb_bench.records import Records
 from sleb_bench.variants import DENSE, Variant, make_variants
@@ -87,11 +87,12 @@ def main() -> None:
     vocabulary = int(checkpoint.decoder_config["vocab_size"])
     with ExitStack() as stack:
         engines = {}
+        host = Host({}, options.folder / "engines.log")
+        stack.callback(host.close)
         for variant in variants:
-            engine = Engine(variant.name, variant.spec, options.folder / f"{variant.name}.log")
-            stack.callback(engine.close)
-            records.add("engine", {"start": 1, "variant": variant.name, **engine.ready()})
-            engines[variant.name] = engine
+            about = host.start(variant.name, variant.spec)
+            records.add("engine", {"start": 1, "variant": variant.name, **about})
+            engines[variant.name] = Engine(host, variant.name)
         for number in range(options.rounds + 1):
             _round(number, variants, engines, records, vocabulary, options.requests)
             records.save()
@@ -128,7 +129,7 @@ def _round(
         else:
             prompts = workload.prompts(vocabulary, str(number))
         for variant in order:
-            sample = engines[variant.name].measure(workload, prompts)
+            sample = engines[variant.name].measure(workload, [prompts])
             place = {"variant": variant.name, "start": 1, "round": number}
             values = {"workload": workload.name, **place, **asdict(sample)}
             if workload is mixed:

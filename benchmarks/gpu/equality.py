@@ -52,7 +52,8 @@ def cases(gpu: bool) -> list[Case]:
         for model, removed in gone.items()
     ]
     rest = [Case("llama", (2, 5), runner=2), Case("llama", (), "bfloat16", graphs=True)]
-    return [*fast, *plain, *rest, Case("llama", (0, 7))]
+    # An engine without graphs starts in a fraction of the time.
+    return [fast[0], *plain, *fast[1:], *rest, Case("llama", (0, 7))]
 
 
 def step_equal(kit: Kit) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def environment(output: Path, tiny: bool) -> Mapping[str, str]:
         "VLLM_CACHE_ROOT": str(Kit("", output, tiny).work / "vllm-cache"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+    if find_spec("flashinfer") is None:
+        # vLLM uses its sampler on a GPU without looking for the package.
+        found["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     return found | ({"VLLM_CPU_KVCACHE_SPACE": "1"} if tiny else {})
 
 

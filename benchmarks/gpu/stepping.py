@@ -16,6 +16,9 @@ from typing import Any
 RESULTS = "results.jsonl"
 LEAST = 15.0
 """Minimum remaining seconds for a step, the time to import vLLM."""
+GRACE = 10.0
+"""Seconds between SIGTERM and SIGKILL, a tenth of the limit at most, for a step to save what it has
+measured."""
 _TAIL = 1500
 
 
@@ -90,9 +93,10 @@ def run_steps(
 def _run(
     step: Step, command: Sequence[str], folder: Path, limit: float, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Run one step, and kill its process group afterwards to free the GPU's memory."""
+    """Run one step, and end its process group afterwards to free the GPU's memory."""
     log = folder / f"{step.name}.log"
     begin = time.monotonic()
+    grace = min(GRACE, limit / 10)
     code: int | None = None
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -103,8 +107,11 @@ def _run(
             start_new_session=True,
         )
         try:
+            code = child.wait(limit - grace)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code = child.wait(limit)
+                child.wait(grace)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
