@@ -50,7 +50,9 @@ def measure(seconds: float) -> list[float]:
 
 def rows(times: Sequence[float]) -> list[tuple[str, ...]]:
     """Return the scatter of pairs of neighbouring turns of 1, 2, 4, … calls."""
-    found = [("turn, s", "pairs", "standard deviation of a pair", "standard error of the mean")]
+    found: list[tuple[str, ...]] = [
+        ("turn, s", "pairs", "standard deviation of a pair", "standard error of the mean")
+    ]
     calls = 1
     while (pairs := len(times) // (2 * calls)) >= PAIRS:
         turns = [sum(times[i * calls : (i + 1) * calls]) for i in range(2 * pairs)]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kit import Kit, on_gpu, synchronize
 from made import llama_7b
@@ -48,7 +48,7 @@ def step_select(kit: Kit) -> None:
     """Remove 7 of 32 blocks on 16 x 2,048 tokens: greedy, fast, and plain passes."""
     folder = llama_7b(kit)
     sequences, length, remove = (2, 64, 2) if kit.tiny else (16, 2048, 7)
-    dtype = "bfloat16" if on_gpu() else "float32"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if on_gpu() else "float32"
     checkpoint = open_checkpoint(str(folder))
     with kit.telling("peak") as found:
         from sleb_serve.roofline.device import device_here

@@ -148,13 +148,13 @@ class Study:
 
     def search(self, name: str, count: int) -> list[int]:
         """Return the choice of another search."""
-        limits: dict[str, int] = {"num_blocks": self.checkpoint.num_blocks, "remove": count}
+        blocks = self.checkpoint.num_blocks
         if name == "beam":
-            found = beam(self._score, width=BEAM, **limits)
+            found = beam(self._score, width=BEAM, num_blocks=blocks, remove=count)
         elif name == "swap":
-            found = swap(self._score, **limits)
+            found = swap(self._score, num_blocks=blocks, remove=count)
         else:
-            found = greedy(self._score_folded, **limits)
+            found = greedy(self._score_folded, num_blocks=blocks, remove=count)
         return [choice.block for choice in found]
 
     def _score(self, removed: Sequence[int], candidates: Sequence[int]) -> Scores:

@@ -32,6 +32,7 @@ from sleb_serve.data.calibration import Sequences, make_sequences
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.models.layerwise import CausalLM
 from sleb_serve.models.loading import load_model
+from sleb_serve.selection.layer_sweep import LayerSweep
 from sleb_serve.selection.scorer import Scorer
 from sleb_serve.selection.search import Scores, greedy
 from sleb_serve.utils.distributed import Ranks
@@ -86,7 +87,7 @@ def naive(checkpoint: Checkpoint, sequences: Sequences, dtype: str, record: Reco
     model: Any = load_model(checkpoint, dtype)
     layers = list(model.model.layers)
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def loss(removed: Sequence[int]) -> float:
         model.model.layers = nn.ModuleList(
             layer for i, layer in enumerate(layers) if i not in removed
@@ -120,8 +121,9 @@ def ours(
     )
     base: list[float] = []
     work = Work()
-    for sweep in filter(None, (scorer.sweep, scorer.screen)):
-        work.watch(sweep.model)
+    for sweep in (scorer.sweep, scorer.screen):
+        if isinstance(sweep, LayerSweep):
+            work.watch(sweep.model)
 
     def score(removed: Sequence[int], candidates: Sequence[int]) -> Scores:
         scores = scorer.score(removed, candidates, base[-1] if base else None, lambda: None)
@@ -150,7 +152,7 @@ class Work:
             self.rows += found.shape[1]
             return found
 
-        model.run, model.logits = counted_run, counted_logits  # type: ignore[method-assign]
+        model.run, model.logits = counted_run, counted_logits
 
 
 def search(
