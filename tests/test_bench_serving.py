@@ -167,7 +167,7 @@ def test_an_engines_arguments_become_a_servers_options() -> None:
     ]
 
 
-@pytest.mark.parametrize("truth", [0.3, 7.0, 42.0])
+@pytest.mark.parametrize("truth", [0.3, 7.0, 9.9])
 def test_the_search_ends_close_to_the_highest_rate_that_meets_the_level(truth: float) -> None:
     tried: list[tuple[float, float]] = []
     while (rate := next_rate(tried, capacity=10.0)) is not None:
@@ -177,6 +177,15 @@ def test_the_search_ends_close_to_the_highest_rate_that_meets_the_level(truth: f
     assert high is not None
     assert low <= truth < high <= 1.1 * low
     assert len(tried) <= 12
+
+
+@pytest.mark.parametrize("truth", [10.0, 42.0, float("inf")])
+def test_no_rate_above_the_capacity_counts(truth: float) -> None:
+    """A dozen requests at 254 per second are a burst that was answered in time, not a rate."""
+    tried: list[tuple[float, float]] = []
+    while (rate := next_rate(tried, capacity=10.0)) is not None:
+        tried.append((rate, 1.0 if rate <= truth else 0.5))
+    assert bracket(tried) == (10.0, None)
 
 
 def test_a_level_that_no_rate_meets_ends_the_search_too() -> None:
@@ -233,9 +242,10 @@ def test_servers_that_run_are_searched_with_prompts_of_a_file(
     searched = records(tmp_path / "out", "slo")
     for name in ("dense", "sleb2"):
         rates = [r["request_rate"] for r in searched if r["variant"] == name]
-        # All meet the level: the rate grows until the search gives up.
+        # All meet the level: the rate grows until it is the server's capacity.
         assert rates == sorted(rates)
-        assert len(rates) == 12
+        (alone,) = (r for r in records(tmp_path / "out", "serving") if r["variant"] == name)
+        assert rates[-1] == alone["result"]["request_throughput"]
     assert all(r["met"] == pytest.approx(1) for r in searched)
     lengths = {length for r in searched for length in r["result"]["input_lens"]}
     assert len(lengths) > 0

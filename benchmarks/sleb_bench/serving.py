@@ -60,17 +60,25 @@ def serve_and_load(
         # Round 0 warms up, and measures each model's saturation.
         capacity: dict[str, float] = {}
         for entry in _load(bench, served[::-1], servers, Point(INF), 0):
-            # Before yielding, because the receiver may change it.
-            if entry["record"] == "serving":
-                capacity[entry["variant"]] = entry["result"]["request_throughput"]
+            _note(entry, capacity)
             yield entry
         points = _points(options, capacity.get(DENSE)) if ladder else []
         for number in range(1, options.rounds + 1):
             for point in points:
                 order = served if number % 2 else served[::-1]
-                yield from _load(bench, order, servers, point, number)
+                for entry in _load(bench, order, servers, point, number):
+                    if point == Point(INF):
+                        _note(entry, capacity)
+                    yield entry
         if search:
             yield from _search(bench, served, servers, capacity)
+
+
+def _note(entry: Mapping[str, Any], capacity: dict[str, float]) -> None:
+    """Note a server's highest throughput, before a receiver of the entry may change it."""
+    if entry["record"] == "serving":
+        name, found = entry["variant"], float(entry["result"]["request_throughput"])
+        capacity[name] = max(found, capacity.get(name, 0.0))
 
 
 def _search(

@@ -30,6 +30,9 @@ def bracket(tried: Sequence[tuple[float, float]]) -> tuple[float | None, float |
 def next_rate(tried: Sequence[tuple[float, float]], capacity: float) -> float | None:
     """Return the next rate; None when the bracket is within 10 % or after twelve rates.
 
+    No rate above the capacity: few requests at such a rate are a burst, which a server can answer
+    in time without sustaining the rate.
+
     Args:
         tried: requests/s and shares that met the limits so far.
         capacity: requests/s of the server with all requests sent at once.
@@ -42,5 +45,5 @@ def next_rate(tried: Sequence[tuple[float, float]], capacity: float) -> float | 
     if low is None:
         return (high or capacity) / 2
     if high is None:
-        return 1.5 * low
+        return min(1.5 * low, capacity) if low < capacity else None
     return None if high <= _CLOSE * low else (low * high) ** 0.5

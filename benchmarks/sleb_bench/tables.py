@@ -244,12 +244,14 @@ def _slo(report: Report) -> Section:
             edges = " to ".join(_number(edge, ".3f") or "?" for edge in gain["between"])
             cells = (gain["over"], f"{gain['ratio']:.3f} ({edges})")
         rate = _number(found["rate"], ".3g") or "none tried"
-        rows.append((name, rate, _number(found["not_at"], ".3g"), *cells))
+        over = _number(found["not_at"], ".3g") or "its capacity"
+        rows.append((name, rate, over, *cells))
     limits = ", ".join(f"{name} {limit:g} ms" for name, limit in slo["limits"].items())
     requests = f"{100 * slo['share']:.0f} % of {report['options']['serving']['requests']} requests"
     note = (
         f"The highest rate tried at which {requests} met {limits}, and the lowest at which fewer "
-        f"did; the ratio lies between those of the two; prefix cache hits "
+        f"did. A server's capacity, its throughput with all requests at once, is the highest rate "
+        f"tried. The ratio lies between those of the two; prefix cache hits "
         f"{100 * slo['prefix_cache_hit_rate']:.1f} % at most"
     )
     return Section("Highest rate within the service level", tuple(rows), (note,))
