@@ -265,6 +265,7 @@ def test_the_highest_rates_within_a_level_are_told_with_what_they_lie_between() 
             "variant": name,
             "request_rate": rate,
             "met": share,
+            "capacity": 4.0,
             "result": {"prefix_cache_hit_rate": 0.25},
         }
         for name, rates in loads.items()
@@ -279,6 +280,12 @@ def test_the_highest_rates_within_a_level_are_told_with_what_they_lie_between() 
     text = to_markdown(report)
     assert "| sleb2   | 2.5        | 3      | dense | 1.250 (1.136 to 1.500) |" in text
     assert "90 % of 8 requests met ttft 450 ms" in text
+    # Without the rate that failed, the search was cut short or had reached the capacity.
+    text = to_markdown(make_report(found[:-1]))
+    assert "| sleb2   | 2.5        |        | dense | 1.250 (1.136 to ?) |" in text
+    found[-2]["capacity"] = 2.5
+    text = to_markdown(make_report(found[:-1]))
+    assert "| sleb2   | 2.5        | its capacity | dense | 1.250 (1.136 to ?) |" in text
 
 
 def test_a_million_tokens_cost_what_the_hour_costs() -> None:

@@ -15,7 +15,7 @@ from made import LLAMA_2_7B, LLAMA_2_70B, TINY, llama_7b, llama_70b
 # 64 sequences of 192 tokens need 6.44 GB of the dense model's KV cache.
 SHARED = {"kv_cache_memory_bytes": 6_600_000_000, "gpu_memory_utilization": 0.1}
 ALONE = {"gpu_memory_utilization": 0.9}
-STEP = {"max_num_batched_tokens": 8192, "max_num_seqs": 64}
+SCHEDULER = {"max_num_batched_tokens": 8192, "max_num_seqs": 64}
 """The batch of the paper, so that few CUDA graphs are captured."""
 TENTH, FIFTH, THIRD = 4, 7, 10
 """Removed blocks of 32, rounded as by `sleb-serve select --remove 0.1` and so on."""
@@ -91,7 +91,7 @@ def _bench(
 ) -> None:
     """Run the command; raise SystemExit with its exit code if it fails."""
     output = kit.work / kit.step
-    values = {"dtype": "bfloat16", **arguments, **STEP, **engine_arguments()}
+    values = {"dtype": "bfloat16", **arguments, **SCHEDULER, **engine_arguments()}
     count, sizes = LLAMA_2_7B["num_hidden_layers"], ["--prompt-length", "2048"]
     config = json.loads((model / "config.json").read_text())
     count = config["num_hidden_layers"]

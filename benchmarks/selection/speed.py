@@ -122,7 +122,8 @@ def ours(
     base: list[float] = []
     work = Work()
     for sweep in (scorer.sweep, scorer.screen):
-        if isinstance(sweep, LayerSweep):
+        if sweep is not None:
+            assert isinstance(sweep, LayerSweep)
             work.watch(sweep.model)
 
     def score(removed: Sequence[int], candidates: Sequence[int]) -> Scores:

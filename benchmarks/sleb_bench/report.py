@@ -221,7 +221,9 @@ def _slo(
         own = [record for record in searched if record["variant"] == name]
         if own:
             low, high = bracket([(r["request_rate"], r["met"]) for r in own])
-            found[name] = {"rate": low, "not_at": high, "tried": len(own)}
+            # A server that died during the search has no upper rate either.
+            whole = low is not None and low >= own[-1]["capacity"]
+            found[name] = {"rate": low, "not_at": high, "at_capacity": whole, "tried": len(own)}
     gains = []
     for name, over in compared({name: v["over"] for name, v in variants.items()}):
         of, under = found.get(name, {}), found.get(over, {})

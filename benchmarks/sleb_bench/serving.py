@@ -103,7 +103,8 @@ def _search(
                 if entry["record"] == "serving":
                     share = met(entry["result"], bench.requests)
                     tried[name].append((rate, share))
-                    yield {**entry, "record": "slo", "round": step, "met": share}
+                    about = {"round": step, "met": share, "capacity": capacity[name]}
+                    yield {**entry, "record": "slo", **about}
                 else:
                     yield entry
         if not loaded:

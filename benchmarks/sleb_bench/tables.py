@@ -244,7 +244,7 @@ def _slo(report: Report) -> Section:
             edges = " to ".join(_number(edge, ".3f") or "?" for edge in gain["between"])
             cells = (gain["over"], f"{gain['ratio']:.3f} ({edges})")
         rate = _number(found["rate"], ".3g") or "none tried"
-        over = _number(found["not_at"], ".3g") or "its capacity"
+        over = "its capacity" if found["at_capacity"] else _number(found["not_at"], ".3g")
         rows.append((name, rate, over, *cells))
     limits = ", ".join(f"{name} {limit:g} ms" for name, limit in slo["limits"].items())
     requests = f"{100 * slo['share']:.0f} % of {report['options']['serving']['requests']} requests"
