@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -67,14 +68,18 @@ def run_until_end(
 
 
 def become(command: list[str]) -> None:
-    """In the fork: be the program that the command would start."""
+    """In the fork: be the program that the command would start, to its exit code."""
     fork_engines()
-    if command[1] == "-m":
-        sys.argv = command[2:]
-        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
+    try:
+        if command[1] == "-m":
+            sys.argv = command[2:]
+            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
+    finally:
+        # Processes of multiprocessing end without them, and the endpoint sets its exit code there.
+        atexit._run_exitfuncs()
 
 
 class ForkedServer(Server):

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -164,6 +167,16 @@ def holds(run: Run) -> bool:
     return run.found.interval[0] <= TRUTH <= run.found.interval[1]
 
 
+def row(name: str, runs: int, seed: int) -> tuple[str, ...]:
+    """Return one kind of machine's row of the table."""
+    found = coverage(MACHINES[name], runs, seed)
+    held = sum(map(holds, found)) / len(found)
+    edges = [run.found.interval or (0.0, math.inf) for run in found]
+    side = median(math.sqrt(high / low) - 1 for low, high in edges)
+    pairs, minutes = median(r.pairs for r in found), median(r.minutes for r in found)
+    return (name, f"{100 * held:.0f} %", f"±{100 * side:.1f} %", f"{pairs:.0f}", f"{minutes:.1f}")
+
+
 def main() -> None:
     """Print the interval's coverage, its width, and the cost."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -171,13 +184,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     rows = [("machine", "interval holds the truth", "half-width", "pairs", "minutes")]
-    for name, machine in MACHINES.items():
-        runs = coverage(machine, options.runs, options.seed)
-        held = sum(map(holds, runs)) / len(runs)
-        edges = [run.found.interval or (0.0, math.inf) for run in runs]
-        sides = [math.sqrt(high / low) - 1 for low, high in edges]
-        numbers = (f"{median(r.pairs for r in runs):.0f}", f"{median(r.minutes for r in runs):.1f}")
-        rows.append((name, f"{100 * held:.0f} %", f"±{100 * median(sides):.1f} %", *numbers))
+    with ProcessPoolExecutor() as pool:
+        for found in pool.map(partial(row, runs=options.runs, seed=options.seed), MACHINES):
+            rows.append(found)
+            print(" | ".join(found), file=sys.stderr, flush=True)
     print("\n".join(table(rows)))
     print(
         f"\n{options.runs} runs each, truth {TRUTH}; asked for: ±2 %, 5 minutes, 3 starts; medians."

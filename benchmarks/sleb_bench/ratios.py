@@ -96,12 +96,20 @@ def _of_blocks(values: NDArray[Any], blocks: NDArray[Any]) -> tuple[float, float
     import numpy as np
 
     one, other = np.triu_indices(len(values))
-    means, of_one, of_other = (values[one] + values[other]) / 2, blocks[one], blocks[other]
+    means = (values[one] + values[other]) / 2
     count = int(blocks[-1]) + 1
     centre = float(np.median(means))
     if count == 1:
         return centre, math.nan
-    without = [np.median(means[(of_one != block) & (of_other != block)]) for block in range(count)]
+    # Sorted once: the median without a block is the middle of what is left, in the same order.
+    order = np.argsort(means)
+    means, small = means[order], blocks.astype(np.uint16)
+    of_one, of_other = small[one[order]], small[other[order]]
+    without = []
+    for block in range(count):
+        left = np.flatnonzero((of_one != block) & (of_other != block))
+        middle = left[[(len(left) - 1) // 2, len(left) // 2]]
+        without.append(means[middle].mean())
     variance = (count - 1) * float(np.var(without))
     return centre, t95(count - 1) * math.sqrt(variance)
 

@@ -18,9 +18,11 @@ __all__ = ["endpoint", "register"]
 
 def register() -> None:
     """Entry point of ``vllm.general_plugins``, which vLLM calls in every process."""
+    from sleb_serve.utils.ending import keep_signals_apart
     from sleb_vllm.config_parser import register_parser
     from sleb_vllm.loader import register_loader
 
+    keep_signals_apart()
     register_parser()
     register_loader()
 

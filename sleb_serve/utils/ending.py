@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
+import signal
 import sys
 import threading
 from typing import Any
@@ -46,3 +48,14 @@ class Ending:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(bool(self._died)))
+
+
+@functools.cache
+def keep_signals_apart() -> None:
+    """From now on, forks of this process keep their signals to themselves.
+
+    Before Python 3.12, a fork also writes each signal that it gets to the event loop of its parent
+    (https://github.com/python/cpython/issues/66285). Where vLLM forks its workers, the server took
+    the SIGTERM to a worker, sent because another one had died, for its own, and ended with 0.
+    """
+    os.register_at_fork(after_in_child=functools.partial(signal.set_wakeup_fd, -1))
