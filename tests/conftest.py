@@ -66,7 +66,7 @@ SHARED_DATASETS = ROOT.parent / "shared" / "hf" / "datasets"
 
 LONGEST = (
     *("test_architectures", "test_plugin", "test_server", "test_bench", "test_deployment"),
-    *("test_select_size", "test_reading", "test_compiled", "test_faults", "test_compile_cache"),
+    *("test_select_size", "test_reading", "test_faults", "test_compile_cache"),
     *("test_board", "test_bench_serving", "test_repair_served", "test_evaluation", "test_export"),
     *("test_wrong_ways", "test_binding", "test_quantised", "test_cli", "test_kinds"),
     *("test_lm_eval", "test_gpu_kit", "test_rebind", "test_broken_checkpoints", "test_arguments"),

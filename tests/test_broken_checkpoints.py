@@ -18,7 +18,7 @@ from sleb_serve.cli.main import main
 QUICK = 12
 """Cases of each kind that are tried each time, others each time."""
 
-SLOW = {"config.json": 150, "model.safetensors": 300, "model.safetensors.index.json": 300}
+SLOW = {"config.json": 100, "model.safetensors": 150, "model.safetensors.index.json": 120}
 """The most that are tried where time is no matter."""
 
 MOST = {"config.json": 0.9, "model.safetensors": 0.2, "model.safetensors.index.json": 0.35}

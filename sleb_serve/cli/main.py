@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import os
 import re
@@ -108,6 +109,7 @@ def _run(
     return command.run(options)
 
 
+@functools.cache
 def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """Return the main parser and the parser of `serve`, which passes other options to vLLM."""
     parser = Parser(
