@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import cast
 
 from commands import select_arguments
+from engine_jobs import start_sooner
 from forking import end_fork, fork_engines, start_fork
 from sleb_bench.server import Server
 from sleb_serve.cli.main import main
@@ -69,7 +70,22 @@ def run_until_end(
 
 def become(command: list[str]) -> None:
     """In the fork: be the program that the command would start, to its exit code."""
+    become_one_after_another([command])
+
+
+def become_one_after_another(commands: list[list[str]]) -> None:
+    """In the fork: be several programs; one that fails is the last."""
+    start_sooner()
     fork_engines()
+    try:
+        for command in commands:
+            _run_program(command)
+    finally:
+        # Processes of multiprocessing end without them, and the endpoint sets its exit code there.
+        atexit._run_exitfuncs()
+
+
+def _run_program(command: list[str]) -> None:
     try:
         if command[1] == "-m":
             sys.argv = command[2:]
@@ -77,9 +93,9 @@ def become(command: list[str]) -> None:
         else:
             sys.argv = command
             runpy.run_path(command[0], run_name="__main__")
-    finally:
-        # Processes of multiprocessing end without them, and the endpoint sets its exit code there.
-        atexit._run_exitfuncs()
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 class ForkedServer(Server):

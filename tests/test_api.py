@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import urllib.request
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import oracle
-from commands import select_arguments
+from commands import Capture, select_arguments
 from conftest import ROOT
-from sleb_bench.server import Server, free_port
+from running import ForkedServer
+from sleb_bench.server import free_port
 from sleb_serve import (
     EvalConfig,
     SelectConfig,
@@ -119,15 +121,20 @@ assert set(sleb_serve.__all__) <= set(dir(sleb_serve))
 
 @pytest.mark.slow
 def test_the_script_of_the_documentation_runs(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     port = free_port()
     script = ROOT / "docs" / "python_api.py"
     assert len(script.read_text().splitlines()) < 25
     options = ["--port", str(port), "--enforce-eager", "--dtype", "float32"]
-    command = [sys.executable, str(script), str(models("llama")), *options]
-    server = Server(command, port, tmp_path / "log")
+    started: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", [str(script), str(models("llama")), *options])
+    # What it starts is started as a fork below, where vLLM is imported.
+    monkeypatch.setattr(subprocess, "run", lambda command, check: started.append(command))
+    runpy.run_path(str(script), run_name="__main__")
+    assert "blocks=6" in capsys.readouterr().out
+    server = ForkedServer(started[0], port, tmp_path / "log")
     try:
         server.wait()
         with urllib.request.urlopen(f"{server.url}/v1/models") as reply:
@@ -135,7 +142,5 @@ def test_the_script_of_the_documentation_runs(
     finally:
         server.stop()
     assert "sleb" in served["id"]
-    log = (tmp_path / "log").read_text()
-    assert "blocks=6" in log
     config = json.loads((tmp_path / "pruned-model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 6

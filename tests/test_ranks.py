@@ -21,7 +21,7 @@ def test_three_ranks_share_heads_that_are_an_odd_number(tmp_path: Path) -> None:
     heads: dict[str, Any] = {"num_attention_heads": 3, "num_key_value_heads": 3, "vocab_size": 384}
     sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 192}
     save_model("llama", path, **heads, **sizes, num_hidden_layers=6)
-    job = case.job(path, tensor_parallel_size=3)
+    job = {**case.job(path, tensor_parallel_size=3), "max_tokens": 4}
     (result,) = run_jobs([job], tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1|1")
     assert len(result["ranks"]) == 3
     check_equal(result, path, case)

@@ -183,7 +183,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    rows = [("machine", "interval holds the truth", "half-width", "pairs", "minutes")]
+    rows: list[tuple[str, ...]] = [
+        ("machine", "interval holds the truth", "half-width", "pairs", "minutes")
+    ]
     with ProcessPoolExecutor() as pool:
         for found in pool.map(partial(row, runs=options.runs, seed=options.seed), MACHINES):
             rows.append(found)
