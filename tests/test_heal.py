@@ -268,10 +268,10 @@ def step_twice(path: Path, output: Path) -> None:
 
 
 def test_the_heap_holds_little_beside_the_tensors(tmp_path: Path) -> None:
-    """Fragmented, it would hold five times as much as they need; a part is the libraries' own."""
+    """Fragmented, it held 4.6 times as much as they need; a part is the libraries' own."""
     path, log, output = tmp_path / "deep", tmp_path / "log", tmp_path / "share"
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 8192}
     save_model("llama", path, max_position_embeddings=512, num_hidden_layers=16, **sizes)
     code = run_fork(step_twice, log, path, output, OMP_NUM_THREADS="1")
     assert code == 0, log.read_text()
-    assert float(output.read_text()) < 4.4
+    assert float(output.read_text()) < 3.8
