@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sleb_serve.data.training import Passage
 from sleb_serve.healing.config import Judgement
 from sleb_serve.healing.twin import Twin
+from sleb_serve.utils.heap import trim_heap
 
 _PARTS = 24
 """Number of parts in which a batch's tokens go through the head, so that only a few logits are held
@@ -54,23 +55,36 @@ def learn(twin: Twin, passages: Sequence[Passage], total: int) -> Tensor:
         goal = _chosen(twin.hidden(ids), counts)
     with twin.student():
         with twin.autocast():
-            hidden = twin.hidden(ids)
-        given = _chosen(hidden, counts)
+            given = _chosen(twin.hidden(ids), counts)
+        trim_heap(given.device)
         gradient, loss = torch.empty_like(given), torch.zeros((), device=given.device)
         size = max(_FEWEST, len(given) // _PARTS)
         for start in range(0, len(given), size):
             part = slice(start, start + size)
             piece = given[part].detach().requires_grad_()
-            with torch.no_grad(), twin.autocast():
-                wanted = twin.logits(goal[part]).log_softmax(-1)
-            with twin.autocast():
-                found = twin.logits(piece).log_softmax(-1)
-            nats = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / total
-            nats.backward()
+            loss += _learn_logits(twin, piece, goal[part], total)
             gradient[part] = piece.grad
-            loss += nats.detach()
+        trim_heap(given.device)
         given.backward(gradient)
     return loss
+
+
+def _learn_logits(twin: Twin, given: Tensor, goal: Tensor, total: int) -> Tensor:
+    """Set the gradient of a few tokens' head inputs [N, h], and return their part of the loss.
+
+    Autograd would hold twice as many tensors of the logits' size [N, V].
+    """
+    with torch.no_grad(), twin.autocast():
+        wanted = twin.logits(goal).log_softmax(-1)
+    with twin.autocast():
+        logits = twin.logits(given)
+    with torch.no_grad():
+        found, share = logits.log_softmax(-1), wanted.exp()
+        nats = wanted.sub_(found).mul_(share).sum() / total
+        # The derivative by the logits is the difference between the two distributions.
+        gradient = found.exp_().sub_(share).div_(total)
+    logits.backward(gradient)
+    return nats
 
 
 def _chosen(hidden: Tensor, counts: Tensor) -> Tensor:

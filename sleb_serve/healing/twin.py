@@ -124,7 +124,10 @@ class Twin:
     def autocast(self) -> Any:
         """Run a 16-bit model in its dtype, although its factors are float32."""
         dtype = self._head.weight.dtype
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        # A cache would hold 16-bit copies of all factors, among which glibc's heap fragments.
+        return torch.autocast(
+            self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+        )
 
     @property
     def factors(self) -> dict[str, nn.Parameter]:
