@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import oracle
 from conftest import Models
@@ -41,24 +45,70 @@ def test_speculation_by_n_grams_with_the_pruned_model_as_target(
     assert result["counters"]["vllm:spec_decode_num_draft_tokens"] > 0
 
 
-def test_the_pruned_model_drafts_for_its_dense_self(models: Models, tmp_path: Path) -> None:
-    """The dense model's answers; and dense and pruned layers, both, have KV cache."""
-    path, removed = models("llama"), (6,)
-    drafts = draft_folder(open_checkpoint(str(path)), pruning(path, removed), tmp_path / "drafts")
+def drafted(path: Path, source: Path, removed: Sequence[int], folder: Path, **more: Any) -> Any:
+    """Run the model at `path` with a pruned draft whose folder is made of `source`."""
+    drafts = draft_folder(open_checkpoint(str(source)), pruning(source, removed), folder / "drafts")
     draft = {
         "method": "draft_model",
         "model": str(drafts),
         "num_speculative_tokens": 3,
+        "draft_tensor_parallel_size": more.get("tensor_parallel_size", 1),
         "draft_load_config": {"load_format": FORMAT},
     }
     engine = {"speculative_config": draft, "config_format": FORMAT, "disable_log_stats": False}
-    result = run(Case("dense", ()).job(path, **engine), tmp_path)
+    job = Case("dense", ()).job(path, **engine, **more)
+    result = run({**job, "reload": True}, folder)
     check_greedy(result, oracle.load(path), PROMPTS)
     assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
-    (rank,) = result["ranks"]
+    return result
+
+
+def of_dense(name: str, kept: Sequence[int]) -> str:
+    """The name of a draft's module in the dense model."""
+    layer = re.match(r"model\.layers\.(\d+)\.(.*)", name)
+    return f"model.layers.{kept[int(layer[1])]}.{layer[2]}" if layer else name
+
+
+def test_the_pruned_model_drafts_for_its_dense_self(models: Models, tmp_path: Path) -> None:
+    """The dense model's answers; and dense and pruned layers, both, have KV cache.
+
+    The draft has no weights of its own, and the weights are loaded a second time in place.
+    """
+    path, kept = models("llama"), (0, 2, 3, 4, 5, 7)
+    (rank,) = drafted(path, path, (1, 6), tmp_path)["ranks"]
     drafting = [name for name in rank["kv_cache_layers"] if name.startswith("draft_model.")]
-    assert len(drafting) == 7
-    assert len(rank["kv_cache_layers"]) == 8 + 7
+    assert len(drafting) == 6
+    assert len(rank["kv_cache_layers"]) == 8 + 6
+    draft = rank["draft"]
+    found = {**draft["shared"], **draft["norms"]}
+    assert len(draft["shared"]) == draft["in_target"] - 2 * 4
+    assert len(draft["norms"]) == 6 * 2
+    assert found == {name: of_dense(name, kept) for name in found}
+    assert draft["states"] == []
+    # None of those that the draft was built with is left.
+    assert draft["in_memory"] == draft["in_target"]
+    said = re.findall(r"draft shares (\d+) bytes .*, (\d+) bytes are", output(tmp_path))
+    model = oracle.pruned(path, (1, 6))
+    assert said == [(str(sum(p.numel() * 4 for p in model.parameters())), "0")]
+
+
+def test_a_draft_of_other_files_keeps_weights_of_its_own(models: Models, tmp_path: Path) -> None:
+    path, tuned = models("llama"), tmp_path / "tuned"
+    shutil.copytree(path, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    for name in weights:
+        if name.endswith("down_proj.weight"):
+            weights[name] *= 1.01
+    save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    (rank,) = drafted(path, tuned, (1, 6), tmp_path)["ranks"]
+    draft = rank["draft"]
+    assert set(draft["shared"].values()) | set(draft["norms"].values()) == {None}
+    assert draft["in_memory"] == draft["in_target"] + len(draft["shared"])
+    assert "keeps weights of its own: its files are not those of the dense" in output(tmp_path)
+
+
+def output(folder: Path) -> str:
+    return (folder / "output.log").read_text(errors="replace")
 
 
 def test_as_draft_prints_the_dense_model_with_its_pruned_self(
