@@ -66,8 +66,8 @@ class Model(nn.Module):
         return self.decoder.layers
 
 
-def pair() -> tuple[Model, Model]:
-    return Model(*CUT.kept), Model(*range(4))
+def pair(cut: Cut = CUT) -> tuple[Model, Model]:
+    return Model(*cut.kept), Model(*range(cut.num_blocks))
 
 
 def shared(draft: Model, target: Model) -> frozenset[str]:
@@ -172,8 +172,8 @@ def folders(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def said(folders: dict[str, Path], folder: str = "links", **changes: Any) -> str:
     """What the log says of a draft in a folder; changes are of the engine or of its models."""
-    draft, target = pair()
     cut = pruning(folders["dense"], (2, 5))
+    draft, target = pair(cut.cut)
     path, given = folders[folder], {"dtype": torch.bfloat16, "quantization": None, "revision": None}
 
     def loaded(model: Path, runner: str, config: Any, load_format: str, **other: Any) -> Loaded:

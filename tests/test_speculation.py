@@ -74,8 +74,8 @@ def test_the_pruned_model_drafts_for_its_dense_self(models: Models, tmp_path: Pa
 
     The draft has no weights of its own, and the weights are loaded a second time in place.
     """
-    path, kept = models("llama"), (0, 2, 3, 4, 5, 7)
-    (rank,) = drafted(path, path, (1, 6), tmp_path)["ranks"]
+    path, kept = models("llama"), (0, 1, 3, 5, 6, 7)
+    (rank,) = drafted(path, path, (2, 4), tmp_path)["ranks"]
     drafting = [name for name in rank["kv_cache_layers"] if name.startswith("draft_model.")]
     assert len(drafting) == 6
     assert len(rank["kv_cache_layers"]) == 8 + 6
@@ -88,8 +88,8 @@ def test_the_pruned_model_drafts_for_its_dense_self(models: Models, tmp_path: Pa
     # None of those that the draft was built with is left.
     assert draft["in_memory"] == draft["in_target"]
     said = re.findall(r"draft shares (\d+) bytes .*, (\d+) bytes are", output(tmp_path))
-    model = oracle.pruned(path, (1, 6))
-    assert said == [(str(sum(p.numel() * 4 for p in model.parameters())), "0")]
+    counts = oracle.parameter_counts(oracle.pruned(path, (2, 4)))
+    assert said in [[(str(4 * count), "0")] for count in counts]
 
 
 def test_a_draft_of_other_files_keeps_weights_of_its_own(models: Models, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_draft_of_other_files_keeps_weights_of_its_own(models: Models, tmp_pat
         if name.endswith("down_proj.weight"):
             weights[name] *= 1.01
     save_file(weights, tuned / "model.safetensors", {"format": "pt"})
-    (rank,) = drafted(path, tuned, (1, 6), tmp_path)["ranks"]
+    (rank,) = drafted(path, tuned, (2, 4), tmp_path)["ranks"]
     draft = rank["draft"]
     assert set(draft["shared"].values()) | set(draft["norms"].values()) == {None}
     assert draft["in_memory"] == draft["in_target"] + len(draft["shared"])

@@ -226,4 +226,5 @@ def _release() -> None:
     import torch
 
     gc.collect()
-    torch.accelerator.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
