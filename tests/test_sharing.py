@@ -150,6 +150,16 @@ def test_not_a_number_equals_itself() -> None:
     assert "decoder.layers.0.up" in shared(draft, target)
 
 
+def test_a_module_with_another_inside_is_shared_if_that_has_no_parameters() -> None:
+    draft, target = pair()
+    for number, model in ((0, draft), (1, target)):
+        model.layers[number].up.method = nn.Identity()
+        model.layers[number].norm.method = nn.Linear(1, 1)
+    names = shared(draft, target)
+    assert draft.layers[0].up is target.layers[1].up
+    assert "decoder.layers.0.norm" not in names
+
+
 def test_a_layer_with_an_adapter_lends_what_is_in_it() -> None:
     draft, target = pair()
     wrapped = nn.Module()
@@ -187,6 +197,7 @@ def said(folders: dict[str, Path], folder: str = "links", **changes: Any) -> str
         speculative_config=SimpleNamespace(draft_model_config=own.model_config),
         compilation_config=SimpleNamespace(static_forward_context=states),
         cache_config=SimpleNamespace(cpu_offload_gb=changes.get("offload", 0)),
+        parallel_config=SimpleNamespace(enable_eplb=changes.get("eplb", False)),
     )
     draft.hf_to_vllm_mapper = SimpleNamespace(path="decoder.layers")
     lender, before = Lender(), draft.layers[0].norm
@@ -210,6 +221,7 @@ def test_links_to_the_same_files_are_shared(folders: dict[str, Path]) -> None:
         ({"format": "dummy"}, "was loaded by dummy"),
         ({"format": "sharded_state"}, "was loaded by sharded_state"),
         ({"offload": 1}, "weights are offloaded"),
+        ({"eplb": True}, "--enable-eplb moves experts"),
         ({"other_engine": True}, "no dense model was loaded before it"),
         ({"forgotten": True}, "no dense model was loaded before it"),
     ],

@@ -90,6 +90,8 @@ class Lender:
             _check_equal(self._loaded, loaded, pruning)
             if _offloads(vllm_config):
                 raise SlebError("weights are offloaded")
+            if getattr(vllm_config.parallel_config, "enable_eplb", False):
+                raise SlebError("--enable-eplb moves experts between ranks")
         except SlebError as error:
             return f"The draft keeps weights of its own: {error}"
         shared = share(draft, target, draft.hf_to_vllm_mapper.path, pruning.cut, states)
@@ -107,9 +109,9 @@ def share(
 ) -> frozenset[str]:
     """Replace modules of the draft by equal ones of the dense model.
 
-    A module is replaced if it has parameters and no children and no state, and if the dense model's
-    has the same class, settings and tensors, bit for bit. Tensors that a backend has repacked are
-    out of sight, so the caller must know that both were loaded from the same files.
+    A module is replaced if it has parameters, none in modules inside it, and no state, and if the
+    dense model's has the same class, settings and tensors, bit for bit. Tensors that a backend has
+    repacked are out of sight, so the caller must know that both were loaded from the same files.
 
     Args:
         draft: the model with fewer layers, a torch module.
@@ -130,7 +132,7 @@ def share(
             found = lent.get(_dense_name(name, f"{path}.", cut))
             # Adapters wrap the dense model's modules.
             found = getattr(found, "base_layer", found)
-            if module is None or id(module) in stateful or id(found) in stateful:
+            if module is None or not stateful.isdisjoint(map(id, module.modules())):
                 continue
             if found is module or _lendable(module, found):
                 parent._modules[key] = found
@@ -184,7 +186,11 @@ def _dense_name(name: str, prefix: str, cut: Cut) -> str | None:
 
 
 def _lendable(module: Any, found: Any) -> bool:
-    if type(module) is not type(found) or module._modules or not module._parameters:
+    if found is None or not module._parameters:
+        return False
+    inside, others = list(module.modules()), list(found.modules())
+    # Experts have a module for their method, which has no parameters.
+    if list(map(type, inside)) != list(map(type, others)) or any(m._parameters for m in inside[1:]):
         return False
     if dict(_settings(module)) != dict(_settings(found)):
         return False
