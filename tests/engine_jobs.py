@@ -117,8 +117,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     lora = job.get("lora") and LoRARequest("adapter", 1, job["lora"])
     for _ in range(job.get("again", 0)):
         llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
-    if job.get("reload"):
-        llm.collective_rpc("reload_weights")
+    if reload := job.get("reload"):
+        llm.collective_rpc("reload_weights", args=() if reload is True else (None, reload))
     outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     cache = llm.llm_engine.vllm_config.cache_config
     result = {
@@ -234,9 +234,7 @@ def _describe_draft(worker: Any) -> dict[str, Any] | None:
         "shared": {n: names.get(id(m)) for n, m in draft.named_modules() if isinstance(m, weighty)},
         "in_target": sum(isinstance(m, weighty) for m in worker.get_model().modules()),
         "in_memory": sum(isinstance(found, weighty) for found in gc.get_objects()),
-        "norms": {
-            n: names.get(id(m)) for n, m in draft.named_modules() if n.endswith("layernorm")
-        },
+        "norms": {n: names.get(id(m)) for n, m in draft.named_modules() if n.endswith("layernorm")},
         "states": [n for n, m in draft.named_modules() if n.endswith(".attn") and id(m) in names],
     }
 

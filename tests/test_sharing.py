@@ -7,6 +7,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from conftest import Models
 from engines import pruning
 from sleb_serve.cut.config import Cut
+from sleb_serve.manifest.pruning import RepairFile
 from sleb_serve.manifest.sharing import Lender, Loaded, parameter_bytes, share
 
 CUT = Cut(4, (0, 2))
@@ -143,6 +145,13 @@ def test_a_module_that_differs_stays_the_drafts(change: Callable[[Model], None])
     assert {"decoder.layers.0.up", "decoder.layers.1.norm"} <= names
 
 
+def test_tensors_without_memory_are_not_shared() -> None:
+    draft, target = pair()
+    for model, number in ((draft, 0), (target, 1)):
+        model.layers[number].up.to("meta")
+    assert "decoder.layers.0.up" not in shared(draft, target)
+
+
 def test_not_a_number_equals_itself() -> None:
     draft, target = pair()
     for model, number in ((draft, 0), (target, 1)):
@@ -182,7 +191,7 @@ def folders(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def said(folders: dict[str, Path], folder: str = "links", **changes: Any) -> str:
     """What the log says of a draft in a folder; changes are of the engine or of its models."""
-    cut = pruning(folders["dense"], (2, 5))
+    cut = replace(pruning(folders["dense"], (2, 5)), repair=changes.get("repair"))
     draft, target = pair(cut.cut)
     path, given = folders[folder], {"dtype": torch.bfloat16, "quantization": None, "revision": None}
 
@@ -220,6 +229,7 @@ def test_links_to_the_same_files_are_shared(folders: dict[str, Path]) -> None:
         ({"of": {"quantization": "fp8"}}, "its quantization is fp8, the dense model's None"),
         ({"format": "dummy"}, "was loaded by dummy"),
         ({"format": "sharded_state"}, "was loaded by sharded_state"),
+        ({"repair": RepairFile("fold", "0" * 64, "x")}, "the manifest's fold changes some"),
         ({"offload": 1}, "weights are offloaded"),
         ({"eplb": True}, "--enable-eplb moves experts"),
         ({"other_engine": True}, "no dense model was loaded before it"),

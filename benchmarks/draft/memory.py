@@ -1,11 +1,12 @@
 """Measure the resident memory of a server whose pruned model drafts for its dense self.
 
-Usage: memory.py MODEL FOLDER --removed 5,25,17 [--tokens 3] [--rounds 1] [--variants dense,drafted].
+Usage: memory.py MODEL FOLDER --removed 5,25,17 [--tokens 3] [--rounds 1] [--variants dense,copied].
 FOLDER gets `memory.jsonl`. Variants: `dense`; `drafted`, as `--as-draft` serves it; `copied`, whose
 draft reads a copy of the checkpoint, so that it keeps weights of its own.
 
 What is counted: the proportional set size (PSS, bytes) of all processes of the server after the
-same requests. Of the KV cache, which is reserved at the start, the pages that were written count.
+same requests, and the anonymous part of it, which other processes of the machine do not change.
+The KV cache, 1 GiB, counts whole in each variant: vLLM fills it with zeros at the start.
 """
 
 from __future__ import annotations

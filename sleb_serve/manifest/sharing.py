@@ -66,9 +66,7 @@ class Lender:
         if is_pruned(draft) and loaded.model_config.runner_type != "draft":
             self._model, self._loaded = weakref.ref(model), loaded
 
-    def share(
-        self, draft: Any, sizes: Mapping[str, int], vllm_config: Any, loaded: Loaded
-    ) -> str:
+    def share(self, draft: Any, sizes: Mapping[str, int], vllm_config: Any, loaded: Loaded) -> str:
         """Replace the draft's modules by the dense model's where these are equal.
 
         Args:
@@ -126,17 +124,16 @@ def share(
     lent = dict(target.named_modules(remove_duplicate=False))
     stateful = set(map(id, states.values()))
     replaced = set()
-    for outer, parent in list(draft.named_modules(remove_duplicate=False)):
-        for key, module in list(parent._modules.items()):
-            name = f"{outer}.{key}" if outer else key
-            found = lent.get(_dense_name(name, f"{path}.", cut))
-            # Adapters wrap the dense model's modules.
-            found = getattr(found, "base_layer", found)
-            if module is None or not stateful.isdisjoint(map(id, module.modules())):
-                continue
-            if found is module or _lendable(module, found):
-                parent._modules[key] = found
-                replaced.add(name)
+    for name, module in list(draft.named_modules(remove_duplicate=False)):
+        found = lent.get(_dense_name(name, f"{path}.", cut))
+        # Adapters wrap the dense model's modules.
+        found = getattr(found, "base_layer", found)
+        if not name or not stateful.isdisjoint(map(id, module.modules())):
+            continue
+        if found is module or _lendable(module, found):
+            outer, _, key = name.rpartition(".")
+            setattr(draft.get_submodule(outer), key, found)
+            replaced.add(name)
     return frozenset(replaced)
 
 
@@ -161,9 +158,7 @@ def _check_equal(target: Loaded, draft: Loaded, pruning: Pruning) -> None:
         if found != wanted:
             raise SlebError(f"its {what} is {found}, the dense model's {wanted}")
     if not draft.files(frozenset(pruning.removed)) <= target.files():
-        raise SlebError(
-            f"its files are not those of the dense model {target.model_config.model}"
-        )
+        raise SlebError(f"its files are not those of the dense model {target.model_config.model}")
 
 
 def _offloads(vllm_config: Any) -> bool:
@@ -186,21 +181,28 @@ def _dense_name(name: str, prefix: str, cut: Cut) -> str | None:
 
 
 def _lendable(module: Any, found: Any) -> bool:
-    if found is None or not module._parameters:
+    if found is None or type(module) is not type(found):
         return False
     inside, others = list(module.modules()), list(found.modules())
     # Experts have a module for their method, which has no parameters.
-    if list(map(type, inside)) != list(map(type, others)) or any(m._parameters for m in inside[1:]):
+    if list(map(type, inside)) != list(map(type, others)) or any(map(_parameters, inside[1:])):
         return False
-    if dict(_settings(module)) != dict(_settings(found)):
+    if not _parameters(module) or dict(_settings(module)) != dict(_settings(found)):
         return False
-    return all(
-        one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
-        for one, two in (
-            (module._parameters, found._parameters),
-            (module._buffers, found._buffers),
-        )
-    )
+    own, lent = _tensors(module), _tensors(found)
+    return own.keys() == lent.keys() and all(_same(own[name], lent[name]) for name in own)
+
+
+def _parameters(module: Any) -> dict[str, Any]:
+    """Its own, without those of modules inside it."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _tensors(module: Any) -> dict[str, Any]:
+    return {
+        **_parameters(module),
+        **dict(module.named_buffers(recurse=False, remove_duplicate=False)),
+    }
 
 
 def _settings(module: Any) -> Iterator[tuple[str, Any]]:
@@ -214,17 +216,19 @@ def _settings(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _same(one: Any, two: Any) -> bool:
-    """Whether two tensors, or two Nones, are equal bit for bit and on the same device."""
+    """Whether two tensors are equal bit for bit and on the same device."""
     import torch
 
-    if one is None or two is None:
-        return one is two
+    one, two = one.data, two.data
     if (one.shape, one.dtype, one.device) != (two.shape, two.dtype, two.device):
         return False
     # Some types know no comparison, and NaN equals nothing.
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = kinds[one.element_size()]
-    return torch.equal(one.detach().view(bits), two.detach().view(bits))
+    bits = kinds.get(one.element_size())
+    # Tensors without memory, or with a layout of their own, cannot be compared.
+    if bits is None or one.is_meta or {type(one), type(two)} != {torch.Tensor}:
+        return False
+    return bool(torch.equal(one.view(bits), two.view(bits)))
 
 
 def _release() -> None:
