@@ -30,7 +30,7 @@ from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.serving.client import Client
 from sleb_serve.serving.speculative import draft_options
 
-QUESTIONS = ("Why is the sky blue?", "Name three rivers.", "Tell a story of a cat and a dog.")
+PROMPTS = ("The capital of France is", "Once upon a time there was a", "Water boils when it")
 OPTIONS = ("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "512")
 _SAID = re.compile(r"draft (?:shares|keeps) .*")
 
@@ -96,7 +96,7 @@ def _measure(options: argparse.Namespace, speculation: list[str]) -> dict[str, A
         server.wait(400)
         client = Client(server.url)
         model = client.model()
-        answers = [client.complete(model, text, 64, score=False).text for text in QUESTIONS]
+        answers = [client.complete(model, text, 64, score=False).text for text in PROMPTS]
         time.sleep(2)
         return {
             **_memory(server.process.pid),

@@ -8,6 +8,7 @@ handled here, by the names of their fields; nothing of it is imported.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -238,3 +239,8 @@ def _release() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
+        return
+    # glibc keeps what is freed in the middle of its heap.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
