@@ -117,8 +117,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     lora = job.get("lora") and LoRARequest("adapter", 1, job["lora"])
     for _ in range(job.get("again", 0)):
         llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
-    if job.get("reload"):
-        llm.collective_rpc("reload_weights")
+    if reload := job.get("reload"):
+        llm.collective_rpc("reload_weights", args=() if reload is True else (None, reload))
     outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     cache = llm.llm_engine.vllm_config.cache_config
     result = {
@@ -214,6 +214,28 @@ def _describe_worker(worker: Any) -> dict[str, Any]:
         "weights_skipped_bytes": built and built.weights_skipped_bytes,
         "layers": built and built.layers,
         "weights_compared": built and built.weights_compared,
+        "draft": _describe_draft(worker),
+    }
+
+
+def _describe_draft(worker: Any) -> dict[str, Any] | None:
+    """Which modules of the draft are the model's own, and how many of their kind are in memory."""
+    runner = worker.model_runner
+    draft = getattr(getattr(runner, "drafter", None), "model", None)
+    if draft is None:
+        return None
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    weighty = (LinearBase, VocabParallelEmbedding)
+    names = {id(module): name for name, module in worker.get_model().named_modules()}
+    gc.collect()
+    return {
+        "shared": {n: names.get(id(m)) for n, m in draft.named_modules() if isinstance(m, weighty)},
+        "in_target": sum(isinstance(m, weighty) for m in worker.get_model().modules()),
+        "in_memory": sum(isinstance(found, weighty) for found in gc.get_objects()),
+        "norms": {n: names.get(id(m)) for n, m in draft.named_modules() if n.endswith("layernorm")},
+        "states": [n for n, m in draft.named_modules() if n.endswith(".attn") and id(m) in names],
     }
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import oracle
 from conftest import Models
@@ -24,9 +28,9 @@ REMOVED = (2, 5)
 REPETITIVE = [[504, 375, 282, 449, 314] * 4]
 
 
-def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run(job: dict[str, Any], folder: Path, **environment: str) -> dict[str, Any]:
     """Alone: vLLM starts no further engine in a process that had one which speculates."""
-    (result,) = run_jobs([{**job, "counters": True, "no_logprobs": True}], folder)
+    (result,) = run_jobs([{**job, "counters": True, "no_logprobs": True}], folder, **environment)
     return result
 
 
@@ -41,24 +45,89 @@ def test_speculation_by_n_grams_with_the_pruned_model_as_target(
     assert result["counters"]["vllm:spec_decode_num_draft_tokens"] > 0
 
 
-def test_the_pruned_model_drafts_for_its_dense_self(models: Models, tmp_path: Path) -> None:
-    """The dense model's answers; and dense and pruned layers, both, have KV cache."""
-    path, removed = models("llama"), (6,)
-    drafts = draft_folder(open_checkpoint(str(path)), pruning(path, removed), tmp_path / "drafts")
+def drafted(
+    path: Path, source: Path, removed: Sequence[int], folder: Path, **more: Any
+) -> dict[str, Any]:
+    """A job of the model at `path` with a pruned draft whose folder is made of `source`."""
+    drafts = draft_folder(open_checkpoint(str(source)), pruning(source, removed), folder / "drafts")
     draft = {
         "method": "draft_model",
         "model": str(drafts),
         "num_speculative_tokens": 3,
+        "draft_tensor_parallel_size": more.get("tensor_parallel_size", 1),
         "draft_load_config": {"load_format": FORMAT},
     }
     engine = {"speculative_config": draft, "config_format": FORMAT, "disable_log_stats": False}
-    result = run(Case("dense", ()).job(path, **engine), tmp_path)
-    check_greedy(result, oracle.load(path), PROMPTS)
+    return Case("dense", ()).job(path, **engine, **more)
+
+
+def tuned(path: Path, folder: Path) -> Path:
+    """A copy of a checkpoint with other weights."""
+    shutil.copytree(path, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith("down_proj.weight"):
+            weights[name] *= 1.1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def check_shared(draft: dict[str, Any], kept: Sequence[int]) -> None:
+    """The draft has the dense model's modules, and those that it was built with are gone."""
+    found = {**draft["shared"], **draft["norms"]}
+    assert len(draft["shared"]) == draft["in_target"] - 2 * 4
+    assert len(draft["norms"]) == 6 * 2
+    for name, dense in found.items():
+        layer = re.match(r"model\.layers\.(\d+)(\..*)", name)
+        assert dense == (f"model.layers.{kept[int(layer[1])]}{layer[2]}" if layer else name)
+    assert draft["states"] == []
+    assert draft["in_memory"] == draft["in_target"]
+
+
+def test_the_pruned_model_drafts_for_its_dense_self(models: Models, tmp_path: Path) -> None:
+    """The dense model's answers; and dense and pruned layers, both, have KV cache.
+
+    The draft has no weights of its own. So it still fits after others are loaded in place.
+    """
+    path, other = models("llama"), tuned(models("llama"), tmp_path / "tuned")
+    result = run({**drafted(path, path, (2, 4), tmp_path), "reload": str(other)}, tmp_path)
+    check_greedy(result, oracle.load(other), PROMPTS)
     assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
     (rank,) = result["ranks"]
     drafting = [name for name in rank["kv_cache_layers"] if name.startswith("draft_model.")]
-    assert len(drafting) == 7
-    assert len(rank["kv_cache_layers"]) == 8 + 7
+    assert len(drafting) == 6
+    assert len(rank["kv_cache_layers"]) == 8 + 6
+    check_shared(rank["draft"], (0, 1, 3, 5, 6, 7))
+    said = re.findall(r"draft shares (\d+) bytes .*, (\d+) bytes are", output(tmp_path))
+    counts = oracle.parameter_counts(oracle.pruned(path, (2, 4)))
+    assert said in [[(str(4 * count), "0")] for count in counts]
+
+
+def test_a_draft_of_other_files_keeps_weights_of_its_own(models: Models, tmp_path: Path) -> None:
+    path, other = models("llama"), tuned(models("llama"), tmp_path / "tuned")
+    result = run(drafted(path, other, (2, 4), tmp_path), tmp_path)
+    check_greedy(result, oracle.load(path), PROMPTS)
+    assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    draft = result["ranks"][0]["draft"]
+    assert set(draft["shared"].values()) | set(draft["norms"].values()) == {None}
+    assert draft["in_memory"] == draft["in_target"] + len(draft["shared"])
+    assert "keeps weights of its own: its files are not those of the dense" in output(tmp_path)
+
+
+@pytest.mark.slow
+def test_each_rank_shares_its_own_part(models: Models, tmp_path: Path) -> None:
+    path = models("llama")
+    job = drafted(path, path, (2, 4), tmp_path, tensor_parallel_size=2)
+    result = run(job, tmp_path, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    check_greedy(result, oracle.load(path), PROMPTS)
+    assert result["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert len(result["ranks"]) == 2
+    for rank in result["ranks"]:
+        check_shared(rank["draft"], (0, 1, 3, 5, 6, 7))
+
+
+def output(folder: Path) -> str:
+    return (folder / "output.log").read_text(errors="replace")
 
 
 def test_as_draft_prints_the_dense_model_with_its_pruned_self(

@@ -33,6 +33,7 @@ from sleb_serve.manifest.binding import (
 )
 from sleb_serve.manifest.built import Built
 from sleb_serve.manifest.pruning import Pruning
+from sleb_serve.manifest.sharing import Lender, Loaded, parameter_bytes
 from sleb_serve.manifest.tensors import NeededOnly, ShorterTensors
 from sleb_serve.protocol import FORMAT, READER_KEY, READERS, check_reader
 from sleb_vllm.lora import Renumbered
@@ -40,6 +41,8 @@ from sleb_vllm.positions import dense_remainders
 from sleb_vllm.verify import check_config, check_same_digest, decoder_of, install_report
 
 logger = init_logger("vllm.plugins.sleb")
+
+_LENDER = Lender()
 
 
 class SlebModelLoader(BaseModelLoader):
@@ -56,6 +59,7 @@ class SlebModelLoader(BaseModelLoader):
         check_reader(self._format)
         self._extra = extra
         self._vllm_config: Any = None
+        self._sizes: dict[str, int] = {}
 
     def download_model(self, model_config: Any) -> None:
         """Download the files of all kept layers."""
@@ -83,9 +87,13 @@ class SlebModelLoader(BaseModelLoader):
         install_report()
         self._vllm_config = vllm_config
         with dense_remainders(pruning.cut):
-            return super().load_model(
+            model = super().load_model(
                 vllm_config=vllm_config, model_config=model_config, prefix=prefix
             )
+        if model_config.runner_type == "draft":
+            loaded = Loaded(model_config, self._format, self.load_config.download_dir)
+            logger.info(_LENDER.share(model, self._sizes, vllm_config, loaded))
+        return model
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Read the checkpoint into a model that was built from a cut config."""
@@ -122,6 +130,7 @@ class SlebModelLoader(BaseModelLoader):
                 weights_skipped_bytes=skipped,
             )
         model.sleb = built
+        self._sizes = parameter_bytes(model)
         stock = getattr(model, "hf_to_vllm_mapper", None)
         model.hf_to_vllm_mapper = Renumbered.over(stock, path, pruning.cut)
         logger.info(built.to_text())
@@ -244,7 +253,12 @@ def _guarded(load_model: Any) -> Any:
                 f"{self.load_config.load_format}, which loads dense ones; use --load-format "
                 f"{FORMAT}, as `sleb-serve serve --dry-run` prints"
             )
-        return load_model(self, vllm_config, model_config, *args, **kwargs)
+        model = load_model(self, vllm_config, model_config, *args, **kwargs)
+        if not is_pruned(model_config):
+            loaded = self.load_config
+            where = Loaded(model_config, str(loaded.load_format), loaded.download_dir)
+            _LENDER.remember(model, vllm_config, where)
+        return model
 
     return guarded
 
