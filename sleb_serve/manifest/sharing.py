@@ -8,7 +8,6 @@ handled here, by the names of their fields; nothing of it is imported.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from sleb_serve.errors import SlebError
 from sleb_serve.manifest.asked import is_pruned
 from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.protocol import READERS
+from sleb_serve.utils.heap import trim_heap
 
 _FROM_FILES = frozenset(("auto", *READERS)) - {"dummy"}
 
@@ -240,7 +240,4 @@ def _release() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
         return
-    # glibc keeps what is freed in the middle of its heap.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_heap(torch.device("cpu"))
