@@ -21,7 +21,7 @@ QUICK = 12
 SLOW = {"config.json": 100, "model.safetensors": 150, "model.safetensors.index.json": 120}
 """The most that are tried where time is no matter."""
 
-MOST = {"config.json": 0.9, "model.safetensors": 0.2, "model.safetensors.index.json": 0.35}
+MOST = {"config.json": 0.9, "model.safetensors": 0.3, "model.safetensors.index.json": 0.35}
 """The share of a kind's cases that may be taken."""
 
 Cases = Iterator[tuple[str, bytes]]

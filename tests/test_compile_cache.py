@@ -19,7 +19,7 @@ def test_one_warm_compile_cache_serves_each_pruning_its_own_graph(
 ) -> None:
     """Dense, pruned, pruned and repaired as the manifest says once it has changed, dense again.
 
-    vLLM on a CPU compiles anew where a GPU would load what it finds under the same key, so the
+    vLLM on a CPU compiles again where a GPU would load what it finds under the same key, so the
     keys are held against each other, too.
     """
     path = tmp_path / "opt"

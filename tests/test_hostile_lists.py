@@ -133,7 +133,7 @@ def test_nearly_every_long_text_is_read_or_refused_soon(tmp_path: Path) -> None:
     shorter = [text for text in texts if len(text) <= SIZES[1] + 100]
     for text in shorter + random.sample(longest, 40):
         refuse(text, tmp_path / "list.txt")
-    for text in random.sample(texts, 15):
+    for text in random.sample(texts, 8):
         with little_memory():
             refuse(text, tmp_path / "list.txt")
 

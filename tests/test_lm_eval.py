@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -77,7 +78,10 @@ def run(commands: list[list[str]], folder: Path) -> None:
 
 
 def become_beside(packages: Path, folder: Path, commands: list[list[str]]) -> None:
-    """In the fork."""
+    """In the fork, where thousands of files about tasks are read once, not by each command."""
+    from lm_eval.tasks import _index
+
+    _index.load_yaml = functools.cache(_index.load_yaml)
     sys.path.insert(0, str(packages))
     os.chdir(folder)
     become_one_after_another(commands)
