@@ -53,7 +53,8 @@ test test-slow: $(STAMP)
 	  $$(ls tests/test_*.py | awk -v part=$(PART) 'split(part, p, "/") && NR % p[2] == p[1] % p[2]')
 
 test-all: $(STAMP)
-	SLEB_TEST_THOROUGH=1 $(BIN)/python -m pytest tests/test_says_all.py tests/test_plan_sizes.py
+	SLEB_TEST_THOROUGH=1 $(BIN)/python -m pytest tests/test_says_all.py tests/test_plan_sizes.py \
+	  tests/test_switch.py
 	$(BIN)/python tests/matrix.py benchmarks/records/architectures.jsonl
 	$(BIN)/python tests/matrix.py --table benchmarks/records/architectures.jsonl \
 	  >benchmarks/records/architectures.md

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +21,20 @@ from typing import Any
 import pytest
 
 import oracle
-from conftest import ROOT, Models
+from conftest import ROOT, THOROUGH, Models
 from engines import NEW_TOKENS, PROMPTS, greedy_equal
 from exports import exported, manifest_for
 from running import LOCAL, OPTIONS, ForkedServer, printed_command
 from sleb_bench.server import free_port
+from sleb_serve.checkpoint.hub import open_checkpoint
 
 NGINX = shutil.which("nginx")
 NAME = "llama"
 CLIENTS = 3
 REMOVED = (2, 5, 3)
 """The manifest's list, of which two or three blocks are removed."""
+SMOLLM2 = (5, 25, 17, 16, 18, 12)
+LONG = "takes minutes; SLEB_TEST_THOROUGH=1 runs it"
 
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
@@ -173,13 +176,27 @@ def check_reload_refused(url: str, shorter: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_blocks_three_and_two_again_without_a_failed_request(
-    models: Models, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "removed", "fewer", "more"),
+    [
+        ("llama", REMOVED, 2, 3),
+        pytest.param("smollm2", SMOLLM2, 4, 6, marks=pytest.mark.skipif(not THOROUGH, reason=LONG)),
+    ],
+)
+def test_some_blocks_more_of_them_and_some_again_without_a_failed_request(
+    models: Models,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    name: str,
+    removed: Sequence[int],
+    fewer: int,
+    more: int,
 ) -> None:
     pytest.importorskip("vllm")
     pytest.importorskip("openai")
-    path, manifest, folder = models("llama"), tmp_path / "m.json", tmp_path / "nginx"
-    manifest_for(path, REMOVED).write(manifest)
+    path = request.getfixturevalue("smollm2") if name == "smollm2" else models(name)
+    manifest, folder = tmp_path / "m.json", tmp_path / "nginx"
+    manifest_for(path, removed).write(manifest)
     cores = sorted(os.sched_getaffinity(0))
     ports = [free_port() for _ in range(4)]
 
@@ -196,28 +213,31 @@ def test_two_blocks_three_and_two_again_without_a_failed_request(
         return server
 
     with ExitStack() as stack:
-        server = start(stack, 0, 2)
+        server = start(stack, 0, fewer)
         server.wait(300)
         url = stack.enter_context(nginx(folder, ports[3], ports[0]))
         times = []
         with Load(url) as load:
             load.wait(8)
-            check_reload_refused(server.url, exported(path, REMOVED, tmp_path / "shorter"))
-            assert "number of decoder blocks expected 8, found 5" in server.log.read_text()
+            check_reload_refused(server.url, exported(path, removed, tmp_path / "shorter"))
+            count = open_checkpoint(str(path)).num_blocks
+            found = f"number of decoder blocks expected {count}, found {count - len(removed)}"
+            assert found in server.log.read_text()
             load.wait(4)
-            for number, blocks in ((1, 3), (2, 2)):
+            for number, blocks in ((1, more), (2, fewer)):
                 following = start(stack, number, blocks)
                 times.append(switch(folder, ports[number], manifest, blocks))
                 server.stop()
                 server = following
                 load.wait(12)
     assert not load.failures
-    check_depths(load.answers, times, says(path))
+    of = says(path, {blocks: removed[:blocks] for blocks in (fewer, more)})
+    check_depths(load.answers, times, (fewer, more, fewer), of)
 
 
-def says(path: Path) -> Callable[[Answer], set[int]]:
+def says(path: Path, depths: Mapping[int, Sequence[int]]) -> Callable[[Answer], set[int]]:
     """Of an answer, the numbers of removed blocks of which it is the right one."""
-    exact = {blocks: oracle.pruned(path, sorted(REMOVED[:blocks])) for blocks in (2, 3)}
+    exact = {blocks: oracle.pruned(path, sorted(removed)) for blocks, removed in depths.items()}
     known: dict[tuple[int, tuple[int, ...]], set[int]] = {}
 
     def of(answer: Answer) -> set[int]:
@@ -232,11 +252,15 @@ def says(path: Path) -> Callable[[Answer], set[int]]:
 
 
 def check_depths(
-    answers: list[Answer], times: list[tuple[float, float]], depths: Callable[[Answer], set[int]]
+    answers: list[Answer],
+    times: list[tuple[float, float]],
+    served: tuple[int, int, int],
+    depths: Callable[[Answer], set[int]],
 ) -> None:
     """Before, between and after the switches one depth answers; meanwhile, one of the two."""
     (first, then), (second, last) = times
-    for begin, end, blocks in ((0.0, first, 2), (then, second, 3), (last, float("inf"), 2)):
+    periods = ((0.0, first), (then, second), (last, float("inf")))
+    for (begin, end), blocks in zip(periods, served, strict=True):
         within = [a for a in answers if begin <= a.start and a.end <= end]
         assert {a.streamed for a in within} == {True, False}
         assert {a.prompt for a in within} == set(range(len(PROMPTS)))

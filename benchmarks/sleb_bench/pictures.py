@@ -24,6 +24,7 @@ def pictures(report: Report) -> dict[str, bytes]:
         found["throughput"] = _throughput(report)
     if report["serving"] and len(report["serving"]["points"]) > 1:
         found["latency"] = _latency(report)
+        found["pareto"] = _pareto(report)
     speeds = _speeds(report)
     if len(speeds) > 1:
         found["frontier"] = _frontier(report, speeds)
@@ -125,6 +126,39 @@ def _latency(report: Report) -> bytes:
         axis.set_xticks(range(len(points)), labels, rotation=30, ha="right")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
+    return png(figure)
+
+
+def _pareto(report: Report) -> bytes:
+    """Plot what all users get together over what each one gets, load by load."""
+    serving = report["serving"]
+    gpus = serving.get("gpus")
+    figure, (axis,) = subplots(1, 6.4, 4.6)
+    for number, name in enumerate(report["variants"]):
+        found = [
+            (1000 / point["variants"][name]["p50_tpot_ms"], point["variants"][name], point)
+            for point in serving["points"]
+            if point["variants"].get(name, {}).get("p50_tpot_ms")
+        ]
+        found.sort(key=lambda place: place[0])
+        own = [(user, values["output_throughput"] / (gpus or 1)) for user, values, _ in found]
+        if not own:
+            continue
+        axis.plot(*zip(*own, strict=True), marker="o", color=f"C{number}", label=name)
+        for place, (_, _, point) in zip(own, found, strict=True):
+            axis.annotate(
+                load_name(point),
+                place,
+                (4, 4),
+                textcoords="offset points",
+                color=f"C{number}",
+                fontsize="x-small",
+            )
+    axis.set_xlabel("generated tokens/s of each user (1 / median TPOT)")
+    axis.set_ylabel(f"generated tokens/s of a {'GPU' if gpus else 'server'}")
+    axis.margins(0.15)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
     return png(figure)
 
 

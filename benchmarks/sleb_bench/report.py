@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -192,8 +193,10 @@ def _serving(
         place = (record["request_rate"], record["max_concurrency"])
         points.setdefault(place, {}).setdefault(record["variant"], []).append(record["result"])
     share = _share(setting, "generate")
+    saturation = _served_ratios(setting, variants, _best(served, "output_throughput"), share)
     return {
         "slo": setting["options"]["serving"]["slo"],
+        "gpus": _gpus(setting),
         "points": [
             {
                 "request_rate": rate,
@@ -202,14 +205,20 @@ def _serving(
             }
             for (rate, concurrency), of in points.items()
         ],
-        "saturation": _served_ratios(
-            setting,
-            variants,
-            _best(served, "output_throughput"),
-            share,
-        ),
+        "saturation": saturation,
+        "cost_per_million": _costs(setting, saturation["best"]),
         "goodput": _served_ratios(setting, variants, _best(served, "request_goodput"), share),
     }
+
+
+def _gpus(setting: Record) -> int | None:
+    """Return the number of GPUs of a server; None without GPUs, and for servers that ran before."""
+    options = setting["options"]
+    if not setting["machine"]["gpus"] or options["serving"].get("urls"):
+        return None
+    values = json.loads(options.get("engine_args") or "{}")
+    kinds = ("tensor", "pipeline", "data")
+    return math.prod(int(values.get(f"{kind}_parallel_size", 1)) for kind in kinds)
 
 
 def _slo(

@@ -228,9 +228,15 @@ def _serving(report: Report) -> list[Section]:
                 first = (text, name, f"{value:.2f}" if not number else "")
                 gains.append((*first, *(_NO_RATIO if ratio is None else _ratio_cells(ratio))))
     return [
-        Section("Serving: what it gains", tuple(gains)),
+        Section("Serving: what it gains", tuple(gains), _gain_notes(serving), "pareto"),
         Section("Serving, load by load", tuple(rows), notes, "latency"),
     ]
+
+
+def _gain_notes(serving: Mapping[str, Any]) -> tuple[str, ...]:
+    if serving.get("cost_per_million") is None:
+        return ()
+    return (f"cost of a million generated tokens at saturation: {_costs(serving)}",)
 
 
 def _slo(report: Report) -> Section:
