@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,10 +80,17 @@ def run(commands: list[list[str]], folder: Path) -> None:
 
 
 def become_beside(packages: Path, folder: Path, commands: list[list[str]]) -> None:
-    """In the fork, where thousands of files about tasks are read once, not by each command."""
+    """In the fork, where thousands of files about tasks are read once, not by each command.
+
+    An engine's process is a fork of it, which need not import vLLM.
+    """
     from lm_eval.tasks import _index
 
+    from sleb_serve.evaluation import backends
+
     _index.load_yaml = functools.cache(_index.load_yaml)
+    forking = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
+    vars(backends)["multiprocessing"] = forking
     sys.path.insert(0, str(packages))
     os.chdir(folder)
     become_one_after_another(commands)

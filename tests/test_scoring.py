@@ -218,7 +218,7 @@ def test_on_smollm2_the_sweeps_order_is_the_naive_one(smollm2: Path) -> None:
     sequences = make_sequences(
         "python-docs",
         load_tokenizer(open_checkpoint(str(smollm2))),
-        sequences=2,
+        sequences=1,
         sequence_length=32,
     ).tokens
     steps = search(smollm2, [list(sequence) for sequence in sequences], 2)

@@ -1,11 +1,11 @@
 """Compare the simulation of `sleb-serve plan --measured` with a measured run, dense and pruned.
 
-Usage: measure.py MODEL M.json FOLDER [--blocks K] [--rounds 5] [--requests 64]. Two vLLM engines,
-dense and pruned, take turns. First the step times are measured: batches of generation, prompts of
-several lengths, and both together at longer contexts. FOLDER gets these as `records.jsonl`, which
-`sleb-serve plan --measured FOLDER` reads. Then mixed prompts saturate each engine, with more
-requests than can run at once and chunked prefill. `report.md` and `comparison.json` compare this
-with the simulation.
+Usage: measure.py MODEL M.json FOLDER [--blocks K] [--rounds 4] [--loads 5] [--requests 32]. Two
+vLLM engines, dense and pruned, take turns. First the step times are measured: batches of
+generation, prompts of several lengths, and both together at longer contexts. FOLDER gets these as
+`records.jsonl`, which `sleb-serve plan --measured FOLDER` reads. Then mixed prompts saturate each
+engine several times a round, with more requests than can run at once and chunked prefill.
+`report.md` and `comparison.json` compare this with the simulation.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 from sleb_bench.engine import Engine, Host
 from sleb_bench.machine import machine
+from sleb_bench.ratios import paired_ratio
 from sleb_bench.records import Records
 from sleb_bench.variants import DENSE, Variant, make_variants
 from sleb_serve.manifest.binding import check_model
@@ -54,8 +55,9 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--loads", type=int, default=5, help="mixed loads a round")
+    parser.add_argument("--requests", type=int, default=32)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(options.manifest).prefix(options.blocks)
@@ -94,7 +96,16 @@ def main() -> None:
             records.add("engine", {"start": 1, "variant": variant.name, **about})
             engines[variant.name] = Engine(host, variant.name)
         for number in range(options.rounds + 1):
-            _round(number, variants, engines, records, vocabulary, options.requests)
+            order = list(variants) if number % 2 else list(variants)[::-1]
+            for workload in STEPS:
+                prompts = workload.prompts(vocabulary, str(number))
+                _measure("sample", workload, prompts, number, order, engines, records)
+            # Round 0 warms up.
+            for load in range(options.loads if number else 0):
+                prompts = mixed_prompts(vocabulary, options.requests, 1000 * number + load)
+                mixed = Workload("mixed", "generate", len(prompts), LONGEST_PROMPT, OUTPUT)
+                _measure("mixed", mixed, prompts, number, order, engines, records)
+                order.reverse()  # so that drift favours no engine
             records.save()
     _compare(options.folder, records)
 
@@ -111,37 +122,29 @@ def mixed_prompts(vocabulary: int, requests: int, seed: int) -> Prompts:
     ]
 
 
-def _round(
+def _measure(
+    kind: str,
+    workload: Workload,
+    prompts: Prompts,
     number: int,
-    variants: Sequence[Variant],
+    order: Sequence[Variant],
     engines: Mapping[str, Engine],
     records: Records,
-    vocabulary: int,
-    requests: int,
 ) -> None:
-    """Measure each workload on each engine; round 0 warms up."""
-    mixed = Workload("mixed", "generate", requests, LONGEST_PROMPT, OUTPUT)
-    # The order alternates between rounds, so that drift favours no engine.
-    order = list(variants) if number % 2 else list(variants)[::-1]
-    for workload in (*STEPS, mixed) if number else STEPS:
-        if workload is mixed:
-            prompts = mixed_prompts(vocabulary, requests, number)
-        else:
-            prompts = workload.prompts(vocabulary, str(number))
-        for variant in order:
-            sample = engines[variant.name].measure(workload, [prompts])
-            place = {"variant": variant.name, "start": 1, "round": number}
-            values = {"workload": workload.name, **place, **asdict(sample)}
-            if workload is mixed:
-                values["prompt_lengths"] = list(map(len, prompts))
-            records.add("mixed" if workload is mixed else "sample", values)
-            print(number, workload.name, variant.name, f"{sample.elapsed_time:.3f}", flush=True)
+    """Measure one workload on each engine; records of this kind hold the prompts' lengths."""
+    for variant in order:
+        sample = engines[variant.name].measure(workload, [prompts])
+        values = {"workload": workload.name, "variant": variant.name, "start": 1, "round": number}
+        lengths = {"prompt_lengths": list(map(len, prompts))} if kind == "mixed" else {}
+        records.add(kind, {**values, **asdict(sample), **lengths})
+        print(number, workload.name, variant.name, f"{sample.elapsed_time:.3f}", flush=True)
 
 
 def _compare(folder: Path, records: Records) -> None:
     """Compare predicted and measured tokens/s of each engine, and the gain from pruning.
 
-    Each round has its own prompts and its own prediction; shows medians over rounds.
+    Each load has its own prompts and its own prediction; shows medians over the loads, and the
+    interval of the measured ratio.
     """
     mixed = [entry for entry in records.entries if entry["record"] == "mixed"]
     speeds: dict[str, list[tuple[float, float]]] = {}
@@ -169,15 +172,26 @@ def _compare(folder: Path, records: Records) -> None:
     lines = [
         f"A closed load of {len(mixed[0]['prompt_lengths'])} requests, prompts of "
         f"{SHORTEST_PROMPT} to {LONGEST_PROMPT} tokens, {OUTPUT} tokens out; at most {SEQUENCES} "
-        f"at once and {TOKENS} tokens a step; medians of {len(speeds[DENSE])} rounds.",
+        f"at once and {TOKENS} tokens a step; medians of {len(speeds[DENSE])} loads.",
         "",
         *table(rows),
+        "",
+        _measured_ratio([measured for _, measured in speeds[f"{pruned} / {DENSE}"]]),
     ]
     comparison = {"predicted_and_measured": speeds, "steps": steps}
     data = (json.dumps(comparison, indent=1) + "\n").encode()
     write_atomically(folder / "comparison.json", data)
     write_atomically(folder / "report.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
+
+
+def _measured_ratio(ratios: Sequence[float]) -> str:
+    """Describe the measured ratio by the benchmark's own estimator."""
+    found = paired_ratio([ratios])
+    low, high = found.interval or (0.0, float("inf"))
+    return (
+        f"Measured ratio, by the benchmark's estimator: {found.mean:.3f} ({low:.3f} to {high:.3f})."
+    )
 
 
 if __name__ == "__main__":
