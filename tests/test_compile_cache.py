@@ -23,8 +23,8 @@ def test_one_warm_compile_cache_serves_each_pruning_its_own_graph(
     keys are held against each other, too.
     """
     path = tmp_path / "opt"
-    save_model("opt", path, num_hidden_layers=3)
-    dense, pruned = Case("opt", ()), Case("opt", (2,))
+    save_model("opt", path, num_hidden_layers=2)
+    dense, pruned = Case("opt", ()), Case("opt", (0,))
     jobs = [case.job(path, enforce_eager=False) for case in (dense, pruned, dense)]
     jobs.insert(2, repaired_job(path, (1,), tmp_path / "m.json", enforce_eager=False))
     results = run_jobs(jobs, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
