@@ -1,8 +1,9 @@
 """Measure the resident memory of a server whose pruned model drafts for its dense self.
 
-Usage: memory.py MODEL FOLDER --removed 5,25,17 [--tokens 3] [--rounds 1] [--variants dense,copied].
-FOLDER gets `memory.jsonl`. Variants: `dense`; `drafted`, as `--as-draft` serves it; `copied`, whose
-draft reads a copy of the checkpoint, so that it keeps weights of its own.
+Usage: draft_memory.py MODEL FOLDER --removed 5,25,17 [--tokens 3] [--rounds 1]
+[--variants dense,copied]. FOLDER gets `memory.jsonl`. Variants: `dense`; `drafted`, as
+`--as-draft` serves it; `copied`, whose draft reads a copy of the checkpoint, so that it keeps
+weights of its own.
 
 What is counted: the proportional set size (PSS, bytes) of all processes of the server after the
 same requests, and the anonymous part of it, which other processes of the machine do not change.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from drafting import parser_of, speculation
 
 from sleb_bench.server import Server, free_port
 from sleb_serve.checkpoint.hub import open_checkpoint
-from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.schema import Manifest, Removal
 from sleb_serve.serving.client import Client
-from sleb_serve.serving.speculative import draft_options
 
 PROMPTS = ("The capital of France is", "Once upon a time there was a", "Water boils when it")
 OPTIONS = ("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "512")
@@ -37,16 +35,10 @@ _SAID = re.compile(r"draft (?:shares|keeps) .*")
 
 def main() -> None:
     """Start each variant in turn, write the records, print the memory and its ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--removed", type=lambda text: tuple(map(int, text.split(","))))
-    parser.add_argument("--tokens", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser = parser_of(__doc__, rounds=1)
     parser.add_argument("--variants", type=lambda text: text.split(","), default="dense,drafted")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    os.environ["XDG_CACHE_HOME"] = str(options.folder.resolve() / "cache")
     first: dict[str, int] = {}
     for index in range(options.rounds):
         for variant in options.variants:
@@ -79,17 +71,15 @@ def _speculation(options: argparse.Namespace, variant: str) -> list[str]:
     if variant == "copied":
         model = str(options.folder / "copy" / Path(options.model).name)
         shutil.copytree(options.model, model, dirs_exist_ok=True)
-    checkpoint = open_checkpoint(model)
-    manifest = Manifest(bind(model, checkpoint), tuple(map(Removal, options.removed)))
-    return draft_options(model, checkpoint, manifest.pruning(), (), options.tokens)
+    return speculation(options, model)
 
 
-def _measure(options: argparse.Namespace, speculation: list[str]) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, drafting: list[str]) -> dict[str, Any]:
     port = free_port()
     log = options.folder / "server.log"
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model),
-        *(*OPTIONS, *speculation, "--host", "127.0.0.1", "--port", str(port)),
+        *(*OPTIONS, *drafting, "--host", "127.0.0.1", "--port", str(port)),
     ]
     server = Server(command, port, log, {"VLLM_CPU_KVCACHE_SPACE": "1"})
     try:

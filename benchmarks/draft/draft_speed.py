@@ -1,6 +1,6 @@
 """Compare a model with its pruned version as draft against the model alone, in interleaved starts.
 
-Usage: measure.py MODEL FOLDER --removed 5,25,17 [--tokens 3] [--rounds 3]. FOLDER gets
+Usage: draft_speed.py MODEL FOLDER --removed 5,25,17 [--tokens 3] [--rounds 3]. FOLDER gets
 `records.jsonl`. Each start is a separate process; it times greedy generation of 64 tokens for one
 English prompt after another.
 """
@@ -14,41 +14,26 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from sleb_serve.checkpoint.hub import open_checkpoint
-from sleb_serve.manifest.binding import bind
-from sleb_serve.manifest.schema import Manifest, Removal
-from sleb_serve.serving.speculative import draft_folder
+from drafting import parser_of, speculation
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 64
 
 
 def main() -> None:
     """Start in turns, write the records, print the ratio and the acceptance rate."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--removed", type=lambda text: tuple(map(int, text.split(","))))
-    parser.add_argument("--tokens", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", metavar="SPECULATION", help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, rounds=3)
+    parser.add_argument("--child", metavar="ARGUMENTS", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
         print(json.dumps(_generate(options.model, json.loads(options.child))))
         return
-    checkpoint = open_checkpoint(options.model)
-    manifest = Manifest(bind(options.model, checkpoint), tuple(map(Removal, options.removed)))
-    draft = draft_folder(checkpoint, manifest.pruning(), options.folder.resolve() / "drafts")
-    speculation = {
-        "method": "draft_model",
-        "model": str(draft),
-        "num_speculative_tokens": options.tokens,
-    }
+    _, config_format, _, text = speculation(options, options.model)
+    drafting = {"config_format": config_format, "speculative_config": json.loads(text)}
     records = []
     for index in range(options.rounds):
-        order = [("dense", None), ("drafted", speculation)]
+        order = [("dense", {}), ("drafted", drafting)]
         for variant, value in order if index % 2 else reversed(order):
             record = {
                 "round": index,
@@ -80,11 +65,11 @@ def main() -> None:
     )
 
 
-def _start(options: argparse.Namespace, speculation: dict[str, Any] | None) -> dict[str, Any]:
+def _start(options: argparse.Namespace, drafting: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, __file__, options.model, str(options.folder)]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
-        [*command, "--child", json.dumps(speculation)],
+        [*command, "--child", json.dumps(drafting)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -96,7 +81,7 @@ def _start(options: argparse.Namespace, speculation: dict[str, Any] | None) -> d
     return result
 
 
-def _generate(model: str, speculation: dict[str, Any] | None) -> dict[str, Any]:
+def _generate(model: str, drafting: dict[str, Any]) -> dict[str, Any]:
     from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
 
     from vllm import LLM, SamplingParams
@@ -107,8 +92,8 @@ def _generate(model: str, speculation: dict[str, Any] | None) -> dict[str, Any]:
         max_num_seqs=4,
         enforce_eager=True,
         enable_prefix_caching=False,
-        speculative_config=speculation,
         disable_log_stats=False,
+        **drafting,
     )
     text = llm.get_tokenizer().encode("\n\n".join(topics[key] for key in sorted(topics)))
     starts = range(0, len(text) - PROMPT_TOKENS, len(text) // (PROMPTS + 1))
