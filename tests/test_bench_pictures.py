@@ -38,8 +38,8 @@ def test_what_all_users_get_is_drawn_over_what_each_one_gets(
     found[0]["options"] |= {
         "gpu_hour": 3.6,
         "serving": {**options, "rounds": 1},
-        "engine_args": '{"tensor_parallel_size": 2}',
     }
+    found[1]["engine_arguments"] = {"tensor_parallel_size": 2}
     found[0]["machine"]["gpus"] = [gpu | names for gpu in gpus]
     figures: list[Any] = []
 

@@ -9,7 +9,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from conftest import Models
 pytest.importorskip("vllm")
 psutil = pytest.importorskip("psutil")
 
-from forking import forks  # noqa: E402
 from running import LOCAL, OPTIONS, ForkedServer, printed_command  # noqa: E402
 from sleb_bench import run as bench_run  # noqa: E402
 from sleb_bench import serving_load  # noqa: E402
@@ -45,12 +43,6 @@ SERVING = ServingOptions(
     slo={"ttft": 60000.0, "tpot": 60000.0},
     rounds=1,
 )
-
-
-def fork_generators(patch: pytest.MonkeyPatch) -> None:
-    """Let load generators be forks, too, which need not import vLLM."""
-    context = SimpleNamespace(get_context=lambda method: forks())
-    patch.setattr("sleb_bench.load.multiprocessing", context)
 
 
 def kill_under_load(running: Server) -> None:
@@ -99,7 +91,6 @@ def broken_run(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path
         serving=SERVING,
     )
     with pytest.MonkeyPatch.context() as patch:
-        fork_generators(patch)
         patch.setattr(bench_run, "serve_and_load", watched)
         patch.setattr(serving_load, "Server", start)
         with pytest.raises(SlebError, match="the sleb2 server"):
@@ -209,13 +200,9 @@ def test_a_level_that_no_rate_meets_ends_the_search_too() -> None:
 
 @pytest.mark.slow
 def test_servers_that_run_are_searched_with_prompts_of_a_file(
-    models: Models,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The highest rate within a level that everything meets, of servers that we do not start."""
-    fork_generators(monkeypatch)
     path = models("llama")
     manifest = Manifest(bind(str(path), open_checkpoint(str(path))), (Removal(3), Removal(1)))
     manifest.write(tmp_path / "m.json")

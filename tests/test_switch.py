@@ -34,7 +34,7 @@ CLIENTS = 3
 REMOVED = (2, 5, 3)
 """The manifest's list, of which two or three blocks are removed."""
 SMOLLM2 = (5, 25, 17, 16, 18, 12)
-LONG = "takes minutes; SLEB_TEST_THOROUGH=1 runs it"
+LONG = "takes a minute; SLEB_TEST_THOROUGH=1 runs it"
 
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 

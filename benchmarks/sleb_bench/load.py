@@ -6,7 +6,6 @@ metadata of a distribution named vllm; and a new command for each load would imp
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sleb_bench.engine import process_context
 from sleb_serve.errors import SlebError, first_line
 
 
@@ -28,7 +28,7 @@ class LoadGenerator:
         self._log = log
         self._pool = ProcessPoolExecutor(
             1,
-            mp_context=multiprocessing.get_context("spawn"),
+            mp_context=process_context(),
             initializer=_redirect,
             initargs=(str(log),),
         )

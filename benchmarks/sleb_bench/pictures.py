@@ -132,22 +132,23 @@ def _latency(report: Report) -> bytes:
 def _pareto(report: Report) -> bytes:
     """Plot what all users get together over what each one gets, load by load."""
     serving = report["serving"]
-    gpus = serving.get("gpus")
+    gpus = serving["gpus"]
     figure, (axis,) = subplots(1, 6.4, 4.6)
     for number, name in enumerate(report["variants"]):
-        found = [
-            (1000 / point["variants"][name]["p50_tpot_ms"], point["variants"][name], point)
-            for point in serving["points"]
-            if point["variants"].get(name, {}).get("p50_tpot_ms")
-        ]
-        found.sort(key=lambda place: place[0])
-        own = [(user, values["output_throughput"] / (gpus or 1)) for user, values, _ in found]
-        if not own:
+        found = []
+        for point in serving["points"]:
+            values = point["variants"].get(name, {})
+            if values.get("p50_tpot_ms"):
+                rate = values["output_throughput"] / (gpus or 1)
+                found.append((1000 / values["p50_tpot_ms"], rate, load_name(point)))
+        if not found:
             continue
-        axis.plot(*zip(*own, strict=True), marker="o", color=f"C{number}", label=name)
-        for place, (_, _, point) in zip(own, found, strict=True):
+        found.sort()
+        users, together, _ = zip(*found, strict=True)
+        axis.plot(users, together, marker="o", color=f"C{number}", label=name)
+        for *place, load in found:
             axis.annotate(
-                load_name(point),
+                load,
                 place,
                 (4, 4),
                 textcoords="offset points",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from sleb_bench.pace import FEWEST
 from sleb_bench.pairs import Pair, are_apart, compared, cpu_ratio, pairs_of, speed_ratio, tokens_of
 from sleb_bench.ratios import Ratio, against_ideal, outside_blocks, paired_ratio
 from sleb_bench.slo import SHARE, bracket
-from sleb_bench.variants import DENSE, is_beside
+from sleb_bench.variants import DENSE, is_beside, ranks
 from sleb_serve.manifest.schema import perplexity_of
 from sleb_serve.roofline.ideal import ideal_ratio
 from sleb_serve.roofline.workload import Workload
@@ -196,7 +195,7 @@ def _serving(
     saturation = _served_ratios(setting, variants, _best(served, "output_throughput"), share)
     return {
         "slo": setting["options"]["serving"]["slo"],
-        "gpus": _gpus(setting),
+        "gpus": _gpus(setting, variants[DENSE]),
         "points": [
             {
                 "request_rate": rate,
@@ -211,14 +210,11 @@ def _serving(
     }
 
 
-def _gpus(setting: Record) -> int | None:
+def _gpus(setting: Record, variant: Record) -> int | None:
     """Return the number of GPUs of a server; None without GPUs, and for servers that ran before."""
-    options = setting["options"]
-    if not setting["machine"]["gpus"] or options["serving"].get("urls"):
+    if not setting["machine"]["gpus"] or setting["options"]["serving"].get("urls"):
         return None
-    values = json.loads(options.get("engine_args") or "{}")
-    kinds = ("tensor", "pipeline", "data")
-    return math.prod(int(values.get(f"{kind}_parallel_size", 1)) for kind in kinds)
+    return ranks(variant["engine_arguments"])
 
 
 def _slo(

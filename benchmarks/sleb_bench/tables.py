@@ -234,7 +234,7 @@ def _serving(report: Report) -> list[Section]:
 
 
 def _gain_notes(serving: Mapping[str, Any]) -> tuple[str, ...]:
-    if serving.get("cost_per_million") is None:
+    if serving["cost_per_million"] is None:
         return ()
     return (f"cost of a million generated tokens at saturation: {_costs(serving)}",)
 

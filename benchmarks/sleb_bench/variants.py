@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,12 @@ class Variant:
         }
 
 
+def ranks(arguments: Mapping[str, Any]) -> int:
+    """Return the number of ranks, each with a device of its own, of an engine's arguments."""
+    kinds = ("tensor", "pipeline", "data")
+    return math.prod(int(arguments.get(f"{kind}_parallel_size", 1)) for kind in kinds)
+
+
 def processes(variants: Sequence[Variant], *, gpu: bool) -> dict[str, str]:
     """Return the process name of each variant's engine.
 
@@ -70,10 +77,9 @@ def processes(variants: Sequence[Variant], *, gpu: bool) -> dict[str, str]:
     """
     found = {}
     for variant in variants:
-        values = variant.spec.arguments
-        ranks = [values.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline", "data")]
-        alone = gpu or variant.spec.backend != "vllm" or variant.spec.environment
-        found[variant.name] = variant.name if alone or ranks != [1, 1, 1] else "shared"
+        spec = variant.spec
+        alone = gpu or spec.backend != "vllm" or spec.environment or ranks(spec.arguments) > 1
+        found[variant.name] = variant.name if alone else "shared"
     return found
 
 
