@@ -2,7 +2,9 @@
 
 Usage: endpoint_load.py URL OUTPUT [--rounds N]. The server must run and serve a pruned model.
 OUTPUT gets a line of JSON a stream: with how many requests beside it, and how long it took. The
-streams take turns, without and with the requests, and the ratio is taken round by round.
+streams take turns, without and with the requests, and the ratio is taken round by round. The client
+shares the machine with the server, so each request is bytes written to a connection of its own,
+and costs the client little.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -47,10 +50,9 @@ async def stream_and_ask(
     """One stream, and once its first token is there, so many requests at once to `path`."""
     body = {"model": model, "prompt": "Once", "max_tokens": tokens, "temperature": 0}
     body |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
-    connector = aiohttp.TCPConnector(limit=0)
     pieces: list[str] = []
     asked: list[asyncio.Task[Answer]] = []
-    async with aiohttp.ClientSession(url, connector=connector) as session:
+    async with aiohttp.ClientSession(url) as session:
         start, count = 0.0, 0
         async with session.post("/v1/completions", json=body) as reply:
             async for line in reply.content:
@@ -63,15 +65,21 @@ async def stream_and_ask(
                 pieces.append(chunk["choices"][0]["text"])
                 if not start:
                     start = time.perf_counter()
-                    asked = [asyncio.create_task(_ask(session, path)) for _ in range(requests)]
+                    asked = [asyncio.create_task(_ask(url, path)) for _ in range(requests)]
         seconds = time.perf_counter() - start
         stream = Stream("".join(pieces), count, len(pieces), seconds)
         return stream, list(await asyncio.gather(*asked))
 
 
-async def _ask(session: aiohttp.ClientSession, path: str) -> Answer:
-    async with session.get(path) as reply:
-        return reply.status, await reply.read()
+async def _ask(url: str, path: str) -> Answer:
+    address = urlsplit(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write(
+        f"GET {path} HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n\r\n".encode()
+    )
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), body
 
 
 async def _measure(url: str, output: Path, rounds: int) -> None:
