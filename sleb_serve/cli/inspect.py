@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from sleb_serve.cli.arguments import (
@@ -20,13 +21,15 @@ from sleb_serve.compat.architectures import support, support_markdown, support_t
 from sleb_serve.evaluation.report import describe
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.roofline.gpu import GPUS, gpu_named
-from sleb_serve.serving.preflight import check
+from sleb_serve.serving.cluster import check_nodes
+from sleb_serve.serving.preflight import CheckReport, check
 
 _CHECK_EXAMPLES = """\
 examples:
   sleb-serve check ./my-model -m m.json
   sleb-serve check ./my-model -m m.json --full    # every byte of the weights
   sleb-serve check meta-llama/Llama-2-70b-hf -m llama-2-70b.json --gpu A100-80G -tp 2 --json
+  sleb-serve check meta-llama/Llama-2-70b-hf -m llama-2-70b.json --cluster
 
 Needs no GPU and no vLLM. Exit code: 0 if all checks pass, 1 if one fails, 2 if they could not run.
 """
@@ -53,6 +56,11 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read all of the weights, removed blocks' too, and compare the full digest",
     )
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="check every node of the Ray cluster that this machine belongs to",
+    )
     parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}: also its KV cache")
     add_tensor_parallel(parser)
     add_json(parser)
@@ -61,21 +69,28 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.manifest).prefix(options.blocks)
     gpu = None if options.gpu is None else gpu_named(options.gpu)
+    asked = (options.model, manifest, gpu, options.tp, options.revision)
+    if options.cluster:
+        return _report_nodes(check_nodes(*asked, full=options.full), options.json)
     with ReadBar() as bar:
-        report = check(
-            options.model,
-            manifest,
-            gpu,
-            options.tp,
-            options.revision,
-            full=options.full,
-            reading=bar.reading,
-        )
+        report = check(*asked, full=options.full, reading=bar.reading)
     if options.json:
         tell(json.dumps({"passed": report.passed, **asdict(report)}, indent=2))
     else:
         tell(report.to_text())
     return int(not report.passed)
+
+
+def _report_nodes(reports: Mapping[str, CheckReport], as_json: bool) -> int:
+    passed = all(report.passed for report in reports.values())
+    if as_json:
+        nodes = {
+            name: {"passed": report.passed, **asdict(report)} for name, report in reports.items()
+        }
+        tell(json.dumps({"passed": passed, "nodes": nodes}, indent=2))
+    else:
+        tell("\n\n".join(f"{name}\n{report.to_text()}" for name, report in reports.items()))
+    return int(not passed)
 
 
 def _add_architectures(parser: argparse.ArgumentParser) -> None:

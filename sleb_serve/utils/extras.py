@@ -23,6 +23,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "prometheus_client": ("select", "bench"),
         "psutil": ("select", "bench"),
         "pyarrow": ("select",),
+        "ray": ("ray",),
         "safetensors": ("select",),
         "torch": ("select",),
         "transformers": ("select",),
