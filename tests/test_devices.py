@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,9 +205,21 @@ def test_a_gpu_is_waited_for_before_the_clock_is_read(accelerator: pytest.Monkey
     accelerator.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     found = device.device_here()
     assert found.memory == 80 * GIB
-    assert made[0] == ((8192, 8192), "cuda")
+    assert ((8192, 8192), "cuda") in made
     # Twice as often as something is timed: a product and a sum.
     assert len(waits) == 2 * (device._REPEATS + 1)
+
+
+def test_a_cpus_peak_is_that_of_a_dtype_that_it_does_not_emulate() -> None:
+    found = device.device_here().flops
+    matrix = torch.ones(512, 512)
+    times = []
+    for _ in range(5):
+        begin = time.monotonic()
+        matrix @ matrix
+        times.append(time.monotonic() - begin)
+    # An emulated product has a hundredth of this rate.
+    assert found > 0.2 * 2 * 512**3 / min(times)
 
 
 def test_engines_are_never_forks_where_there_is_a_gpu(
