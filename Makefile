@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements/cpu.lock)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all test-versions lint lint-deploy docs install lock clean
+.PHONY: demo test test-slow test-all test-ray test-versions lint lint-deploy docs install lock clean
 
 install: $(STAMP)
 
@@ -58,6 +58,12 @@ test-all: $(STAMP)
 	$(BIN)/python tests/matrix.py benchmarks/records/architectures.jsonl
 	$(BIN)/python tests/matrix.py --table benchmarks/records/architectures.jsonl \
 	  >benchmarks/records/architectures.md
+
+# Ray is no part of the installation: vLLM would import it in every process.
+test-ray: $(STAMP)
+	test -e $(CACHE)/ray/ray || $(BIN)/pip install --progress-bar off --no-deps \
+	  --target $(CACHE)/ray ray==2.60.0 msgpack==1.2.4
+	PYTHONPATH=$(CACHE)/ray $(BIN)/python -m pytest -m slow tests/test_ray.py
 
 test-versions: $(STAMP)
 	$(BIN)/python tests/vllm_versions.py --table benchmarks/records/vllm-versions.md $(VERSIONS)
