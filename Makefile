@@ -63,7 +63,7 @@ test-all: $(STAMP)
 test-ray: $(STAMP)
 	test -e $(CACHE)/ray/ray || $(BIN)/pip install --progress-bar off --no-deps \
 	  --target $(CACHE)/ray ray==2.60.0 msgpack==1.2.4
-	PYTHONPATH=$(CACHE)/ray $(BIN)/python -m pytest -m slow tests/test_ray.py
+	PYTHONPATH=$(abspath $(CACHE)/ray) $(BIN)/python -m pytest -m slow tests/test_ray.py
 
 test-versions: $(STAMP)
 	$(BIN)/python tests/vllm_versions.py --table benchmarks/records/vllm-versions.md $(VERSIONS)
