@@ -282,10 +282,18 @@ def test_the_highest_rates_within_a_level_are_told_with_what_they_lie_between() 
     assert "90 % of 8 requests met ttft 450 ms" in text
     # Without the rate that failed, the search was cut short or had reached the capacity.
     text = to_markdown(make_report(found[:-1]))
-    assert "| sleb2   | 2.5        |        | dense | 1.250 (1.136 to ?) |" in text
+    assert "| sleb2   | 2.5        |        | dense | 1.250 (at least 1.136) |" in text
+    # Neither failed at any rate: both are at their capacity.
+    text = to_markdown(make_report([*found[:-4], *found[-3:-1]]))
+    assert "dense | 1.250 " in text
+    assert "1.250 (" not in text
     found[-2]["capacity"] = 2.5
     text = to_markdown(make_report(found[:-1]))
-    assert "| sleb2   | 2.5        | its capacity | dense | 1.250 (1.136 to ?) |" in text
+    assert "| sleb2   | 2.5        | its capacity | dense | 1.250 (at least 1.136) |" in text
+    # Neither failed at any rate: both are at their capacity.
+    text = to_markdown(make_report([*found[:-4], *found[-3:-1]]))
+    assert "dense | 1.250 " in text
+    assert "1.250 (" not in text
 
 
 def test_a_million_tokens_cost_what_the_hour_costs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from bench_records import QUIET
 from sleb_bench import turns
 from sleb_bench.engine import EngineSpec, Sample
+from sleb_bench.pace import TIME_OVER, Pace
 from sleb_bench.records import Records
 from sleb_bench.turns import Plan, measure_by_turns
 from sleb_bench.variants import Variant
@@ -32,7 +34,10 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
     def run(
         variants: list[Variant], seconds: dict[str, float], noise: float = 0.01, **changes: Any
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        source = random.Random(4)
+        source, now = random.Random(4), [0.0]
+        if changes.pop("passing", False):  # time passes as the calls take it
+            pace = partial(Pace, clock=lambda: now[0])
+            monkeypatch.setattr(turns, "Pace", pace)
 
         class Host:
             def __init__(self, environment: object, log: Path) -> None:
@@ -48,6 +53,7 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
                 if changes.get("one_at_a_time"):
                     assert sum(map(len, alive)) == 1
                 took = seconds[name] * len(calls) * (1 + noise * source.random())
+                now[0] += took
                 return Sample(took, 2 * took, 4 * len(calls), 32, 44 * len(calls), QUIET)
 
             def close(self) -> None:
@@ -86,6 +92,16 @@ def test_turns_take_a_tenth_of_a_second_and_who_goes_first_changes(measure: Meas
     assert {s["num_requests"] for s in found if s["round"] > 0} == {16}
     assert [s["num_requests"] for s in found if s["round"] == 0] == [4, 4]
     assert {s["round"] for s in found} == set(range(-1, 17))
+
+
+def test_long_turns_are_warmed_up_once_and_measured_twice_whatever_the_limit(
+    measure: Measure,
+) -> None:
+    end, entries = measure(
+        [DENSE, PRUNED], {"dense": 70.0, "sleb2": 50.0}, noise=0.2, minutes=3, passing=True
+    )
+    assert [s["round"] for s in samples(entries)] == [0, 0, 1, 1, 2, 2]
+    assert end["why"] == TIME_OVER
 
 
 def test_a_noisy_run_takes_more_pairs_and_no_more_than_it_needs(measure: Measure) -> None:

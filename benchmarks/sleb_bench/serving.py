@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_bench.load import LoadGenerator
+from sleb_bench.server import Server
 from sleb_bench.serving_load import AnyServer, DeadServerError, Loader, Point, cache_blocks
 from sleb_bench.serving_options import INF, ServingOptions
 from sleb_bench.slo import met, next_rate
@@ -129,12 +130,13 @@ def _start(
         took = time.perf_counter() - begin
         if variant.name == DENSE:
             blocks = cache_blocks(server)
-        bench.say(f"{variant.name}: server ready in {took:.0f} s")
+        own = isinstance(server, Server)
+        bench.say(f"{variant.name}: server ready" + (f" in {took:.0f} s" if own else ""))
         command = list(server.command)
         yield {
             "record": "server",
             "variant": variant.name,
-            "startup_time": took,
+            "startup_time": took if own else None,  # another's server ran before
             "command": command,
         }
 

@@ -239,6 +239,15 @@ def _gain_notes(serving: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"cost of a million generated tokens at saturation: {_costs(serving)}",)
 
 
+def _edges(low: float | None, high: float | None) -> str:
+    """Return what a ratio lies between; the search may have found neither limit."""
+    if low is None and high is None:
+        return ""
+    if high is None:
+        return f" (at least {low:.3f})"
+    return f" (at most {high:.3f})" if low is None else f" ({low:.3f} to {high:.3f})"
+
+
 def _slo(report: Report) -> Section:
     """Return a table of the highest rates that met the service level."""
     slo = report["slo"]
@@ -247,8 +256,7 @@ def _slo(report: Report) -> Section:
         gain = next((ratio for ratio in slo["ratios"] if ratio["variant"] == name), None)
         cells: Row = ("", "")
         if gain is not None:
-            edges = " to ".join(_number(edge, ".3f") or "?" for edge in gain["between"])
-            cells = (gain["over"], f"{gain['ratio']:.3f} ({edges})")
+            cells = (gain["over"], f"{gain['ratio']:.3f}{_edges(*gain['between'])}")
         rate = _number(found["rate"], ".3g") or "none tried"
         over = "its capacity" if found["at_capacity"] else _number(found["not_at"], ".3g")
         rows.append((name, rate, over, *cells))

@@ -21,6 +21,8 @@ Say = Callable[[str], None]
 Draw = Callable[[Workload, str], Prompts]
 _NEWS = 15.0
 """Seconds between two progress messages, which also save the records."""
+_WARM_UP_SHARE = 0.1
+"""Share of the time limit after which the warm-up of a workload ends: long turns need one."""
 _ROUNDS_ALONE = 8
 """Rounds in a start of an engine that runs alone; only more starts narrow its interval."""
 
@@ -169,12 +171,16 @@ class _Turns:
         """Run turns until they stop getting faster; return the calls per turn."""
         seconds: list[float] = []
         calls, number = 1, 0
+        begin, limit = self.pace.clock(), 60 * self.plan.minutes * _WARM_UP_SHARE
         # Use the sum of all engines: on a busy machine a single one is often fastest by chance.
-        while warms_up(seconds):
+        while not seconds or (warms_up(seconds) and self.pace.clock() - begin < limit):
             found = self._round(start, number, workload, calls, group, engines)
             seconds.append(sum(found.values()) / calls)
             calls = calls_a_turn(min(seconds) / len(found))
             number -= 1
+        if 2 * min(seconds) * calls > 60 * self.plan.minutes:
+            took = f"{min(seconds) * calls:.0f} s"
+            self.say(f"{workload.name}: a round takes {took}; at least two are measured")
         return calls
 
     def _round(
