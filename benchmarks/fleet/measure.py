@@ -1,7 +1,7 @@
 """Compare the simulation of `sleb-serve plan --measured` with a measured run, dense and pruned.
 
-Usage: measure.py MODEL M.json FOLDER [--blocks K] [--rounds 4] [--loads 5] [--requests 32]. Two
-vLLM engines, dense and pruned, take turns. First the step times are measured: batches of
+Usage: measure.py MODEL M.json FOLDER [--blocks K] [--rounds 4] [--loads 5] [--requests 32]
+[--dtype float32]. Two vLLM engines, dense and pruned, take turns. First the step times are measured: batches of
 generation, prompts of several lengths, and both together at longer contexts. FOLDER gets these as
 `records.jsonl`, which `sleb-serve plan --measured FOLDER` reads. Then mixed prompts saturate each
 engine several times a round, with more requests than can run at once and chunked prefill.
@@ -58,12 +58,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--loads", type=int, default=5, help="mixed loads a round")
     parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--dtype", default="auto", help="float32 where bfloat16 is emulated")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(options.manifest).prefix(options.blocks)
     checkpoint = check_model(options.model, manifest.pruning())
     arguments = {
         "model": str(checkpoint.path),
+        "dtype": options.dtype,
         "max_model_len": LONGEST,
         "max_num_batched_tokens": TOKENS,
         "max_num_seqs": SEQUENCES,
