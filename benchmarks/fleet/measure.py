@@ -1,11 +1,11 @@
 """Compare the simulation of `sleb-serve plan --measured` with a measured run, dense and pruned.
 
 Usage: measure.py MODEL M.json FOLDER [--blocks K] [--rounds 4] [--loads 5] [--requests 32]
-[--dtype float32]. Two vLLM engines, dense and pruned, take turns. First the step times are measured: batches of
-generation, prompts of several lengths, and both together at longer contexts. FOLDER gets these as
-`records.jsonl`, which `sleb-serve plan --measured FOLDER` reads. Then mixed prompts saturate each
-engine several times a round, with more requests than can run at once and chunked prefill.
-`report.md` and `comparison.json` compare this with the simulation.
+[--dtype float32]. Two vLLM engines, dense and pruned, take turns. First the step times are
+measured: batches of generation, prompts of several lengths, and both together at longer contexts.
+FOLDER gets these as `records.jsonl`, which `sleb-serve plan --measured FOLDER` reads. Then mixed
+prompts saturate each engine several times a round, with more requests than can run at once and
+chunked prefill. `report.md` and `comparison.json` compare this with the simulation.
 """
 
 from __future__ import annotations
