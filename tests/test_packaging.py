@@ -27,7 +27,7 @@ BASE = "dependencies"
 ENOUGH = {
     "sleb_serve": (BASE, "select"),
     "sleb_serve/healing": (BASE, "heal"),
-    "sleb_serve/serving": (BASE, "cuda"),
+    "sleb_serve/serving": (BASE, "cuda", "ray"),
     "sleb_serve/evaluation": (BASE, "eval", "cuda"),
     "sleb_vllm": (BASE, "cuda"),
     "sleb_bench": (BASE, "bench", "cuda"),
@@ -61,7 +61,7 @@ def installed() -> Mapping[str, list[str]]:
 
 def distribution(module: str) -> str:
     """The distribution that a module is of, as it is installed here."""
-    names = installed().get(module)
+    names = installed().get(module, [module] if module == "ray" else [])  # `make test-ray`'s own
     assert names, f"{module} is not installed here"
     return "vllm" if module == "vllm" else plain(names[0])
 

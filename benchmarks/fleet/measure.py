@@ -50,16 +50,7 @@ SHORTEST_PROMPT, LONGEST_PROMPT, OUTPUT = 32, 480, 48
 
 def main() -> None:
     """Measure, predict, compare."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--blocks", type=int)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--loads", type=int, default=5, help="mixed loads a round")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--dtype", default="auto", help="float32 where bfloat16 is emulated")
-    options = parser.parse_args()
+    options = _options()
     options.folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(options.manifest).prefix(options.blocks)
     checkpoint = check_model(options.model, manifest.pruning())
@@ -110,6 +101,19 @@ def main() -> None:
                 order.reverse()  # so that drift favours no engine
             records.save()
     _compare(options.folder, records)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--loads", type=int, default=5, help="mixed loads a round")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--dtype", default="auto", help="float32 where bfloat16 is emulated")
+    return parser.parse_args()
 
 
 def mixed_prompts(vocabulary: int, requests: int, seed: int) -> Prompts:

@@ -71,11 +71,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         add(flag, type=int, metavar="N", default=value, help=f"{text} (default: {value})")
     for name, unit, text in (
         ("precision", "PERCENT", "measure until every ratio's interval is this narrow"),
-        (
-            "minutes",
-            "M",
-            "maximum time, from when the first engines are ready, but at least two rounds",
-        ),
+        ("minutes", "M", "maximum time after the first engines' start; at least two rounds"),
     ):
         value = getattr(default, name)
         help_text = f"{text} (default: {value:g})"
