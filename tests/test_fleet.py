@@ -197,6 +197,43 @@ def test_a_step_time_is_found_again_from_records(tmp_path: Path) -> None:
     assert list(found) == pytest.approx(list(simulate(mixed, limits, linear).last), rel=1e-4)
 
 
+def with_blocks(folder: Path, count: int) -> Path:
+    file = folder / "records.jsonl"
+    file.write_text(file.read_text().replace('"weights', f'"num_blocks": {count}, "weights', 1))
+    return folder
+
+
+def test_noise_gives_no_more_gain_than_the_removed_blocks_allow(tmp_path: Path) -> None:
+    """A fifth outside the blocks, and times of a load that are up to 7 % too long or short."""
+    source = random.Random(3)
+
+    def noisy(share: float) -> Callable[..., float]:
+        noise = [source.uniform(0.93, 1.07) for _ in range(100)]
+        return lambda *v: linear(*v) * (0.2 + 0.8 * share) * noise[v[1] % 100]
+
+    def ratios(folder: Path) -> list[float]:
+        dense, short = read_measured([folder])
+        steps = ((8, 8, 900, 900), (256, 4, 9000, 300), (1500, 20, 90000, 4000))
+        return [dense.step(*values) / short.step(*values) for values in steps]
+
+    alone, together = [], []
+    for number in range(6):
+        steps = {0: noisy(1.0), 6: noisy(0.8)}
+        folder = bench_records(tmp_path / str(number), LOADS, steps)
+        alone += ratios(folder)
+        together += ratios(with_blocks(folder, 30))
+    assert max(alone) > 1.25
+    assert all(1 <= ratio <= 1.25 + 1e-9 for ratio in together)
+
+
+def test_blocks_of_different_sizes_are_fitted_each_for_itself(tmp_path: Path) -> None:
+    """Twice as fast by a fifth of the blocks."""
+    steps = {0: linear, 6: lambda *v: 0.5 * linear(*v)}
+    folder = bench_records(tmp_path / "r", LOADS, steps)
+    alone = read_measured([folder])
+    assert read_measured([with_blocks(folder, 30)]) == alone
+
+
 def test_several_runs_of_one_model_are_read_as_one(tmp_path: Path) -> None:
     whole = bench_records(tmp_path / "whole", LOADS, {0: linear})
     parts = [

@@ -5,13 +5,17 @@ attended to and read. A step's time is modelled as a sum: a piecewise linear fun
 tokens, with corners at the measured steps, and, if the records have enough different loads, terms
 proportional to the tokens read, the tokens attended to, and the sequences. No term is negative. The
 fit minimises the relative errors of the measured times.
+
+Dense and pruned runs of the same loads are fitted together: each term has a part outside the blocks
+and a part in proportion to the blocks that are left. So noise cannot make the pruned model faster
+than its removed blocks allow.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations, pairwise
 from pathlib import Path
 from statistics import median
@@ -28,6 +32,9 @@ Features = tuple[int, int, float, float]
 RECORDS = "records.jsonl"
 _EXTRAS = ("read", "attended", "sequence")
 """Optional terms of a step's time, besides that of its new tokens."""
+_ACCEPTED = 0.1
+"""Relative error up to which all variants share one fit, unless their own have a larger one. Blocks
+of different sizes would have a larger one."""
 _DEFAULT_TOKENS, _DEFAULT_SEQUENCES = 2048, 256
 """vLLM's defaults, for engines started without explicit values."""
 
@@ -117,44 +124,84 @@ def steps_taken(requests: Sequence[Request], limits: Limits) -> tuple[Features, 
     return tuple(found)
 
 
-def fit(runs: Sequence[Timed]) -> tuple[StepTimes, float]:
-    """Fit the step time to measured runs, and return the largest relative error.
+Fit = tuple[StepTimes, float]
+"""Step times, and their largest relative error over the measured runs."""
+
+
+def fit(runs: Sequence[Timed]) -> Fit:
+    """Fit the step time to measured runs.
 
     Raises:
         SlebError: the runs have only one step size.
     """
-    corners = sorted({_usual(run.steps) for run in runs})
+    return _best([runs], [()])[0]
+
+
+def fit_together(runs: Sequence[Sequence[Timed]], shares: Sequence[float]) -> list[Fit]:
+    """Fit the step times of several prunings of one model.
+
+    Args:
+        runs: by pruning, at least two.
+        shares: by pruning, the share of the blocks that is left.
+
+    Raises:
+        SlebError: the runs have only one step size.
+    """
+    return _best(runs, [(share,) for share in shares])
+
+
+def _best(runs: Sequence[Sequence[Timed]], shares: Sequence[tuple[float, ...]]) -> list[Fit]:
+    corners = sorted({_usual(run.steps) for run in chain(*runs)})
     if len(corners) < 2:
         raise SlebError(
             "the records hold steps of one size alone, which does not tell how a step's time grows "
             "with its tokens; run sleb-serve bench with --workloads prefill,decode"
         )
     # Only as many terms as the loads can separate; of these, the best fit.
-    extras = max(0, min(len(_EXTRAS), len(runs) - len(corners)))
-    fits = [_fitted(runs, corners, chosen) for chosen in combinations(_EXTRAS, extras)]
-    return min(fits, key=lambda found: found[1])
+    extras = max(0, min(len(_EXTRAS), min(map(len, runs)) - len(corners)))
+    fits = [_fitted(runs, shares, corners, chosen) for chosen in combinations(_EXTRAS, extras)]
+    return min(fits, key=lambda found: max(error for _, error in found))
 
 
 def _fitted(
-    runs: Sequence[Timed], corners: Sequence[int], chosen: Sequence[str]
-) -> tuple[StepTimes, float]:
-    """Fit with some of `_EXTRAS`."""
-    rows = []
-    for run in runs:
-        total = [0.0] * (len(corners) + len(chosen))
-        for new, sequences, attended, cached in run.steps:
-            more = {"read": cached, "attended": attended, "sequence": sequences}
-            parts = [*_line(corners, new), *(more[name] for name in chosen)]
-            total = [a + b for a, b in zip(total, parts, strict=True)]
-        rows.append([part / run.seconds for part in total])
-    found = non_negative(rows, [1.0] * len(rows))
-    slopes = found[1 : len(corners)]
-    heights = [found[0]]
-    for slope, (low, high) in zip(slopes, pairwise(corners), strict=True):
-        heights.append(heights[-1] + slope * (high - low))
-    error = max(abs(sum(a * b for a, b in zip(row, found, strict=True)) - 1) for row in rows)
-    more = dict(zip(chosen, found[len(corners) :], strict=True))
-    return StepTimes(tuple(corners), tuple(heights), slopes[-1], **more), error
+    runs: Sequence[Sequence[Timed]],
+    shares: Sequence[tuple[float, ...]],
+    corners: Sequence[int],
+    chosen: Sequence[str],
+) -> list[Fit]:
+    """Fit with some of `_EXTRAS`; a variant without a share has the terms of its own."""
+    rows = [
+        [_row(run, corners, chosen, share) for run in own]
+        for own, share in zip(runs, shares, strict=True)
+    ]
+    found = non_negative(list(chain(*rows)), [1.0] * sum(map(len, rows)))
+    size = len(corners) + len(chosen)
+    fits = []
+    for own, share in zip(rows, shares, strict=True):
+        terms = found[:size]
+        for part in share:
+            terms = [a + part * b for a, b in zip(terms, found[size:], strict=True)]
+        slopes = terms[1 : len(corners)]
+        heights = [terms[0]]
+        for slope, (low, high) in zip(slopes, pairwise(corners), strict=True):
+            heights.append(heights[-1] + slope * (high - low))
+        error = max(abs(sum(a * b for a, b in zip(row, found, strict=True)) - 1) for row in own)
+        more = dict(zip(chosen, terms[len(corners) :], strict=True))
+        fits.append((StepTimes(tuple(corners), tuple(heights), slopes[-1], **more), error))
+    return fits
+
+
+def _row(
+    run: Timed, corners: Sequence[int], chosen: Sequence[str], share: tuple[float, ...]
+) -> list[float]:
+    """Return what each term's coefficient contributes to a run's time, relative to that time."""
+    total = [0.0] * (len(corners) + len(chosen))
+    for new, sequences, attended, cached in run.steps:
+        more = {"read": cached, "attended": attended, "sequence": sequences}
+        parts = [*_line(corners, new), *(more[name] for name in chosen)]
+        total = [a + b for a, b in zip(total, parts, strict=True)]
+    parts = [part / run.seconds for part in total]
+    return [scale * part for scale in (1.0, *share) for part in parts]
 
 
 def _usual(steps: Sequence[Features]) -> int:
@@ -201,7 +248,25 @@ def _variants(entries: Sequence[Sequence[Mapping[str, Any]]]) -> list[Measured]:
         raise SlebError("the records hold no dense model; run sleb-serve bench again")
     # One per size: comparison variants have other names but the same blocks.
     first = {blocks: name for name, blocks in reversed(names.items())}
-    return [_measured(first[blocks], blocks, entries) for blocks in sorted(first)]
+    found = [_measured(first[blocks], blocks, entries) for blocks in sorted(first)]
+    counts = [e.get("num_blocks") for run in entries for e in run if e["record"] == "setting"]
+    return _together(found, counts[0])
+
+
+def _together(
+    found: Sequence[tuple[Measured, Sequence[Timed]]], blocks: int | None
+) -> list[Measured]:
+    """Fit all variants together if they ran the same steps and the fit is good enough."""
+    alone = [own for own, _ in found]
+    ran = {tuple(run.steps for run in runs) for _, runs in found}
+    if blocks is None or len(found) < 2 or len(ran) > 1:
+        return alone
+    fits = fit_together([runs for _, runs in found], [1 - own.removed / blocks for own in alone])
+    if max(error for _, error in fits) > max(_ACCEPTED, *(own.error for own in alone)):
+        return alone
+    return [
+        replace(own, step=step, error=error) for own, (step, error) in zip(alone, fits, strict=True)
+    ]
 
 
 def _entries(folder: Path) -> Iterable[Mapping[str, Any]]:
@@ -222,7 +287,10 @@ def _entries(folder: Path) -> Iterable[Mapping[str, Any]]:
         yield entry
 
 
-def _measured(name: str, blocks: int, entries: Sequence[Sequence[Mapping[str, Any]]]) -> Measured:
+def _measured(
+    name: str, blocks: int, entries: Sequence[Sequence[Mapping[str, Any]]]
+) -> tuple[Measured, list[Timed]]:
+    """Return a variant with a fit of its own, and its runs."""
     runs: list[Timed] = []
     kv_tokens: list[int] = []
     block = 1
@@ -230,11 +298,11 @@ def _measured(name: str, blocks: int, entries: Sequence[Sequence[Mapping[str, An
     for run in entries:
         own = [entry for entry in run if entry.get("variant") == name]
         workloads = _workloads(run)
-        memory = [e["kv_cache_tokens"] for e in own if e["record"] == "engine"]
-        if not memory:
+        sizes = [e["kv_cache_tokens"] for e in own if e["record"] == "engine"]
+        if not sizes:
             continue
-        kv_tokens += memory
-        block = max(memory) // max(e["kv_cache_blocks"] for e in own if e["record"] == "engine")
+        kv_tokens += sizes
+        block = max(sizes) // max(e["kv_cache_blocks"] for e in own if e["record"] == "engine")
         (variant,) = (entry for entry in own if entry["record"] == "variant")
         arguments = variant["engine_arguments"]
         tokens = int(arguments.get("max_num_batched_tokens") or tokens)
@@ -248,12 +316,14 @@ def _measured(name: str, blocks: int, entries: Sequence[Sequence[Mapping[str, An
                 and entry["round"]
             ]
             if times:
-                steps = steps_of(workload, tokens, sequences, min(memory))
+                steps = steps_of(workload, tokens, sequences, min(sizes))
                 runs.append(Timed(steps, median(times)))
     if not runs:
         raise SlebError(f"the records hold no sample of {name}; run sleb-serve bench again")
     step, error = fit(runs)
-    return Measured(name, blocks, min(kv_tokens), block, tokens, sequences, step, len(runs), error)
+    memory = min(kv_tokens)
+    own = Measured(name, blocks, memory, block, tokens, sequences, step, len(runs), error)
+    return own, runs
 
 
 def _workloads(run: Sequence[Mapping[str, Any]]) -> list[Workload]:
