@@ -322,8 +322,8 @@ def _measured(
         raise SlebError(f"the records hold no sample of {name}; run sleb-serve bench again")
     step, error = fit(runs)
     memory = min(kv_tokens)
-    own = Measured(name, blocks, memory, block, tokens, sequences, step, len(runs), error)
-    return own, runs
+    found = Measured(name, blocks, memory, block, tokens, sequences, step, len(runs), error)
+    return found, runs
 
 
 def _workloads(run: Sequence[Mapping[str, Any]]) -> list[Workload]:
