@@ -21,8 +21,9 @@ Say = Callable[[str], None]
 Draw = Callable[[Workload, str], Prompts]
 _NEWS = 15.0
 """Seconds between two progress messages, which also save the records."""
-_WARM_UP_SHARE = 0.1
-"""Share of the time limit after which the warm-up of a workload ends: long turns need one."""
+_WARM_UP_SHARE, _WARM_UP_LEAST = 0.1, 20.0
+"""After this share of the time limit, and so many seconds, the warm-up of a workload ends: of long
+turns, one is enough."""
 _ROUNDS_ALONE = 8
 """Rounds in a start of an engine that runs alone; only more starts narrow its interval."""
 
@@ -171,7 +172,8 @@ class _Turns:
         """Run turns until they stop getting faster; return the calls per turn."""
         seconds: list[float] = []
         calls, number = 1, 0
-        begin, limit = self.pace.clock(), 60 * self.plan.minutes * _WARM_UP_SHARE
+        limit = max(_WARM_UP_LEAST, 60 * self.plan.minutes * _WARM_UP_SHARE)
+        begin = self.pace.clock()
         # Use the sum of all engines: on a busy machine a single one is often fastest by chance.
         while not seconds or (warms_up(seconds) and self.pace.clock() - begin < limit):
             found = self._round(start, number, workload, calls, group, engines)
