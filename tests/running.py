@@ -23,6 +23,7 @@ from engine_jobs import start_sooner
 from forking import end_fork, fork_engines, start_fork
 from sleb_bench.server import Server
 from sleb_serve.cli.main import main
+from sleb_serve.serving.client import Client
 from sleb_serve.serving.command import plugin_environment
 
 OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
@@ -176,3 +177,16 @@ class Streaming(threading.Thread):
                     raise ConnectionError("the stream ended without a reason")
             except Exception as error:
                 self.error = error
+
+
+def streams_of(server: Server, count: int, within: float = 120) -> list[Streaming]:
+    """Clients that stream, once each has some tokens, which may take so many seconds."""
+    clients = [Streaming(server.url, Client(server.url).model()) for _ in range(count)]
+    for client in clients:
+        client.start()
+    deadline = time.monotonic() + within
+    while min(client.tokens for client in clients) < 20:
+        assert time.monotonic() < deadline
+        assert all(client.error is None for client in clients)
+        time.sleep(0.05)
+    return clients

@@ -15,7 +15,7 @@ import pytest
 from commands import run_on_full_disk
 from conftest import Models
 from forking import run_fork
-from running import LOCAL, OPTIONS, WITHIN, ForkedServer, Streaming, printed_command
+from running import LOCAL, OPTIONS, WITHIN, ForkedServer, printed_command, streams_of
 from sleb_serve.checkpoint.hub import open_checkpoint
 from sleb_serve.cli import main as cli
 from sleb_serve.cli.progress import SearchBars
@@ -134,14 +134,7 @@ def check_end_under_load(server: Any, manifest: Manifest, kill: bool) -> None:
     from sleb_serve.serving.probe import probe
 
     assert probe(Client(server.url), manifest).ranks == 2
-    clients = [Streaming(server.url, Client(server.url).model()) for _ in range(2)]
-    for client in clients:
-        client.start()
-    deadline = time.monotonic() + 120
-    while min(client.tokens for client in clients) < 20:
-        assert time.monotonic() < deadline
-        assert all(client.error is None for client in clients)
-        time.sleep(0.05)
+    clients = streams_of(server, 2)
     family = psutil.Process(server.process.pid).children(recursive=True)
     begin = time.monotonic()
     if kill:

@@ -16,7 +16,7 @@ from conftest import Models
 from engines import Case, check_equal, run_jobs
 from exports import manifest_for
 from forking import end_fork, fork_engines, start_fork
-from running import OPTIONS, WITHIN, ForkedServer, Streaming, printed_command
+from running import OPTIONS, WITHIN, ForkedServer, printed_command, streams_of
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(120)
@@ -94,7 +94,6 @@ def test_a_server_ends_when_its_other_machine_is_lost(
     psutil = pytest.importorskip("psutil")
     pytest.importorskip("openai")
     from sleb_bench.server import free_port
-    from sleb_serve.serving.client import Client
 
     port, group = free_port(), nodes(free_port())
     options = [*OPTIONS, *group, "--host", "127.0.0.1", "--port", str(port)]
@@ -104,13 +103,7 @@ def test_a_server_ends_when_its_other_machine_is_lost(
         server = ForkedServer(command, port, tmp_path / "log", environment)
         try:
             server.wait(300)
-            client = Streaming(server.url, Client(server.url).model())
-            client.start()
-            deadline = time.monotonic() + 120
-            while client.tokens < 20:
-                assert time.monotonic() < deadline
-                assert client.error is None
-                time.sleep(0.05)
+            (client,) = streams_of(server, 1)
             lost = psutil.Process(node.pid)
             for process in (*lost.children(recursive=True), lost):
                 process.send_signal(signal.SIGKILL)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from conftest import Models
 from engines import Case, check_equal, run_jobs
 from exports import manifest_for
-from running import OPTIONS, WITHIN, Streaming, printed_command
+from running import OPTIONS, WITHIN, printed_command, streams_of
 from sleb_serve.cli.main import main
 
 pytest.importorskip("vllm")
@@ -136,7 +135,6 @@ def test_every_node_is_checked_with_its_own_files(
 def test_a_server_ends_when_a_node_is_lost(models: Models, nodes: Nodes, tmp_path: Path) -> None:
     pytest.importorskip("openai")
     from sleb_bench.server import Server, free_port
-    from sleb_serve.serving.client import Client
     from sleb_serve.serving.command import plugin_environment
 
     path, manifest, log, port = models("llama"), tmp_path / "m.json", tmp_path / "log", free_port()
@@ -148,13 +146,7 @@ def test_a_server_ends_when_a_node_is_lost(models: Models, nodes: Nodes, tmp_pat
     server = Server(command, port, log, {**nodes.environment, **plugins})
     try:
         server.wait(200)
-        client = Streaming(server.url, Client(server.url).model())
-        client.start()
-        deadline = time.monotonic() + 60
-        while client.tokens < 20:
-            assert time.monotonic() < deadline
-            assert client.error is None
-            time.sleep(0.05)
+        (client,) = streams_of(server, 1, within=60)
         nodes.lose_the_second()
         assert server.process.wait(WITHIN) != 0
         client.join(WITHIN)
