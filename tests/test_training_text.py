@@ -59,6 +59,30 @@ def test_a_short_source_begins_again_in_another_order(tmp_path: Path) -> None:
     assert taken[:12] != taken[12:]
 
 
+def test_rows_from_the_hub_stay_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of wikitext2 are lines of articles: each passage is a piece of the joined text."""
+    from datasets import Dataset
+
+    lines = [f"line {i}" for i in range(600)]
+    data = Dataset.from_dict({"text": lines})
+    monkeypatch.setattr("datasets.load_dataset", lambda **_: data)
+    mixture = make_mixture({"wikitext2": 1.0}, DIGITS, length=40, most=50, held_out=4, seed=3)
+    taken = [letters(passage) for passage in islice(mixture, 50)]
+    article = "\n\n".join(lines)
+    assert {article.index(passage) % 40 for passage in taken} == {0}
+    assert len(set(taken)) == 50
+    assert "".join(map(letters, mixture.held_out)) in article
+
+
+def test_training_text_that_cannot_be_loaded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(**_: Any) -> None:
+        raise ConnectionError("no hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(SlebError, match=r"no hub; .* or use texts=python-docs"):
+        make_mixture({"c4": 1.0}, DIGITS, length=4, most=4, held_out=1)
+
+
 def write_chats(path: Path, *chats: list[tuple[str, str]]) -> str:
     rows = [
         {"messages": [{"role": role, "content": content} for role, content in chat]}

@@ -113,14 +113,17 @@ def _cut(
     return tuple(tuple(ids[i * length : (i + 1) * length]) for i in range(first, last))
 
 
-def source_tokens(source: str, tokenizer: Tokenizer, wanted: int, seed: int) -> Sequence[int]:
-    """Return up to `wanted` first tokens of a text; rows as in `make_sequences`.
+def source_tokens(source: str, tokenizer: Tokenizer, wanted: int) -> Sequence[int]:
+    """Return up to `wanted` first tokens of a text, with its rows in their own order.
+
+    The rows of ``wikitext2`` are lines of articles; shuffled ones have no context to learn from.
 
     Raises:
         SlebError: the source is unknown, unreadable or empty.
     """
     if source in HUB_TEXTS:
-        return _hub_tokens(source, tokenizer, 1, wanted, seed, None)[0][:wanted]
+        rows = _load(source, HUB_TEXTS[source], f"use texts={EMBEDDED}")
+        return _row_tokens(rows, HUB_TEXTS[source], tokenizer, wanted)[0][:wanted]
     return _tokens(tokenizer, source, wanted)[:wanted]
 
 
@@ -232,12 +235,21 @@ def _hub_tokens(
         raise SlebError(f"rows={rows}: at least one row is needed")
     hub = HUB_TEXTS[source]
     data = _load(source, hub, f"use calibration={EMBEDDED}").shuffle(seed=seed)
-    count = min(rows or DEFAULT_ROWS, len(data))
+    if rows is not None:
+        data = data.select(range(min(rows, len(data))))
+    wanted = None if sequences is None else sequences * sequence_length
+    return _row_tokens(data, hub, tokenize, wanted, rows or DEFAULT_ROWS)
+
+
+def _row_tokens(
+    data: Any, hub: HubText, tokenize: Tokenize, wanted: int | None, count: int = DEFAULT_ROWS
+) -> tuple[Sequence[int], int]:
+    """Tokenise the first `count` rows, or more for `wanted` tokens; return the number of rows."""
+    count = min(count, len(data))
     while True:
         text = hub.separator.join(data[:count]["text"])
         ids = tokenize(text) if text.strip() else []
-        enough = sequences is None or len(ids) >= sequences * sequence_length
-        if enough or rows is not None or count == len(data):
+        if wanted is None or len(ids) >= wanted or count == len(data):
             return ids, count
         count = min(2 * count, len(data))
 

@@ -84,7 +84,7 @@ def make_mixture(
         length: tokens per passage.
         most: training passages in total; shorter sources are repeated.
         held_out: held-out passages in total.
-        seed: seed for shuffling rows and passages.
+        seed: seed for shuffling passages.
 
     Raises:
         SlebError: a source is unknown, unreadable, or too short.
@@ -95,7 +95,7 @@ def make_mixture(
     for source, weight in texts.items():
         held = max(1, round(held_out * weight / total))
         wanted = held + max(1, round(most * weight / total))
-        passages = _passages(source, tokenizer, length, wanted, seed)
+        passages = _passages(source, tokenizer, length, wanted)
         if len(passages) <= held:
             raise SlebError(
                 f"text {source} gives {len(passages)} sequences of {length} tokens that count, "
@@ -107,15 +107,13 @@ def make_mixture(
     return Mixture(tuple(sources), tuple(texts.values()), tuple(kept), seed)
 
 
-def _passages(
-    source: str, tokenizer: Tokenizer, length: int, most: int, seed: int
-) -> tuple[Passage, ...]:
+def _passages(source: str, tokenizer: Tokenizer, length: int, most: int) -> tuple[Passage, ...]:
     """Return up to `most` consecutive passages; skip those without learned tokens."""
     counts: bytes | bytearray
     if is_chats(source, tokenizer.chats):
         ids, counts = _chat_tokens(source, tokenizer, most * length)
     else:
-        ids = source_tokens(source, tokenizer, most * length, seed)
+        ids = source_tokens(source, tokenizer, most * length)
         counts = b"\1" * len(ids)
     cut = (
         Passage(array("i", ids[start : start + length]), bytes(counts[start : start + length]))
