@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -34,6 +35,17 @@ def add_torchvision() -> None:
 
 
 add_torchvision()
+
+
+def hear_signals() -> None:
+    """Let tests stop their processes although `nohup`, or a script's `&`, ignores signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, handler)
+
+
+hear_signals()
 
 
 def take_share_of_cores() -> None:

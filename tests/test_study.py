@@ -78,6 +78,7 @@ def test_a_tiny_models_study_and_once_more(models: Models, tmp_path: Path, capsy
     for option in ("--calibration", "--text", "--perplexity"):
         command += [option, "python-docs"]
     command += ["--sequences", "4", "--sequence-length", "32", "--heal-tokens", "1K", "--rank", "4"]
+    command += ["--heal-batch-size", "12"]
     command += ["--minutes", "0.1", "--engine-args", '{"enforce_eager": true, "dtype": "float32"}']
     assert main(command) == 0
     page = (folder / "study.md").read_text()
@@ -88,7 +89,9 @@ def test_a_tiny_models_study_and_once_more(models: Models, tmp_path: Path, capsy
     for depth in told["depths"][1:]:
         assert {"prefill", "decode"} == set(depth["speed"])
         assert depth["verdict"] in ("safe", "check", "harmful")
-    assert [repair.blocks for repair in read_manifest(folder / "healed.json").repairs] == [1, 2]
+    repairs = read_manifest(folder / "healed.json").repairs
+    # Three steps of 12 sequences of 32 tokens are the first with 1,000 tokens.
+    assert [(repair.blocks, repair.sequences) for repair in repairs] == [(1, 36), (2, 36)]
     html = (folder / "study.html").read_text()
     assert html.count("data:image/png;base64,") == 1
     assert "<script" not in html

@@ -1,11 +1,11 @@
-"""Measure the quality that healing recovers: SmolLM2, 6 (or 3) of 30 blocks removed.
+"""Study SmolLM2 at 3 and 6 of 30 blocks removed, then heal 6 further, and evaluate all of them.
 
-Usage: smollm2.py FOLDER [--blocks K] [--from HEALED.json] [heal's own options]. It trains on
-WikiText-2's train split and as much everyday text, HellaSwag's validation rows with their correct
-endings; it continues from HEALED.json, if given. It evaluates the dense, the pruned and the healed
-model on WikiText-2's test split, on Python's help topics, which were not trained on, and on the
-first 400 rows of three zero-shot tasks other than HellaSwag. Manifest, sidecar and evaluations go
-to FOLDER; texts and tasks come from the hub or its cache.
+Usage: smollm2.py FOLDER [--heal-minutes M] [--further-minutes M]. It heals on WikiText-2's train
+split and half as much everyday text (HellaSwag's validation rows with their correct endings) and
+questions (ARC's train split, easy and challenge). It evaluates the dense, the pruned and the healed
+models on WikiText-2's test split, on Python's help topics, which are not trained on, and on the
+first 400 rows of three zero-shot tasks. Everything goes to FOLDER; run it again to continue. Texts
+and tasks come from the hub or its cache.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 
 from sleb_bench.demo_model import demo_model
-from sleb_serve import read_manifest
 from sleb_serve.utils.atomic_io import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FOUND = ROOT / "benchmarks" / "records" / "evaluation" / "manifest.json"
+SHALLOW, DEEP = 3, 6
+"""Numbers of removed blocks."""
+SELECTED = ("--sequences", "16", "--sequence-length", "512")
+HEALED = ("--rank", "64", "--heal-batch-size", "4")
 JUDGED = (
     *("--perplexity", "wikitext2,python-docs", "--sequence-length", "1024", "--sequences", "24"),
     *("--tasks", "piqa,arc_easy,winogrande", "--limit", "400", "--resume"),
@@ -30,38 +32,61 @@ JUDGED = (
 
 
 def main() -> None:
-    """Heal, and run missing evaluations."""
+    """Run the missing steps."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--from", dest="healed", type=Path)
-    options, own = parser.parse_known_args()
+    parser.add_argument("--heal-minutes", default="30", help="for each depth of the study")
+    parser.add_argument("--further-minutes", default="25", help="for the deeper one")
+    options = parser.parse_args()
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     model = str(demo_model(ROOT / ".cache" / "demo"))
-    pruned, healed = folder / "pruned.json", folder / "healed.json"
-    manifest = read_manifest(FOUND).prefix(options.blocks)
-    # Other evaluations of the same blocks used other settings.
-    write_atomically(pruned, replace(manifest, evaluation={}).to_json())
-    if not healed.exists():
-        texts = ("--text", f"wikitext2:1,{everyday(folder)}:1")
-        start = (str(pruned),) if options.healed is None else (str(options.healed), "--further")
-        run("heal", model, "-o", str(healed), "--resume", *texts, *own, "-m", *start)
-    for name, which in (("pruned", pruned), ("healed", healed)):
-        blocks = f"0,{options.blocks}" if which == pruned else str(options.blocks)
+    everyday = write_texts(folder / "everyday.jsonl", everyday_rows())
+    questions = write_texts(folder / "questions.jsonl", question_rows())
+    texts = ("--text", f"wikitext2:2,{everyday}:1,{questions}:1")
+    study, further = folder / "study", folder / "further.json"
+    run(
+        *("study", model, "-o", str(study), "--blocks", f"{SHALLOW},{DEEP}", *SELECTED, *HEALED),
+        *(*texts, "--heal-minutes", options.heal_minutes),
+        *("--perplexity", "wikitext2,python-docs", "--minutes", "5"),
+    )
+    if not further.exists():
+        run(
+            *("heal", model, "-m", str(study / "healed.json"), "--further", "-o", str(further)),
+            *(*texts, "--minutes", options.further_minutes, "--batch-size", "4"),
+            *("--no-checkpointing", "--resume"),
+        )
+    for manifest, name, blocks in (
+        (further, "further", f"{DEEP}"),
+        (study / "healed.json", "healed", f"{SHALLOW},{DEEP}"),
+        (study / "manifest.json", "pruned", f"0,{SHALLOW},{DEEP}"),
+    ):
         output = folder / f"{name}.eval.json"
-        run("eval", model, "-m", str(which), "--blocks", blocks, *JUDGED, "-o", str(output))
+        run("eval", model, "-m", str(manifest), "--blocks", blocks, *JUDGED, "-o", str(output))
 
 
-def everyday(folder: Path) -> Path:
-    """Write a file of short texts on everyday tasks, one per row."""
+def everyday_rows() -> Iterable[str]:
+    """Yield short texts on everyday tasks."""
     from datasets import load_dataset
 
-    rows = load_dataset("Rowan/hellaswag", split="validation")
-    texts = (f"{row['ctx'].strip()} {row['endings'][int(row['label'])].strip()}" for row in rows)
-    path = folder / "everyday.jsonl"
-    rows_text = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    write_atomically(path, rows_text.encode())
+    for row in load_dataset("Rowan/hellaswag", split="validation"):
+        yield f"{row['ctx'].strip()} {row['endings'][int(row['label'])].strip()}"
+
+
+def question_rows() -> Iterable[str]:
+    """Yield school questions with their answers."""
+    from datasets import load_dataset
+
+    for name in ("ARC-Easy", "ARC-Challenge"):
+        for row in load_dataset("allenai/ai2_arc", name, split="train"):
+            answers = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
+            yield f"Question: {row['question']}\nAnswer: {answers[row['answerKey']]}"
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> Path:
+    """Write a file with one text per row."""
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    write_atomically(path, rows.encode())
     return path
 
 

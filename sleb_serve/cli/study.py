@@ -69,6 +69,13 @@ def _add(parser: argparse.ArgumentParser) -> None:
     healing.add_argument(
         "--rank", metavar="R", type=int, default=HealConfig.rank, help="rank of the updates"
     )
+    healing.add_argument(
+        "--heal-batch-size",
+        metavar="N",
+        type=int,
+        default=HealConfig.batch_size,
+        help="sequences per step: few for little text or time (default: %(default)s)",
+    )
     judged = parser.add_argument_group("evaluation")
     judged.add_argument("--tasks", metavar="TASK,…", type=words, default=(), help="lm-eval tasks")
     judged.add_argument("--limit", metavar="N", type=int, help="use only N rows of each task")
@@ -92,6 +99,7 @@ def _run(options: argparse.Namespace) -> int:
             tokens=options.heal_tokens,
             minutes=options.heal_minutes,
             rank=options.rank,
+            batch_size=options.heal_batch_size,
             sequence_length=options.sequence_length,
         )
         healing.check()
