@@ -24,7 +24,7 @@ from sleb_serve.convert.export import export
 from sleb_serve.data.tokenizer import load_tokenizer
 from sleb_serve.data.training import Passage, make_mixture
 from sleb_serve.errors import SlebError
-from sleb_serve.healing.distillation import judge, judgement, learn, predicted
+from sleb_serve.healing.distillation import goal_of, judge, judgement, learn, predicted
 from sleb_serve.healing.twin import Twin, adaptable
 from sleb_serve.manifest.reader import read_manifest
 from sleb_serve.manifest.repair_file import LORA_A, LORA_B, read_sidecar, sidecar_path
@@ -103,7 +103,7 @@ def test_the_gradient_is_that_of_two_models(models: Models, name: str, checkpoin
 def test_judgements_are_those_of_two_models(models: Models) -> None:
     path, text = models("llama"), passages(3)
     twin = twin_of(path)
-    found = judgement(judge(twin, text).tolist())
+    found = judgement(judge(twin, text, goal_of(twin, text)).tolist())
     factors = {name: factor.detach().clone() for name, factor in twin.factors.items()}
     teacher, student = oracle.load(path), merged_by_peft(path, REMOVED, factors)
     expected = expected_gradients(path, REMOVED, factors, text)[0]
@@ -200,12 +200,32 @@ def test_a_healed_model_is_healed_further(models: Models, tmp_path: Path) -> Non
     assert after.perplexity["pruned"] == pytest.approx(math.exp(plain.loss), rel=1e-4)
     assert min(entry.kl for entry in told.judgements) < 0.95 * start.kl
     assert start.kl < 0.95 * plain.kl
-    # The held-out text is another; the first model is the one that was begun with.
+    # The first model is the one that was begun with.
+    assert kl_with(path, load_file(sidecar_path(output))) == pytest.approx(start.kl, rel=1e-4)
+
+
+def kl_with(path: Path, factors: dict[str, torch.Tensor]) -> float:
+    """The divergence on held-out text with these updates."""
     twin = twin_of(path, rank=4)
     tokenizer = load_tokenizer(open_checkpoint(str(path)))
     text = make_mixture({"python-docs": 1.0}, tokenizer, length=32, most=48, held_out=4).held_out
-    twin.load(load_file(sidecar_path(output)))
-    assert judgement(judge(twin, text).tolist()).kl == pytest.approx(start.kl, rel=1e-4)
+    twin.load(factors)
+    return judgement(judge(twin, text, goal_of(twin, text)).tolist()).kl
+
+
+def test_more_removals_begin_with_the_updates_of_fewer(models: Models, tmp_path: Path) -> None:
+    path, output, told = models("llama"), tmp_path / "h.json", Told()
+    manifest = healed(path, REMOVED, output, also=(2,), progress=told)
+    few = load_file(sidecar_path(output, 2))
+    gone = tuple(f"model.layers.{block}." for block in REMOVED)
+    kept = {name: factor for name, factor in few.items() if not name.startswith(gone)}
+    assert len(kept) < len(few)
+    start = kl_with(path, kept)
+    at = next(i for i, e in enumerate(told.judgements) if e.kl == pytest.approx(start, rel=1e-4))
+    # Just before, the model without any updates was judged.
+    assert start < 0.95 * told.judgements[at - 1].kl
+    tokens = [repair.training.tokens for repair in manifest.repairs if repair.training is not None]
+    assert tokens == [1536, 2 * 1536]
 
 
 def test_two_processes_train_as_one_does(models: Models, tmp_path: Path) -> None:

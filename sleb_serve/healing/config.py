@@ -37,7 +37,8 @@ class HealConfig:
         patience: validations without improvement before training stops.
         checkpointing: activation checkpointing: less memory, a quarter more time.
         further: continue from the manifest's healed updates, at their rank, instead of from zero.
-        also: other numbers of removals to heal, one after another.
+        also: other numbers of removals to heal; the fewest first, and each more begins with the
+            updates of the fewer.
         seed: seed for the initial factors and the order of the text.
         dtype: one of `sleb_serve.selection.config.DTYPES`.
         revision: branch, tag or commit of a hub model.

@@ -51,8 +51,7 @@ def learn(twin: Twin, passages: Sequence[Passage], total: int) -> Tensor:
         The passages' part of the loss, KL(teacher || student) in nats per token.
     """
     ids, counts = tensors(passages, twin.device)
-    with twin.teacher(), twin.autocast():
-        goal = _chosen(twin.hidden(ids), counts)
+    goal = goal_of(twin, passages)
     with twin.student():
         with twin.autocast():
             given = _chosen(twin.hidden(ids), counts)
@@ -93,12 +92,23 @@ def _chosen(hidden: Tensor, counts: Tensor) -> Tensor:
     return hidden[:, :-1][counts[:, 1:].to(hidden.device)]
 
 
-@torch.no_grad()
-def judge(twin: Twin, passages: Sequence[Passage]) -> Tensor:
-    """Sum over predicted tokens: [KL, student's nats, teacher's nats, agreements, tokens]."""
+def goal_of(twin: Twin, passages: Sequence[Passage]) -> Tensor:
+    """Return the head's inputs [N, h] from which the teacher predicts the passages' tokens."""
     ids, counts = tensors(passages, twin.device)
     with twin.teacher(), twin.autocast():
-        goal = _chosen(twin.hidden(ids), counts)
+        return _chosen(twin.hidden(ids), counts)
+
+
+@torch.no_grad()
+def judge(twin: Twin, passages: Sequence[Passage], goal: Tensor) -> Tensor:
+    """Sum over predicted tokens: [KL, student's nats, teacher's nats, agreements, tokens].
+
+    Args:
+        twin: teacher and student.
+        passages: the text.
+        goal: their `goal_of`, which training does not change.
+    """
+    ids, counts = tensors(passages, twin.device)
     with twin.student(), twin.autocast():
         given = _chosen(twin.hidden(ids), counts)
     targets = ids[:, 1:][counts[:, 1:]].to(given.device)

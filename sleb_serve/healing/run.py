@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from sleb_serve.healing.config import HealConfig
 from sleb_serve.healing.pipeline import Work, state_path
 from sleb_serve.healing.training import State, Trainer
 from sleb_serve.healing.twin import Twin, adaptable
+from sleb_serve.manifest.pruning import Pruning
 from sleb_serve.manifest.repair_file import (
+    LORA_A,
     WeightChanges,
     read_sidecar,
     sidecar_path,
@@ -26,6 +29,24 @@ from sleb_serve.models.golden import golden
 from sleb_serve.models.loading import EMULATED, has_fast, load_model
 
 
+@dataclass(frozen=True)
+class Healed:
+    """One healing's result: its repair and its tensors by their sidecar names."""
+
+    repair: Repair
+    tensors: Mapping[str, Any]
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of the updates."""
+        return len(next(tensor for name, tensor in self.tensors.items() if name.endswith(LORA_A)))
+
+    def without(self, removed: Sequence[int], checkpoint: Checkpoint) -> Mapping[str, Any]:
+        """Return the tensors outside of the removed blocks."""
+        prefixes = tuple(f"{checkpoint.layer_prefix}{block}." for block in removed)
+        return {n: tensor for n, tensor in self.tensors.items() if not n.startswith(prefixes)}
+
+
 def run(work: Work) -> Manifest:
     """Heal each requested number of removals, and write the results."""
     manifest, config = work.manifest, work.config
@@ -33,13 +54,16 @@ def run(work: Work) -> Manifest:
     dense.requires_grad_(False)
     whole = len(manifest.removed)
     counts = sorted({*config.also, whole})
-    healed = [_heal(work, dense, blocks) for blocks in counts]
-    changes = next(tensors for repair, tensors in healed if repair.blocks == whole)
+    healed: list[Healed] = []
+    for blocks in counts:
+        start = _earlier(work, blocks) or (healed[-1] if healed else None)
+        healed.append(_heal(work, dense, blocks, start))
+    changes = healed[-1].tensors
     known = manifest.golden
     prompt = list(work.mixture.held_out[0].tokens if known is None else known.tokens)
     result = replace(
         manifest,
-        repairs=tuple(repair for repair, _ in healed),
+        repairs=tuple(entry.repair for entry in healed),
         golden=golden(dense, prompt, manifest.blocks, WeightChanges(changes)),
         created_by={**manifest.created_by, **manifest.made_from},
         folder=work.output.parent,
@@ -61,14 +85,23 @@ def _dtype(checkpoint: Checkpoint, config: HealConfig) -> str:
     return "bfloat16" if config.dtype == "float16" else config.dtype
 
 
-def _heal(work: Work, dense: Any, blocks: int) -> tuple[Repair, dict[str, Any]]:
-    """Heal the model without the first `blocks` removals, and write its sidecar."""
+def _earlier(work: Work, blocks: int) -> Healed | None:
+    """Return the healing to continue from, if the user asked for it."""
+    manifest = work.start.get(blocks)
+    if manifest is None or manifest.repair is None:
+        return None
+    return Healed(manifest.repair, read_sidecar(manifest.pruning()).tensors)
+
+
+def _heal(work: Work, dense: Any, blocks: int, start: Healed | None) -> Healed:
+    """Heal the model without the first `blocks` removals, and write its sidecar.
+
+    `start` is a healing of the same or of fewer removals.
+    """
     manifest, config = work.manifest.prefix(blocks), work.config
     pruning = manifest.pruning()
     names = adaptable(dense, work.checkpoint, pruning.cut.kept, config.projections)
-    before = work.start.get(blocks, manifest)
-    start = read_sidecar(before.pruning()).tensors
-    rank = len(next(iter(start.values()))) if start else config.rank
+    rank = config.rank if start is None else start.rank
     twin = Twin(
         dense,
         pruning.removed,
@@ -87,9 +120,9 @@ def _heal(work: Work, dense: Any, blocks: int) -> tuple[Repair, dict[str, Any]]:
             config,
             work.ranks,
             state_path(work.output, blocks),
-            _fingerprint(work, before.pruning().digest),
+            _fingerprint(work, pruning, start),
             work.progress,
-            start,
+            {} if start is None else start.without(pruning.removed, work.checkpoint),
         )
         state = trainer.run(work.resume)
     finally:
@@ -101,15 +134,15 @@ def _heal(work: Work, dense: Any, blocks: int) -> tuple[Repair, dict[str, Any]]:
         about = {"weights_sha256": pruning.weights_sha256, "removed": list(pruning.removed)}
         digest = write_sidecar(path, tensors, about)
     digest = work.ranks.gather([digest])[0]
-    training = _training(config, rank, state, before.repair)
+    training = _training(config, rank, state, start)
     work.progress.ended(blocks, training, state.early)
     sequences = state.steps * config.batch_size
-    sequences += 0 if before.repair is None else before.repair.sequences
-    return Repair("heal", path.name, digest, blocks, sequences, training=training), tensors
+    sequences += 0 if start is None else start.repair.sequences
+    return Healed(Repair("heal", path.name, digest, blocks, sequences, training=training), tensors)
 
 
-def _training(config: HealConfig, rank: int, state: State, repair: Repair | None) -> Training:
-    before = None if repair is None else repair.training
+def _training(config: HealConfig, rank: int, state: State, start: Healed | None) -> Training:
+    before = None if start is None else start.repair.training
     first, best = state.judgements[0], state.best_judgement
     losses = {"dense": best.dense_loss, "pruned": first.loss, "healed": best.loss}
     texts = {Path(text).name: weight for text, weight in config.texts.items()}
@@ -126,8 +159,9 @@ def _training(config: HealConfig, rank: int, state: State, repair: Repair | None
     )
 
 
-def _fingerprint(work: Work, digest: str) -> str:
-    """Return a fingerprint of the inputs: model and blocks, text, options."""
+def _fingerprint(work: Work, pruning: Pruning, start: Healed | None) -> str:
+    """Return a fingerprint of the inputs: model and blocks, start, text, options."""
+    digest = pruning.digest if start is None else pruning.digest + start.repair.sha256
     options: dict[str, Any] = {
         name: getattr(work.config, name)
         for name in work.config.__dataclass_fields__

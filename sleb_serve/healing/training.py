@@ -19,7 +19,7 @@ from torch import Tensor
 from sleb_serve.data.training import Mixture, Passage
 from sleb_serve.errors import SlebError, first_line
 from sleb_serve.healing.config import HealConfig, Judgement, Progress
-from sleb_serve.healing.distillation import judge, judgement, learn, predicted
+from sleb_serve.healing.distillation import goal_of, judge, judgement, learn, predicted
 from sleb_serve.healing.twin import Twin
 from sleb_serve.utils.atomic_io import whole_file
 from sleb_serve.utils.distributed import Ranks
@@ -98,6 +98,7 @@ class Trainer:
         self._start = start
         self._ranks, self._path, self._fingerprint = ranks, path, fingerprint
         self._progress = progress
+        self._goals: list[Tensor] = []
         self._factors = list(twin.factors.values())
         self._adam = torch.optim.AdamW(self._factors, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self._state = State()
@@ -168,9 +169,11 @@ class Trainer:
         """Validate the student, keep it if it is the best yet, and save the state."""
         state, held_out = self._state, self._mixture.held_out
         size = self._config.sequences_at_once
+        parts = [held_out[start : start + size] for start in range(0, len(held_out), size)]
+        if not self._goals:
+            self._goals = [goal_of(self._twin, part) for part in parts]
         sums = sum(
-            judge(self._twin, held_out[start : start + size])
-            for start in range(0, len(held_out), size)
+            judge(self._twin, part, goal) for part, goal in zip(parts, self._goals, strict=True)
         )
         assert isinstance(sums, Tensor)
         found = judgement(sums.tolist())
