@@ -95,6 +95,8 @@ def test_a_tiny_models_study_and_once_more(models: Models, tmp_path: Path, capsy
     html = (folder / "study.html").read_text()
     assert html.count("data:image/png;base64,") == 1
     assert "<script" not in html
+    assert "<code>bench/report.html</code>" in html
+    assert "`" not in html
     assert page.splitlines()[0] in capsys.readouterr().out
     assert main(command) == 0
     again = capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -39,7 +40,7 @@ def page(title: str, content: Sequence[Section], pictures: Mapping[str, bytes]) 
         if section.rows:
             body.append(_table(section.rows))
         if section.notes:
-            notes = "".join(f"<li>{escape(note.strip('`'))}</li>" for note in section.notes)
+            notes = "".join(f"<li>{_with_code(note)}</li>" for note in section.notes)
             body.append(f"<ul>{notes}</ul>")
         if section.picture is not None and section.picture in pictures:
             data = base64.b64encode(pictures[section.picture]).decode()
@@ -55,6 +56,11 @@ def page(title: str, content: Sequence[Section], pictures: Mapping[str, bytes]) 
         f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{inside}\n'
         f"</body></html>\n"
     )
+
+
+def _with_code(note: str) -> str:
+    """Mark what Markdown has in backticks."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(note))
 
 
 def _table(rows: Sequence[Row]) -> str:

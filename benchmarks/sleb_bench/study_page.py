@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +16,15 @@ from sleb_bench.pictures import png, subplots
 from sleb_bench.tables import Row, Section, with_interval
 from sleb_bench.variants import DENSE, is_beside
 from sleb_serve.evaluation.picture import accuracy
-from sleb_serve.evaluation.verdict import verdict
+from sleb_serve.evaluation.verdict import (
+    HARMFUL_AGREEMENT,
+    HARMFUL_ANSWERS,
+    HARMFUL_LOSS,
+    SAFE_AGREEMENT,
+    SAFE_ANSWERS,
+    SAFE_LOSS,
+    verdict,
+)
 from sleb_serve.manifest.schema import Manifest
 from sleb_serve.utils.atomic_io import write_atomically
 
@@ -155,23 +164,30 @@ def _recommendation(best: Depth | None, why: str, folder: Path) -> Section:
 def _table(found: Sequence[Depth]) -> Section:
     workloads = list(dict.fromkeys(name for depth in found for name in depth.speed))
     texts = list(dict.fromkeys(name for depth in found for name in depth.perplexity))
-    head = ("removed", "model", *workloads, *(f"perplexity {Path(text).name}" for text in texts))
-    rows: list[Row] = [(*head, "same tokens", "same answers", "mean accuracy", "verdict")]
+    head = ("removed", "model", "verdict", *workloads)
+    head += tuple(f"perplexity {Path(text).name}" for text in texts)
+    rows: list[Row] = [(*head, "same tokens", "same answers", "mean accuracy")]
     for depth in found:
         speeds = [with_interval(*depth.speed[w]) if w in depth.speed else "" for w in workloads]
         perplexities = [f"{depth.perplexity[text]:.2f}" for text in texts]
         shares = ["" if s is None else f"{s:.1%}" for s in (depth.agreement, depth.answers)]
         mean = "" if depth.accuracy is None else f"{depth.accuracy:.3f}"
-        own = (str(depth.blocks), depth.model, *speeds, *perplexities, *shares, mean)
-        rows.append((*own, depth.verdict or ""))
+        own = (str(depth.blocks), depth.model, depth.verdict or "")
+        rows.append((*own, *speeds, *perplexities, *shares, mean))
     notes = (
+        f"Harmful: same tokens below {HARMFUL_AGREEMENT:.0%}, same answers below "
+        f"{HARMFUL_ANSWERS:.0%}, or a mean accuracy more than {HARMFUL_LOSS:g} below dense. "
+        f"Safe: at least {SAFE_AGREEMENT:.0%}, at least {SAFE_ANSWERS:.0%}, and at most "
+        f"{SAFE_LOSS:g} below.",
         "Speeds are pruned over dense, with 95 % intervals; healing changes no shape, so a healed "
         "model has its pruned one's speed.",
         "Same tokens: the share of positions with the dense model's most likely next token, on "
         "the text with the lowest share. Same answers: the mean share of the dense model's "
         "answers to short questions before the first different token.",
     )
-    return Section("Every depth", tuple(rows), notes)
+    # Without tasks, for example, a column is empty.
+    full = [any(row[i] for row in rows[1:]) for i in range(len(rows[0]))]
+    return Section("Every depth", tuple(tuple(compress(row, full)) for row in rows), notes)
 
 
 def _steps() -> Section:

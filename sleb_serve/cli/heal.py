@@ -134,13 +134,18 @@ def _add_training(parser: argparse._ArgumentGroup) -> None:
         default=HealConfig.patience,
         help="stop after N of the 20 validations without improvement (default: %(default)s)",
     )
+    add_checkpointing(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="compute dtype")
+
+
+def add_checkpointing(parser: argparse._ArgumentGroup) -> None:
+    """Add the option to keep all activations."""
     parser.add_argument(
         "--no-checkpointing",
         dest="checkpointing",
         action="store_false",
         help="turn off activation checkpointing: faster, more memory",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="compute dtype")
 
 
 def weighted(text: str) -> dict[str, float]:
