@@ -14,10 +14,12 @@ import torch
 from commands import run_on_full_disk
 from conftest import Models, save_model
 from forking import run_fork
-from healing import COMMAND, REMOVED, Told, healed, removing
+from healing import COMMAND, REMOVED, SMALL, Told, healed, removing
 from sleb_serve.cli.main import main
 from sleb_serve.errors import SlebError
 from sleb_serve.healing import training
+from sleb_serve.healing.config import HealConfig
+from sleb_serve.healing.pipeline import heal
 from sleb_serve.manifest.repair_file import sidecar_path
 
 
@@ -75,6 +77,22 @@ def test_it_ends_early_where_nothing_gets_better(models: Models, tmp_path: Path)
     assert manifest.repair.training.agreement["healed"] == pytest.approx(
         told.judgements[best].agreement, abs=1e-4
     )
+
+
+def test_a_healing_that_goes_on_may_lose_at_first(models: Models, tmp_path: Path) -> None:
+    """It ends early by its own validations, not by those of the healing it continues."""
+    path, told = models("llama"), Told()
+    first = healed(path, REMOVED, tmp_path / "h.json")
+    more = {"further": True, "learning_rate": 0.9, "patience": 2, "tokens": 30_000}
+    config = HealConfig(**{**SMALL, **more})
+    manifest = heal(path, first, config, tmp_path / "more.json", progress=told)
+    start, *trained = (entry.kl for entry in told.judgements[1:])
+    assert min(trained) > start
+    assert len(trained) - 1 - trained.index(min(trained)) == 2
+    # What it began with stays the best.
+    assert first.repair is not None
+    assert manifest.repair is not None
+    assert manifest.repair.sha256 == first.repair.sha256
 
 
 @pytest.fixture

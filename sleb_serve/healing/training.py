@@ -183,7 +183,9 @@ class Trainer:
                 name: factor.detach().to("cpu", copy=True)
                 for name, factor in self._twin.factors.items()
             }
-        since = len(state.judgements) - state.judgements.index(state.best_judgement) - 1
+        # A healing that continues another one may lose at first, at the full learning rate.
+        trained = [entry.kl for entry in state.judgements[2 if self._start else 0 :]]
+        since = len(trained) - 1 - trained.index(min(trained)) if trained else 0
         if since >= self._config.patience and not state.ended:
             state.ended = state.early = True
         self._progress.judged(done, found)
