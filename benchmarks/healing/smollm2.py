@@ -35,8 +35,8 @@ def main() -> None:
     """Run the missing steps."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--heal-minutes", default="30", help="for each depth of the study")
-    parser.add_argument("--further-minutes", default="25", help="for the deeper one")
+    parser.add_argument("--heal-minutes", default="27", help="for each depth of the study")
+    parser.add_argument("--further-minutes", default="13", help="for the deeper one")
     options = parser.parse_args()
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,8 @@ def main() -> None:
         run(
             *("heal", model, "-m", str(study / "healed.json"), "--further", "-o", str(further)),
             *(*texts, "--minutes", options.further_minutes, "--batch-size", "4"),
-            *("--no-checkpointing", "--resume"),
+            *("--no-checkpointing", "--resume", "--seed", "1", "--patience", "20"),
+            *("--learning-rate", "4e-4"),
         )
     for manifest, name, blocks in (
         (further, "further", f"{DEEP}"),
