@@ -90,8 +90,9 @@ def test_a_tiny_models_study_and_once_more(models: Models, tmp_path: Path, capsy
         assert {"prefill", "decode"} == set(depth["speed"])
         assert depth["verdict"] in ("safe", "check", "harmful")
     repairs = read_manifest(folder / "healed.json").repairs
-    # Three steps of 12 sequences of 32 tokens are the first with 1,000 tokens.
-    assert [(repair.blocks, repair.sequences) for repair in repairs] == [(1, 36), (2, 36)]
+    # Three steps of 12 sequences of 32 tokens are the first with 1,000 tokens; the second healing
+    # begins where the first one ended.
+    assert [(repair.blocks, repair.sequences) for repair in repairs] == [(1, 36), (2, 72)]
     html = (folder / "study.html").read_text()
     assert html.count("data:image/png;base64,") == 1
     assert "<script" not in html
