@@ -113,13 +113,7 @@ def _add_training(parser: argparse._ArgumentGroup) -> None:
         default=HealConfig.learning_rate,
         help="peak rate, after a warm-up; decays to zero (default: %(default)s)",
     )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=int,
-        default=HealConfig.batch_size,
-        help="sequences per step, over all processes (default: %(default)s)",
-    )
+    add_step(parser)
     parser.add_argument(
         "--sequences-at-once",
         metavar="N",
@@ -134,12 +128,20 @@ def _add_training(parser: argparse._ArgumentGroup) -> None:
         default=HealConfig.patience,
         help="stop after N of the 20 validations without improvement (default: %(default)s)",
     )
-    add_checkpointing(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="compute dtype")
 
 
-def add_checkpointing(parser: argparse._ArgumentGroup) -> None:
-    """Add the option to keep all activations."""
+def add_step(parser: argparse._ArgumentGroup, prefix: str = "") -> None:
+    """Add the options of a training step."""
+    parser.add_argument(
+        f"--{prefix}batch-size",
+        dest="batch_size",
+        metavar="N",
+        type=int,
+        default=HealConfig.batch_size,
+        help="sequences per step, over all processes; few for little text or time (default: "
+        "%(default)s)",
+    )
     parser.add_argument(
         "--no-checkpointing",
         dest="checkpointing",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sleb_bench.study import StudyOptions, Told, study
 from sleb_serve.cli.arguments import Command, add_force, add_model
-from sleb_serve.cli.heal import add_checkpointing, count, weighted
+from sleb_serve.cli.heal import add_step, count, weighted
 from sleb_serve.cli.progress import EvalLines, HealBars, SearchBars, say, tell
 from sleb_serve.data.texts import EMBEDDED, HUB_TEXTS
 from sleb_serve.evaluation.evaluate import EvalConfig
@@ -69,14 +69,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     healing.add_argument(
         "--rank", metavar="R", type=int, default=HealConfig.rank, help="rank of the updates"
     )
-    healing.add_argument(
-        "--heal-batch-size",
-        metavar="N",
-        type=int,
-        default=HealConfig.batch_size,
-        help="sequences per step: few for little text or time (default: %(default)s)",
-    )
-    add_checkpointing(healing)
+    add_step(healing, "heal-")
     judged = parser.add_argument_group("evaluation")
     judged.add_argument("--tasks", metavar="TASK,…", type=words, default=(), help="lm-eval tasks")
     judged.add_argument("--limit", metavar="N", type=int, help="use only N rows of each task")
@@ -100,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
             tokens=options.heal_tokens,
             minutes=options.heal_minutes,
             rank=options.rank,
-            batch_size=options.heal_batch_size,
+            batch_size=options.batch_size,
             checkpointing=options.checkpointing,
             sequence_length=options.sequence_length,
         )

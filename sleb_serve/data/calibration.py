@@ -235,9 +235,7 @@ def _hub_tokens(
         raise SlebError(f"rows={rows}: at least one row is needed")
     hub = HUB_TEXTS[source]
     data = _load(source, hub, f"use calibration={EMBEDDED}").shuffle(seed=seed)
-    if rows is not None:
-        data = data.select(range(min(rows, len(data))))
-    wanted = None if sequences is None else sequences * sequence_length
+    wanted = None if sequences is None or rows is not None else sequences * sequence_length
     return _row_tokens(data, hub, tokenize, wanted, rows or DEFAULT_ROWS)
 
 

@@ -51,7 +51,7 @@ def learn(twin: Twin, passages: Sequence[Passage], total: int) -> Tensor:
         The passages' part of the loss, KL(teacher || student) in nats per token.
     """
     ids, counts = tensors(passages, twin.device)
-    goal = goal_of(twin, passages)
+    goal = _goal(twin, ids, counts)
     with twin.student():
         with twin.autocast():
             given = _chosen(twin.hidden(ids), counts)
@@ -94,7 +94,10 @@ def _chosen(hidden: Tensor, counts: Tensor) -> Tensor:
 
 def goal_of(twin: Twin, passages: Sequence[Passage]) -> Tensor:
     """Return the head's inputs [N, h] from which the teacher predicts the passages' tokens."""
-    ids, counts = tensors(passages, twin.device)
+    return _goal(twin, *tensors(passages, twin.device))
+
+
+def _goal(twin: Twin, ids: Tensor, counts: Tensor) -> Tensor:
     with twin.teacher(), twin.autocast():
         return _chosen(twin.hidden(ids), counts)
 
