@@ -1,11 +1,10 @@
-"""Study SmolLM2 at 3 and 6 of 30 blocks removed, then heal 6 further, and evaluate all of them.
+"""Heal SmolLM2 at 3 and 6 of 30 blocks removed, and evaluate it before and after.
 
-Usage: smollm2.py FOLDER [--heal-minutes M] [--further-minutes M]. It heals on WikiText-2's train
-split and half as much everyday text (HellaSwag's validation rows with their correct endings) and
-questions (ARC's train split, easy and challenge). It evaluates the dense, the pruned and the healed
-models on WikiText-2's test split, on Python's help topics, which are not trained on, and on the
-first 400 rows of three zero-shot tasks. Everything goes to FOLDER; run it again to continue. Texts
-and tasks come from the hub or its cache.
+Usage: smollm2.py FOLDER. The blocks are SLEB's own choice, from the records of a study. It heals on
+WikiText-2's train split, Wikipedia articles, everyday texts and text that the dense model wrote. It
+evaluates on WikiText-2's test split, on Python's help topics, which are not trained on, and on the
+first 1,000 rows of three zero-shot tasks. Everything goes to FOLDER; run it again to continue.
+Texts and tasks come from the hub or its cache, Wikipedia from the package index (wikipedia.py).
 """
 
 from __future__ import annotations
@@ -14,20 +13,26 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from sleb_bench.demo_model import demo_model
+from sleb_serve import read_manifest
 from sleb_serve.utils.atomic_io import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SHALLOW, DEEP = 3, 6
-"""Numbers of removed blocks."""
-SELECTED = ("--sequences", "16", "--sequence-length", "512")
-HEALED = ("--rank", "64", "--heal-batch-size", "4")
+MANIFEST = ROOT / "benchmarks" / "records" / "healing" / "study" / "manifest.json"
+HEALED = {
+    3: ("--minutes", "54", "--batch-size", "2", "--sequences-at-once", "2"),
+    6: ("--minutes", "44", "--batch-size", "1", "--learning-rate", "2e-3"),
+}
+"""Options of the healing by number of removed blocks."""
+SHARED = (
+    *("--sequence-length", "1024", "--held-out", "8", "--rank", "64", "--patience", "20"),
+    *("--no-checkpointing", "--resume"),
+)
 JUDGED = (
     *("--perplexity", "wikitext2,python-docs", "--sequence-length", "1024", "--sequences", "24"),
-    *("--tasks", "piqa,arc_easy,winogrande", "--limit", "400", "--resume"),
+    *("--tasks", "piqa,arc_easy,winogrande", "--limit", "1000", "--resume"),
 )
 
 
@@ -35,66 +40,65 @@ def main() -> None:
     """Run the missing steps."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--heal-minutes", default="27", help="for each depth of the study")
-    parser.add_argument("--further-minutes", default="13", help="for the deeper one")
-    options = parser.parse_args()
-    folder: Path = options.folder
+    folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     model = str(demo_model(ROOT / ".cache" / "demo"))
-    everyday = write_texts(folder / "everyday.jsonl", everyday_rows())
-    questions = write_texts(folder / "questions.jsonl", question_rows())
-    texts = ("--text", f"wikitext2:2,{everyday}:1,{questions}:1")
-    study, further = folder / "study", folder / "further.json"
-    run(
-        *("study", model, "-o", str(study), "--blocks", f"{SHALLOW},{DEEP}", *SELECTED, *HEALED),
-        *(*texts, "--heal-minutes", options.heal_minutes),
-        *("--perplexity", "wikitext2,python-docs", "--minutes", "5"),
+    texts = written(folder, model)
+    for blocks, options in HEALED.items():
+        pruned, healed = folder / f"{blocks}.json", folder / f"healed-{blocks}.json"
+        read_manifest(MANIFEST).prefix(blocks).write(pruned)
+        if not healed.exists():
+            sleb_serve(
+                *("heal", model, "-m", str(pruned), "-o", str(healed)),
+                *(*SHARED, *options, "--text", texts),
+            )
+        evaluate(model, healed, f"{blocks}")
+    whole = folder / "pruned.json"
+    read_manifest(MANIFEST).write(whole)
+    evaluate(model, whole, ",".join(map(str, (0, *HEALED))))
+
+
+def written(folder: Path, model: str) -> str:
+    """Write the missing texts, and return the mixture."""
+    own, wikipedia, everyday = (
+        folder / name for name in ("own.jsonl", "wikipedia.jsonl", "everyday.jsonl")
     )
-    if not further.exists():
-        run(
-            *("heal", model, "-m", str(study / "healed.json"), "--further", "-o", str(further)),
-            *(*texts, "--minutes", options.further_minutes, "--batch-size", "4"),
-            *("--no-checkpointing", "--resume", "--seed", "1", "--patience", "20"),
-            *("--learning-rate", "4e-4"),
-        )
-    for manifest, name, blocks in (
-        (further, "further", f"{DEEP}"),
-        (study / "healed.json", "healed", f"{SHALLOW},{DEEP}"),
-        (study / "manifest.json", "pruned", f"0,{SHALLOW},{DEEP}"),
-    ):
-        output = folder / f"{name}.eval.json"
-        run("eval", model, "-m", str(manifest), "--blocks", blocks, *JUDGED, "-o", str(output))
+    scripts = Path(__file__).parent
+    if not own.exists():
+        run(str(scripts / "own_text.py"), model, str(own))
+    if not wikipedia.exists():
+        run(str(scripts / "wikipedia.py"), str(wikipedia))
+    write_everyday(everyday)
+    return f"wikitext2:2,{wikipedia}:2,{everyday}:1,{own}:0.5"
 
 
-def everyday_rows() -> Iterable[str]:
-    """Yield short texts on everyday tasks."""
+def evaluate(model: str, manifest: Path, blocks: str) -> None:
+    """Evaluate some numbers of removals."""
+    output = manifest.with_suffix(".eval.json")
+    sleb_serve("eval", model, "-m", str(manifest), "--blocks", blocks, *JUDGED, "-o", str(output))
+
+
+def write_everyday(path: Path) -> None:
+    """Write short texts on everyday tasks: HellaSwag's rows with their correct endings."""
     from datasets import load_dataset
 
-    for row in load_dataset("Rowan/hellaswag", split="validation"):
-        yield f"{row['ctx'].strip()} {row['endings'][int(row['label'])].strip()}"
-
-
-def question_rows() -> Iterable[str]:
-    """Yield school questions with their answers."""
-    from datasets import load_dataset
-
-    for name in ("ARC-Easy", "ARC-Challenge"):
-        for row in load_dataset("allenai/ai2_arc", name, split="train"):
-            answers = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-            yield f"Question: {row['question']}\nAnswer: {answers[row['answerKey']]}"
-
-
-def write_texts(path: Path, texts: Iterable[str]) -> Path:
-    """Write a file with one text per row."""
+    texts = (
+        f"{row['ctx'].strip()} {row['endings'][int(row['label'])].strip()}"
+        for row in load_dataset("Rowan/hellaswag", split="validation")
+    )
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     write_atomically(path, rows.encode())
-    return path
+
+
+def sleb_serve(*arguments: str) -> None:
+    """Run a command to its end."""
+    run("-m", "sleb_serve.cli", *arguments)
 
 
 def run(*arguments: str) -> None:
-    """Run a command of sleb-serve to its end."""
-    print("sleb-serve", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "sleb_serve.cli", *arguments], check=True)
+    """Run Python with these arguments to its end."""
+    print(*arguments, flush=True)
+    subprocess.run([sys.executable, *arguments], check=True)
 
 
 if __name__ == "__main__":
