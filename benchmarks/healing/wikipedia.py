@@ -39,8 +39,9 @@ def main() -> None:
     """Write the articles."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path)
+    output: Path = parser.parse_args().output
     rows = "".join(json.dumps({"text": text}) + "\n" for text in articles())
-    write_atomically(parser.parse_args().output, rows.encode())
+    write_atomically(output, rows.encode())
 
 
 def articles() -> Iterator[str]:
