@@ -9,10 +9,10 @@ Magpie (https://arxiv.org/abs/2406.08464).
 from __future__ import annotations
 
 import argparse
-import json
+from itertools import cycle, islice
 from pathlib import Path
 
-from sleb_serve.utils.atomic_io import write_atomically
+from sleb_bench.files import write_texts
 
 LONGEST = 500
 """Tokens per text."""
@@ -32,24 +32,31 @@ def main() -> None:
     tokenizer = llm.get_tokenizer()
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False)
     question = asked.partition("\0")[0]
-    starts = ("<|endoftext|>", question)
-    shared = {"temperature": 1.0, "top_p": 0.95, "max_tokens": LONGEST}
+    shared = {
+        "temperature": 1.0,
+        "top_p": 0.95,
+        "max_tokens": LONGEST,
+        "skip_special_tokens": False,
+    }
+    # How a text begins, how much of that belongs to it, and how it goes on. The end of a turn is
+    # not the end of a conversation.
     ways = (
-        SamplingParams(**shared, skip_special_tokens=False),
-        # The end of a turn is not the end of a conversation.
-        SamplingParams(**shared, skip_special_tokens=False, ignore_eos=True),
+        ("<|endoftext|>", "", SamplingParams(**shared)),
+        (question, question, SamplingParams(**shared, ignore_eos=True)),
     )
-    number = range(options.texts)
+    begun = list(islice(cycle(ways), options.texts))
     prompts = [
-        {"prompt_token_ids": tokenizer.encode(starts[index % 2], add_special_tokens=False)}
-        for index in number
+        {"prompt_token_ids": tokenizer.encode(start, add_special_tokens=False)}
+        for start, _, _ in begun
     ]
-    outputs = llm.generate(prompts, [ways[index % 2] for index in number])
-    rows = (
-        {"text": (question if index % 2 else "") + output.outputs[0].text}
-        for index, output in enumerate(outputs)
+    outputs = llm.generate(prompts, [sampling for _, _, sampling in begun])
+    write_texts(
+        options.output,
+        (
+            kept + output.outputs[0].text
+            for (_, kept, _), output in zip(begun, outputs, strict=True)
+        ),
     )
-    write_atomically(options.output, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 if __name__ == "__main__":

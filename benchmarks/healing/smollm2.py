@@ -10,14 +10,14 @@ Texts and tasks come from the hub or its cache, Wikipedia from the package index
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from sleb_bench.demo_model import demo_model
+from sleb_bench.files import write_texts
 from sleb_serve import read_manifest
-from sleb_serve.utils.atomic_io import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MANIFEST = ROOT / "benchmarks" / "records" / "healing" / "study" / "manifest.json"
@@ -53,9 +53,8 @@ def main() -> None:
                 *(*SHARED, *options, "--text", texts),
             )
         evaluate(model, healed, f"{blocks}")
-    whole = folder / "pruned.json"
-    read_manifest(MANIFEST).write(whole)
-    evaluate(model, whole, ",".join(map(str, (0, *HEALED))))
+    # The last manifest has all removals.
+    evaluate(model, pruned, ",".join(map(str, (0, *HEALED))))
 
 
 def written(folder: Path, model: str) -> str:
@@ -68,7 +67,8 @@ def written(folder: Path, model: str) -> str:
         run(str(scripts / "own_text.py"), model, str(own))
     if not wikipedia.exists():
         run(str(scripts / "wikipedia.py"), str(wikipedia))
-    write_everyday(everyday)
+    if not everyday.exists():
+        write_texts(everyday, everyday_rows())
     return f"wikitext2:2,{wikipedia}:2,{everyday}:1,{own}:0.5"
 
 
@@ -78,16 +78,12 @@ def evaluate(model: str, manifest: Path, blocks: str) -> None:
     sleb_serve("eval", model, "-m", str(manifest), "--blocks", blocks, *JUDGED, "-o", str(output))
 
 
-def write_everyday(path: Path) -> None:
-    """Write short texts on everyday tasks: HellaSwag's rows with their correct endings."""
+def everyday_rows() -> Iterator[str]:
+    """Yield short texts on everyday tasks: HellaSwag's rows with their correct endings."""
     from datasets import load_dataset
 
-    texts = (
-        f"{row['ctx'].strip()} {row['endings'][int(row['label'])].strip()}"
-        for row in load_dataset("Rowan/hellaswag", split="validation")
-    )
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    write_atomically(path, rows.encode())
+    for row in load_dataset("Rowan/hellaswag", split="validation"):
+        yield f"{row['ctx'].strip()} {row['endings'][int(row['label'])].strip()}"
 
 
 def sleb_serve(*arguments: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import bz2
-import json
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from sleb_serve.utils.atomic_io import write_atomically
+from sleb_bench.files import write_texts
 
 GENSIM = "gensim==4.4.0"
 DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -39,9 +38,7 @@ def main() -> None:
     """Write the articles."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path)
-    output: Path = parser.parse_args().output
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in articles())
-    write_atomically(output, rows.encode())
+    write_texts(parser.parse_args().output, articles())
 
 
 def articles() -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,3 +117,9 @@ def write_report(folder: Path) -> dict[str, Any]:
         write_atomically(folder / f"{name}.png", picture)
     write_atomically(folder / "report.html", to_html(report, drawn).encode())
     return report
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """Write a file of texts for `heal` and the other commands, one JSON object per line."""
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    write_atomically(path, rows.encode())

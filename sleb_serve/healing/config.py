@@ -35,7 +35,7 @@ class HealConfig:
         sequences_at_once: how many of these pass through the model at once.
         held_out: sequences held out from training for validation.
         patience: validations without improvement before training stops.
-        checkpointing: activation checkpointing: less memory, up to a third more time.
+        checkpointing: activation checkpointing: less memory, about a third more time.
         further: continue from the manifest's healed updates, at their rank, instead of from zero.
         also: other numbers of removals to heal; the fewest first, and each more begins with the
             updates of the fewer.
